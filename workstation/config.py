@@ -1,0 +1,44 @@
+"""What the engine and the server are told at start: frozen, decided once. Flag > environment > models.toml > default."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+DType = Literal["auto", "bfloat16", "float16", "float32"]
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """All an engine needs to start.
+
+    Attributes:
+        model: path of a folder with config.json and (unless load_format is "dummy") safetensors.
+        device: "auto", "cpu", "cuda" or "cuda:N".
+        dtype: of weights and activations; "auto" is the checkpoint's (float32 checkpoints and the CPU: see runner).
+        max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
+        max_num_batched_tokens: a step's token budget; None picks by device.
+        gpu_memory_utilization: share of the device's memory the engine may use, 0…1.
+        kv_cache_memory_bytes / num_blocks: exact size of the KV pool, in bytes or blocks; overrides the share.
+        overlap: schedule step N+1 while step N runs; None means "on a GPU".
+    """
+
+    model: str
+    device: str = "auto"
+    dtype: DType = "auto"
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    max_model_len: int | None = None
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int | None = None
+    gpu_memory_utilization: float = 0.90
+    kv_cache_memory_bytes: int | None = None
+    num_blocks: int | None = None
+    block_size: int = 16
+    kv_cache_dtype: Literal["auto"] = "auto"
+    enable_prefix_caching: bool = True
+    enable_chunked_prefill: bool = True
+    scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
+    max_num_queued_reqs: int = 2048
+    overlap: bool | None = None
+    seed: int = 0
+    num_threads: int | None = None

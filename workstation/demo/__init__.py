@@ -1,0 +1,1 @@
+"""The bundled demo model: its folder, its training tasks and their checker."""

@@ -1,0 +1,54 @@
+"""The door between server and engine: what any engine, real or fake, in-process or behind a socket, offers."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+
+EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
+
+
+@dataclass(slots=True)
+class Health:
+    """Answered without a call into the engine.
+
+    Attributes:
+        heartbeat_age: seconds since the engine last said it lives.  restarts: deaths survived so far.  cause: of the last death.
+    """
+
+    state: EngineState
+    heartbeat_age: float = 0.0
+    restarts: int = 0
+    cause: str = ""
+
+
+class EngineClient(Protocol):
+    """An engine as the server sees it.
+
+    `generate` yields events until the one with `finished=True`. It raises OverloadedError when the queue is full and
+    EngineDeadError when the engine dies under the request. Leaving the iterator early (aclose, cancellation) aborts the request.
+    """
+
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]: ...
+
+    def abort(self, request_id: str) -> None:
+        """End a request; its blocks go back at the next step. Unknown ids are ignored."""
+        ...
+
+    def health(self) -> Health: ...
+
+    def stats(self) -> EngineStats:
+        """The newest snapshot the engine sent (at most a second old while it works)."""
+        ...
+
+    async def start(self) -> None:
+        """Return when the engine is ready; raise the StartupError that stopped it."""
+        ...
+
+    async def stop(self) -> None: ...

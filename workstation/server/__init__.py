@@ -1,0 +1,1 @@
+"""The OpenAI-compatible HTTP API. Imports neither torch nor transformers."""
