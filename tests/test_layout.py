@@ -1,0 +1,181 @@
+"""The arrows between the layers, the size of a file, and what light commands may import."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+BASE = {
+    "errors", "config", "settings", "catalog", "architecture", "memory", "gpu", "hub", "runtime", "safetensors_header",
+}  # fmt: skip
+TORCH_FREE = BASE | {"server", "text", "tui", "cli"}
+# Who may import whom, by the first name under `workstation`; everybody may use the base and itself.
+ARROWS: dict[str, set[str]] = {
+    "kernels": set(),
+    "tui": set(),
+    "model": {"kernels"},
+    "engine": {"model", "kernels"},
+    "text": {"engine"},
+    "server": {"engine", "text"},
+    "demo": {"llm", "text"},
+    "llm": {"engine", "text", "model"},
+    "cli": {"server", "engine", "text", "tui", "llm", "demo", "model"},
+}
+KNOW_NOTHING_OF_OURS = {"kernels", "tui"}
+# From the server, engine and model are reached through their plain-data doors only.
+ENGINE_DOORS = {"workstation.engine.request", "workstation.engine.client", "workstation.engine"}
+UNSAFE_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle"}
+MAX_LINES = 400
+
+
+def sources() -> list[Path]:
+    """Our files, by their real place (the links inside workstation/ are not followed)."""
+    found = [path for folder in ("kernels", "tui", "cli") for path in sorted((ROOT / folder).rglob("*.py"))]
+    for path in sorted((ROOT / "workstation").rglob("*.py")):
+        if not any(parent.is_symlink() for parent in path.parents):
+            found.append(path)
+    return found
+
+
+def unit(path: Path) -> str:
+    """The layer a file belongs to: `engine`, `kernels`, … or the name of a file on the base's level."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    if parts[0] == "workstation":
+        parts = parts[1:]
+    return parts[0]
+
+
+def imports(tree: ast.AST, *, module_level: bool = False) -> list[str]:
+    """Full dotted names of what a file imports (from a import b → a.b). Relative imports are refused elsewhere."""
+    names = []
+    for node in _module_level(tree) if module_level else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+    return names
+
+
+def _module_level(tree: ast.AST) -> list[ast.AST]:
+    """Statements that run on import: not those inside functions or `if TYPE_CHECKING`."""
+    found: list[ast.AST] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            continue
+        found += [node, *_module_level(node)]
+    return found
+
+
+def parse(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(), filename=str(path))
+
+
+def violations(layer: str, names: list[str]) -> list[str]:
+    """Which of the imported names the layer may not import."""
+    bad = []
+    for name in names:
+        parts = name.split(".")
+        if parts[0] in ("kernels", "tui", "cli"):
+            bad.append(name)  # the import root is `workstation`
+        if parts[0] != "workstation" or len(parts) == 1:
+            continue
+        target = parts[1]
+        if target == layer or (target == "__version__" and layer not in KNOW_NOTHING_OF_OURS):
+            continue
+        if target in BASE and layer not in KNOW_NOTHING_OF_OURS:
+            continue
+        if target not in ARROWS.get(layer, set()) and not (layer == "cli" and target in ("LLM", "SamplingParams")):
+            bad.append(name)
+    return bad
+
+
+def test_there_is_something_to_check() -> None:
+    units = {unit(path) for path in sources()}
+    assert {"kernels", "cli", "engine", "model", "server", "text", "memory"} <= units
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_follow_the_arrows(path: Path) -> None:
+    if path == ROOT / "workstation" / "__init__.py":
+        return  # the package's door: LLM and SamplingParams, lazily
+    assert violations(unit(path), imports(parse(path))) == []
+
+
+def test_the_checker_sees_an_arrow_that_points_up() -> None:
+    planted = ast.parse("from workstation.server.app import create_app\nimport workstation.engine.engine")
+    assert violations("model", imports(planted)) == ["workstation.server.app.create_app", "workstation.engine.engine"]
+    assert violations("kernels", ["workstation.errors.WorkstationError"]) == ["workstation.errors.WorkstationError"]
+    assert violations("server", ["kernels.ops"]) == ["kernels.ops"]
+    assert violations("engine", ["workstation.kernels.ops", "workstation.config.EngineConfig"]) == []
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_is_at_most_400_lines(path: Path) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_LINES
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_unpickles_or_evaluates(path: Path) -> None:
+    tree = parse(path)
+    assert not [name for name in imports(tree) if name.split(".")[0] in UNSAFE_MODULES]
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            called = ast.unparse(node.func)
+            assert called not in ("eval", "exec", "torch.load", "torch.save", "__import__"), f"line {node.lineno}"
+
+
+@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
+def test_light_layers_import_neither_torch_nor_transformers_at_module_level(path: Path) -> None:
+    if unit(path) in TORCH_FREE:
+        heavy = {"torch", "transformers", "triton"}
+        assert not [name for name in imports(parse(path), module_level=True) if name.split(".")[0] in heavy]
+
+
+@pytest.mark.parametrize("path", [p for p in sources() if unit(p) in ("server", "cli")], ids=lambda p: p.name)
+def test_the_engine_is_reached_through_its_plain_data_doors(path: Path) -> None:
+    inside = [name for name in imports(parse(path), module_level=True) if name.startswith("workstation.engine.")]
+    assert not [name for name in inside if name.rsplit(".", 1)[0] not in ENGINE_DOORS and name not in ENGINE_DOORS]
+
+
+def test_linked_folders_hold_no_init_file() -> None:
+    """With one, `import kernels` would find ours where Hugging Face's package is meant."""
+    assert not [folder for folder in ("kernels", "tui", "cli") if (ROOT / folder / "__init__.py").exists()]
+    assert all((ROOT / "workstation" / folder).resolve() == ROOT / folder for folder in ("kernels", "tui", "cli"))
+
+
+def test_every_package_folder_is_declared_for_the_wheel() -> None:
+    declared = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
+    needed = set()
+    for path in sources():
+        parts = path.relative_to(ROOT).parts[:-1]
+        needed.add(".".join(parts if parts[0] == "workstation" else ("workstation", *parts)))
+    assert needed <= declared
+
+
+def _modules_after(code: str) -> set[str]:
+    program = f"import sys\n{code}\nprint(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+HELP = "from workstation.cli.main import main\ntry: main(['--help'])\nexcept SystemExit: pass"
+
+
+@pytest.mark.parametrize("command", ["['--help']", "['serve', '--help']", "['bench', '--help']", "['models']"])
+def test_light_commands_import_no_heavy_package(command: str) -> None:
+    loaded = _modules_after(HELP.replace("['--help']", command))
+    heavy = {"torch", "transformers", "triton", "fastapi", "uvicorn", "tokenizers", "huggingface_hub", "httpx"}
+    assert not loaded & heavy
+
+
+def test_importing_the_package_costs_nothing_heavy() -> None:
+    assert not _modules_after("import workstation") & {"torch", "transformers", "fastapi", "msgspec", "zmq"}
