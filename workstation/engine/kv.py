@@ -30,13 +30,14 @@ class KVManager:
         self.groups = tuple(groups)
         self.caching = caching
 
-    def blocks_for(self, num_tokens: int) -> int:
-        """Most blocks a sequence of this many tokens can hold at once, over all groups."""
-        return sum(self._group_blocks(group, num_tokens) for group in self.groups)
-
-    def _group_blocks(self, group: KVGroup, num_tokens: int) -> int:
-        # A sliding table never holds less than its chunk: blocks are freed only once the step behind them is scheduled.
-        return -(-num_tokens // self.pool.block_size)
+    def blocks_for(self, num_tokens: int, max_chunk: int) -> int:
+        """Most blocks a sequence of this many tokens can hold at once when a step computes at most max_chunk of them."""
+        size = self.pool.block_size
+        total = 0
+        for group in self.groups:
+            seen = min(num_tokens, group.window + max_chunk) if group.window else num_tokens
+            total += min(-(-num_tokens // size), -(-seen // size) + (1 if group.window else 0))
+        return total
 
     def start(self, seq: Sequence) -> None:
         """Give a sequence empty tables."""
@@ -177,18 +178,21 @@ class KVManager:
         return fresh
 
     def slide(self, seq: Sequence) -> None:
-        """Free blocks that no later query of a sliding group can see. Call once the step up to num_computed is scheduled."""
+        """Free blocks that the next query of a sliding group cannot see.
+
+        Called before a step is planned, never after: blocks freed behind a planned step could be written by another
+        sequence of the same step before this one has read them.
+        """
         for group, shape in enumerate(self.groups):
             if not shape.window:
                 continue
-            # The step just scheduled still reads from its first query's window on; only the next one may lose blocks.
-            first = max(0, (seq.num_computed - shape.window) // self.pool.block_size)
             table = seq.tables[group]
-            for entry in range(seq.freed[group], min(first, len(table))):
+            end = min(max(0, (seq.num_computed - shape.window + 1) // self.pool.block_size), len(table))
+            for entry in range(seq.freed[group], end):
                 self.pool.release(table[entry])
                 table[entry] = NULL_BLOCK
                 seq.table_updates.append((group, entry, NULL_BLOCK))
-            seq.freed[group] = max(seq.freed[group], min(first, len(table)))
+            seq.freed[group] = max(seq.freed[group], end)
 
     # ── forking and freeing ─────────────────────────────────────────────────────────────────────────────────────────
 

@@ -15,9 +15,11 @@ class Sequence:
         tokens: prompt and committed output ids.  pending: sampled tokens still on the device, 0 or 1.
         num_computed: tokens whose K and V are written, or will be by a launched step.
         tables: one block table a KV group; entry i holds tokens [i*block_size, (i+1)*block_size).
-        digests: chain digest of each full block seen so far.  published: full blocks offered to the prefix cache, a group each.
+        digests: chain digest of each full block seen so far.  published: full blocks offered to the cache, by group.
+        freed: blocks at the front given back because they slid out of the window, by group.
         table_updates: (group, entry, block) changes the runner has not uploaded yet.
         row: place in the device's row state, -1 while not running.  score: cumulative log-probability (beams).
+        blocked_at: blocks that were available when admission last failed for lack of them, -1 if it did not.
         order: scheduling key; smaller runs first.  born: False for a sample that waits for its prompt to be computed.
     """
 
@@ -34,11 +36,10 @@ class Sequence:
     published: list[int] = field(default_factory=list)
     freed: list[int] = field(default_factory=list)
     table_updates: list[tuple[int, int, int]] = field(default_factory=list)
-    row_is_new: bool = False
     born: bool = True
     finished: FinishReason | None = None
     score: float = 0.0
-    logprob_count: int = 0
+    blocked_at: int = -1
 
     @property
     def num_known(self) -> int:
@@ -82,6 +83,7 @@ class RequestState:
     sent_prompt_logprobs: bool = False
     times: RequestTimes = field(default_factory=RequestTimes)
     num_preemptions: int = 0
+    num_forks: int = 0
 
     @property
     def request_id(self) -> str:

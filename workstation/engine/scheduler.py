@@ -1,0 +1,368 @@
+"""Scheduler: which tokens of which sequences a step computes. Plain integers and lists, no torch.
+
+No phases. A sequence has known and computed tokens, and one token budget lets the second catch up with the first; chunked
+prefill, prefix hits and preemption need no special case. A step serves, in this order: decodes, then chunks of prompts already
+begun, then new prompts while rows, blocks and budget last. `schedule` may run while the step before is still on the device:
+its sampled tokens count as known (`Sequence.pending`), their values stay there.
+"""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Iterable
+from collections.abc import Sequence as Items
+from dataclasses import dataclass
+
+from workstation.architecture import KVGroup
+from workstation.engine.batch import Batch, Chunk, Sample
+from workstation.engine.blocks import BlockPool, root_digest
+from workstation.engine.kv import KVManager
+from workstation.engine.request import EngineRequest, EngineStats, FinishReason
+from workstation.engine.sequence import RequestState, Sequence
+from workstation.errors import ContextLengthError, InvalidRequestError, OverloadedError
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """max_tokens: a step's token budget. max_rows: sequences that may run at once. max_len: tokens a sequence may hold."""
+
+    max_tokens: int
+    max_rows: int
+    max_len: int
+    max_queue: int = 2048
+    chunked_prefill: bool = True
+    priority: bool = False
+
+
+def _order(seq: Sequence) -> tuple[int, float, int]:
+    return seq.order
+
+
+class Scheduler:
+    """Owns the queue, the running set and the block tables.
+
+    Args:
+        pool: shared by all KV groups.  groups: of the model.  seed: default sampling seeds derive from it.
+    """
+
+    def __init__(self, pool: BlockPool, groups: Items[KVGroup], limits: SchedulerLimits, *, caching: bool = True,
+                 seed: int = 0, clock: Callable[[], float] = time.monotonic) -> None:
+        self.pool = pool
+        self.kv = KVManager(pool, groups, caching=caching)
+        self.limits = limits
+        self.clock = clock
+        self.requests: dict[str, RequestState] = {}
+        self.waiting: list[Sequence] = []
+        self.running: list[Sequence] = []
+        self.stats = EngineStats(blocks_total=pool.total)
+        self._free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self._count = 0
+        self._seed = seed
+
+    # ── the queue ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def add(self, request: EngineRequest) -> RequestState:
+        """Queue a request.
+
+        Raises:
+            ContextLengthError, InvalidRequestError: it can never fit.  OverloadedError: the queue is full.
+        """
+        self._check(request)
+        width = request.beam.beam_width if request.beam else request.params.n
+        prompt_len = len(request.prompt_token_ids)
+        room = self.limits.max_len - prompt_len
+        wanted = request.beam.max_tokens if request.beam else request.params.max_tokens
+        stops = set(request.params.stop_token_ids)
+        if not request.params.ignore_eos:
+            stops |= set(request.eos_token_ids)
+        state = RequestState(
+            request=request, max_tokens=room if wanted is None else min(wanted, room), stop_ids=frozenset(stops),
+            needs_host_tokens=request.beam is not None or any(len(word) > 1 for word in request.params.bad_word_ids),
+            root=root_digest(request.cache_salt),
+        )
+        state.times.arrival = request.arrival or self.clock()
+        seed = request.params.seed if request.params.seed is not None else self._seed * 1_000_003 + self._count
+        for index in range(1 if request.beam else width):
+            order = (request.priority if self.limits.priority else 0, float(self._count), index)
+            state.sequences.append(Sequence(state, index, list(request.prompt_token_ids), order, seed=seed,
+                                            born=index == 0))
+        self._count += 1
+        state.num_live = len(state.sequences)
+        self.requests[request.request_id] = state
+        insort(self.waiting, state.sequences[0], key=_order)
+        return state
+
+    def _check(self, request: EngineRequest) -> None:
+        if request.request_id in self.requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", param="request_id")
+        prompt_len = len(request.prompt_token_ids)
+        if prompt_len == 0:
+            raise InvalidRequestError("the prompt must hold at least one token", param="prompt")
+        if prompt_len >= self.limits.max_len:
+            raise ContextLengthError(f"the prompt has {prompt_len} tokens; this model's maximum context length is "
+                                     f"{self.limits.max_len} tokens, output included", param="prompt")
+        width = request.beam.beam_width if request.beam else request.params.n
+        name = "beam_width" if request.beam else "n"
+        if width > self.limits.max_rows:
+            raise InvalidRequestError(f"{name} must be at most {self.limits.max_rows} (max_num_seqs), got {width}", param=name)
+        wanted = request.beam.max_tokens if request.beam else request.params.max_tokens
+        total = min(prompt_len + (wanted or self.limits.max_len), self.limits.max_len)
+        if not self.limits.chunked_prefill and prompt_len > self.limits.max_tokens:
+            raise ContextLengthError(f"the prompt has {prompt_len} tokens; without chunked prefill a step takes at most "
+                                     f"{self.limits.max_tokens} (max_num_batched_tokens)", param="prompt")
+        needed = self.kv.blocks_for(total, self.limits.max_tokens)
+        if request.beam:  # beams advance together, so all of them must fit at once
+            shared = prompt_len // self.pool.block_size * len(self.kv.groups)
+            needed = shared + width * (needed - shared + len(self.kv.groups))
+        if needed > self.pool.total:
+            size = self.pool.block_size
+            raise ContextLengthError(f"{total} tokens need {needed} KV blocks of {size}; the pool has {self.pool.total}; "
+                                     f"shorten the prompt or max_tokens", param="max_tokens")
+        if len(self.waiting) >= self.limits.max_queue:
+            raise OverloadedError(f"the queue is full ({self.limits.max_queue} requests)", retry_after=1)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    # ── planning a step ─────────────────────────────────────────────────────────────────────────────────────────────
+
+    def schedule(self) -> Batch | None:
+        """Plan the next step, or None when nothing can be computed now."""
+        batch = Batch()
+        scheduled: set[Sequence] = set()
+        for seq in list(self.running):
+            if self._has_tokens(seq) and seq.num_known - seq.num_computed == 1:
+                self._advance(seq, batch, scheduled)
+        for seq in list(self.running):
+            if seq not in scheduled and self._has_tokens(seq):
+                self._advance(seq, batch, scheduled)
+        self._admit(batch)
+        while not batch.chunks and self.waiting and self._stuck():
+            self._preempt(self.running[-1])
+            self._admit(batch)
+        return batch if batch.chunks else None
+
+    def _stuck(self) -> bool:
+        """Nothing is in flight and those who run wait for those who cannot start (beams of one request)."""
+        return bool(self.running) and not any(seq.pending for seq in [*self.running, *self.waiting])
+
+    def _has_tokens(self, seq: Sequence) -> bool:
+        return (seq.row >= 0 and seq.born and seq.num_computed < seq.num_known
+                and not seq.waits_for_host and not seq.at_length_limit)
+
+    def _advance(self, seq: Sequence, batch: Batch, scheduled: set[Sequence]) -> bool:
+        """Put the next tokens of a running sequence into the batch, preempting younger ones for blocks if need be."""
+        count = min(seq.num_known - seq.num_computed, self.limits.max_tokens - batch.num_tokens)
+        if count <= 0:
+            return False
+        self.kv.slide(seq)
+        copies = self.kv.grow(seq, seq.num_computed + count)
+        while copies is None:
+            victim = self._victim(seq, scheduled)
+            if victim is None:
+                return False
+            self._preempt(victim)
+            if victim is seq:
+                return False
+            copies = self.kv.grow(seq, seq.num_computed + count)
+        self._plan(seq, count, copies, batch)
+        scheduled.add(seq)
+        return True
+
+    def _victim(self, seq: Sequence, scheduled: set[Sequence]) -> Sequence | None:
+        """The youngest running sequence not yet in this step and not older than seq; never the oldest of all."""
+        for other in reversed(self.running):
+            if other is self.running[0] or other.order < seq.order:
+                return None
+            if other not in scheduled and other.born:
+                return other
+        return None
+
+    def _preempt(self, seq: Sequence) -> None:
+        """Take a sequence's blocks; it is recomputed later (its full blocks may still be in the prefix cache)."""
+        self.kv.free(seq)
+        self._leave(seq)
+        for child in self._unborn(seq):
+            self._leave(child)  # it comes back with its prompt
+        seq.request.num_preemptions += 1
+        self.stats.preemptions += 1
+        insort(self.waiting, seq, key=_order)
+
+    def _plan(self, seq: Sequence, count: int, copies: list[tuple[int, int]], batch: Batch) -> None:
+        start = seq.num_computed
+        seq.num_computed += count
+        number = len(batch.chunks)
+        batch.chunks.append(Chunk(seq, seq.row, start, count, seq.pending > 0, seq.table_updates))
+        seq.table_updates = []
+        batch.copies += copies
+        batch.num_tokens += count
+        batch.num_prompt_tokens += max(0, min(start + count, seq.request.prompt_len) - start)
+        self.kv.publish(seq)
+        if seq.num_computed < seq.num_known:
+            return
+        self._sample(seq, number, batch)
+        for child in self._unborn(seq):
+            self._bear(child, seq, number, batch)
+
+    def _unborn(self, seq: Sequence) -> list[Sequence]:
+        if len(seq.request.sequences) == 1:
+            return []
+        return [child for child in seq.request.sequences if not child.born and child.finished is None]
+
+    def _sample(self, seq: Sequence, chunk: int, batch: Batch) -> None:
+        batch.samples.append(Sample(seq, seq.row, chunk, seq.num_known))
+        seq.pending += 1
+
+    def _bear(self, child: Sequence, parent: Sequence, chunk: int, batch: Batch) -> None:
+        """A sibling starts where the prompt ends: same blocks, same logits, a sample of its own."""
+        self.kv.fork(parent, child)
+        child.born = True
+        self._sample(child, chunk, batch)  # its table is uploaded with its first own chunk
+
+    # ── admission ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _admit(self, batch: Batch) -> None:
+        while self.waiting and batch.num_tokens < self.limits.max_tokens:
+            seq = self.waiting[0]
+            unborn = self._unborn(seq)
+            if seq.pending or len(self._free_rows) < 1 + len(unborn):
+                return
+            if batch.chunks and self.pool.available <= seq.blocked_at:
+                return
+            copies = self._claim(seq, batch)
+            if copies is None:
+                return
+            self.waiting.pop(0)
+            for member in [seq, *unborn]:
+                self._enter(member)
+            if seq.request.times.scheduled == 0.0:
+                self._note_first_schedule(seq)
+            count = min(seq.num_known - seq.num_computed, self.limits.max_tokens - batch.num_tokens)
+            self._plan(seq, count, copies, batch)
+
+    def _claim(self, seq: Sequence, batch: Batch) -> list[tuple[int, int]] | None:
+        """Take a waiting sequence's prefix and its next chunk's blocks, or nothing.
+
+        Room for its whole known length must be available, and a little more while others run, so that no prompt is begun that
+        must be preempted a few steps later.
+        """
+        self.kv.start(seq)
+        self.kv.attach_prefix(seq)
+        budget = self.limits.max_tokens - batch.num_tokens
+        remaining = seq.num_known - seq.num_computed
+        count = min(remaining, budget)
+        if count < remaining and not self.limits.chunked_prefill:
+            self.kv.free(seq)
+            return None
+        whole = self.kv.needed(seq, min(seq.num_known, seq.num_computed + self._most_held(remaining)))
+        spare = max(len(self.running), self.pool.total // 100) if batch.chunks else 0
+        copies = None
+        if whole + spare <= self.pool.available:
+            copies = self.kv.grow(seq, seq.num_computed + count)
+        if copies is None:
+            self.kv.free(seq)
+            seq.blocked_at = self.pool.available
+            return None
+        seq.blocked_at = -1
+        return copies
+
+    def _most_held(self, remaining: int) -> int:
+        """Tokens whose blocks are held at once: all of them, unless every layer slides."""
+        windows = [group.window for group in self.kv.groups]
+        return remaining if not all(windows) else min(remaining, max(windows) + self.limits.max_tokens)
+
+    def _enter(self, seq: Sequence) -> None:
+        seq.row = self._free_rows.pop()
+        insort(self.running, seq, key=_order)
+
+    def _leave(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        self._free_rows.append(seq.row)
+        seq.row = -1
+
+    def _note_first_schedule(self, seq: Sequence) -> None:
+        request = seq.request
+        request.times.scheduled = self.clock()
+        request.num_cached_tokens = seq.num_computed
+        self.stats.prompt_tokens += request.prompt_len
+        self.stats.cached_tokens += seq.num_computed
+        self.stats.prefix_queries += request.prompt_len
+        self.stats.prefix_hits += seq.num_computed
+
+    # ── beams ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def fork(self, parent: Sequence) -> Sequence:
+        """A copy of a beam. It shares its parent's blocks and runs on, or waits for a row when none is free."""
+        parent.request.num_forks += 1
+        number = parent.request.num_forks
+        child = Sequence(parent.request, number, list(parent.tokens), (parent.order[0], parent.order[1], number),
+                         seed=parent.seed, score=parent.score)
+        self.kv.start(child)
+        if parent.row >= 0 and self._free_rows:
+            self.kv.fork(parent, child)
+            self._enter(child)
+        else:
+            insort(self.waiting, child, key=_order)
+        parent.request.sequences.append(child)
+        parent.request.num_live += 1
+        return child
+
+    # ── ending ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def finish(self, seq: Sequence, reason: FinishReason) -> bool:
+        """End a sequence and free what it holds; True when it was its request's last."""
+        self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+        return self.drop(seq, reason)
+
+    def drop(self, seq: Sequence, reason: FinishReason = "stop") -> bool:
+        """`finish` without counting it (a beam that was outrun)."""
+        seq.finished = reason
+        if seq in self.waiting:
+            self.waiting.remove(seq)
+        if seq.tables:
+            self.kv.free(seq)
+        if seq.row >= 0:
+            self._leave(seq)
+        request = seq.request
+        if request.request.beam is not None:
+            request.sequences.remove(seq)  # a long search makes very many
+        request.num_live -= 1
+        if request.num_live == 0:
+            request.times.finished = self.clock()
+            del self.requests[request.request_id]
+        return request.num_live == 0
+
+    def live(self, request: RequestState) -> list[Sequence]:
+        return [seq for seq in request.sequences if seq.finished is None]
+
+    def snapshot(self) -> EngineStats:
+        """Counters and gauges, now."""
+        stats = self.stats
+        stats.time = self.clock()
+        stats.running, stats.waiting = len(self.running), len(self.waiting)
+        stats.blocks_free, stats.blocks_cached = self.pool.num_free, self.pool.num_cached
+        stats.blocks_held, stats.evictions = self.pool.num_held, self.pool.evictions
+        stats.kv_tokens_held = self._tokens_held()
+        return stats
+
+    def _tokens_held(self) -> int:
+        """Distinct token slots in use: shared blocks count once."""
+        size, seen, total = self.pool.block_size, set[int](), 0
+        for seq in self.running:
+            for table in seq.tables:
+                for entry, block in enumerate(table):
+                    if block and block not in seen:
+                        seen.add(block)
+                        total += min(size, max(0, seq.num_computed - entry * size))
+        return total
+
+    def check(self, extra: Iterable[int] = ()) -> None:
+        """Prove the pool's books against every table. Raises AssertionError."""
+        held = [block for request in self.requests.values() for seq in request.sequences
+                for table in seq.tables for block in table if block]
+        self.pool.check([*held, *extra])
+        rows = [seq.row for seq in self.running]
+        if sorted(rows + self._free_rows) != list(range(self.limits.max_rows)):
+            raise AssertionError("rows in use and free rows do not add up")
