@@ -1,8 +1,9 @@
 """The paged KV cache as kernels see it.
 
-One pool tensor a KV group: `kv[blocks, layers of the group, K|V, kv heads, block_size, head_dim]`. A layer reads the view
-`kv[:, i]` = `[blocks, 2, kv heads, block_size, head_dim]`; kernels take its strides, so the layout may change.
-A token's *slot* is `block * block_size + offset in block`. Block 0 is the null block: padding and freed window blocks point to it.
+One pool tensor a KV group: `kv[blocks, layers of the group, K|V, kv heads, block_size, head_dim]`. A layer reads the
+view `kv[:, i]` = `[blocks, 2, kv heads, block_size, head_dim]`; kernels take its strides, so the layout may change.
+A token's *slot* is `block * block_size + offset in block`. Block 0 is the null block, all zeros and never written:
+padding and freed window blocks point to it.
 """
 
 from __future__ import annotations

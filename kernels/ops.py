@@ -1,0 +1,147 @@
+"""The only door to the kernels: shapes are checked here once, then Triton (CUDA) or the plain-torch twin (CPU) runs.
+
+Letters in shapes: T tokens of the step, S sequences, H hidden size, F feed-forward size, D head dim, Hq query heads,
+Hkv key/value heads, BS tokens a block. Activations are float32, bfloat16 or float16; inner arithmetic is float32.
+A shape, dtype or layout that no kernel serves raises ValueError naming the argument.
+"""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from workstation.kernels import reference
+
+if TYPE_CHECKING:
+    from workstation.kernels.paging import AttentionPlan
+
+# `WS_KERNELS=triton` sends CPU tensors to the Triton kernels too; that needs Triton's interpreter (TRITON_INTERPRET=1).
+FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
+
+
+@cache
+def _triton() -> Any:
+    """The Triton kernels, imported at their first use: a CPU install may lack Triton."""
+    from workstation.kernels import launch
+
+    return launch
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """`(x / sqrt(mean(x^2) + eps)).to(x.dtype) * weight` over the last dimension (RMSNorm, arXiv:1910.07467).
+
+    x: [..., H], rows contiguous. weight: [H]. Returns a new tensor of x's shape and dtype.
+    """
+    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [..., H]")
+    if x.is_cuda or FORCE_TRITON:
+        return _triton().rms_norm(x, weight, eps)  # type: ignore[no-any-return]
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`residual += x` in place, then RMSNorm of the sum: (normed, residual), both [T, H]."""
+    _check(x.shape == residual.shape, "residual", residual, "must have x's shape")
+    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
+    if x.is_cuda or FORCE_TRITON:
+        return _triton().add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    """SwiGLU's product: `silu(gate) * up` for gate_up [T, 2F] = gate | up. Returns [T, F] (arXiv:2002.05202)."""
+    _check(gate_up.shape[-1] % 2 == 0, "gate_up", gate_up, "must be [T, 2F]")
+    if gate_up.is_cuda or FORCE_TRITON:
+        return _triton().silu_mul(gate_up)  # type: ignore[no-any-return]
+    return reference.silu_mul(gate_up)
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    slots: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    """Optional RMSNorm of each query and key head, rotary embedding, and the write of K and V into the paged cache.
+
+    RoPE in the half-split form (arXiv:2104.09864 as in GPT-NeoX): `x1*cos - x2*sin | x2*cos + x1*sin` on the first
+    rotary_dim components of a head, the others pass through.
+
+    Args:
+        qkv: [T, (Hq + 2 Hkv) * D], query | key | value heads; not changed.
+        positions: [T] int64, each below cos_sin's rows.
+        cos_sin: [max_position, rotary_dim] float32, cosines in the first half, then sines, any scale folded in.
+        q_norm, k_norm: [D] weights (both or neither).  eps: their epsilon.
+        kv_layer: [blocks, 2, Hkv, BS, D], a layer's view of the pool; K and V are cast to its dtype.
+        slots: [T] int64, `block * BS + offset`; a negative slot writes nothing.
+    Returns:
+        q: [T, Hq, D] of qkv's dtype.
+    """
+    head_dim = kv_layer.shape[-1]
+    width = (num_heads + 2 * num_kv_heads) * head_dim
+    _check(qkv.shape[-1] == width, "qkv", qkv, "must be [T, (Hq + 2 Hkv) * D]")
+    _check(cos_sin.shape[-1] <= head_dim and cos_sin.shape[-1] % 2 == 0, "cos_sin", cos_sin, "is wider than a head")
+    _check(slots.shape == positions.shape == qkv.shape[:1], "slots", slots, "and positions must be [T]")
+    _check(kv_layer.shape[2] == num_kv_heads, "kv_layer", kv_layer, "must be [blocks, 2, Hkv, BS, D]")
+    _check((q_norm is None) == (k_norm is None), "k_norm", k_norm, "and q_norm come together")
+    if qkv.is_cuda or FORCE_TRITON:
+        return _triton().rope_and_cache(  # type: ignore[no-any-return]
+            qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads
+        )
+    return reference.rope_and_cache(
+        qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads
+    )
+
+
+def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    """Causal attention of a step's queries over the paged cache (arXiv:2309.06180): grouped query heads, optional window.
+
+    A query at position p sees keys (p - window, p], or all up to p. What lies in a block beyond a sequence's length, or
+    before its window, never reaches the result, NaN included. A sequence of length 0 (padding) gives zeros.
+
+    Args:
+        q: [T, Hq, D], D a multiple of 16; head h reads key head h // (Hq / Hkv).
+        kv_layer: [blocks, 2, Hkv, BS, D], already holding this step's keys and values.
+        plan: the step's lengths and block tables; its scratch is filled by the first layer and reused by the others.
+        scale: factor on the scores, as a rule D ** -0.5.
+    Returns:
+        [T, Hq, D] contiguous, of q's dtype.
+    """
+    _check(q.dim() == 3 and q.shape[2] == kv_layer.shape[4], "q", q, "must be [T, Hq, D] with the cache's D")
+    _check(q.shape[1] % kv_layer.shape[2] == 0, "q", q, "must have a multiple of the cache's heads")
+    _check(kv_layer.shape[3] == plan.block_size, "kv_layer", kv_layer, "must have the plan's block size")
+    _check(q.shape[2] % 16 == 0, "q", q, "needs a head dim that is a multiple of 16")
+    if q.is_cuda or FORCE_TRITON:
+        return _triton().attention(q, kv_layer, plan, scale)  # type: ignore[no-any-return]
+    return reference.attention(q, kv_layer, plan, scale)
+
+
+def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    """Copy whole blocks over all layers, `kv[target[i]] = kv[source[i]]`; no block may be both a source and a target.
+
+    kv: [blocks, ...], a block contiguous. source, target: [N] int64, targets distinct.
+    """
+    _check(source.shape == target.shape and source.dim() == 1, "target", target, "must be [N] like source")
+    _check(kv[0].is_contiguous(), "kv", kv, "must hold each block contiguously")
+    if source.numel() == 0:
+        return
+    if kv.is_cuda or FORCE_TRITON:
+        _triton().copy_blocks(kv, source, target)
+    else:
+        reference.copy_blocks(kv, source, target)
+
+
+def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:
+    if not ok:
+        shape = "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
+        raise ValueError(f"{name} ({shape}) {message}")

@@ -1,0 +1,148 @@
+"""The plain-torch twin of every op in `ops.py`: what the CPU runs, and what the Triton kernels are tested against.
+
+Attention's twin is in `reference_attention.py`. At one token a call into torch costs more than its arithmetic, so calls
+are counted here, and what the layers of a step share (angles, cache rows) is worked out once and remembered.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from workstation.kernels.reference_attention import attention, flat_rows, row_strides
+
+__all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cache", "silu_mul"]
+
+# Up to here two passes of layer_norm's one kernel are cheaper than the seven small calls behind torch's rms_norm.
+MIRRORED_NORM_ELEMENTS = 2048
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if x.dtype != torch.float32:
+        return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
+    if x.numel() > MIRRORED_NORM_ELEMENTS:
+        return F.rms_norm(x, weight.shape, weight, eps)
+    # (x | -x) has mean zero, so its layer norm is x's RMS norm.
+    width = x.shape[-1]
+    mirrored = torch.layer_norm(torch.cat((x, -x), -1), (2 * width,), None, None, eps)
+    return mirrored[..., :width] * weight
+
+
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    residual.add_(x)
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate).mul_(up)
+
+
+def rope_and_cache(
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    q_norm: torch.Tensor | None,
+    k_norm: torch.Tensor | None,
+    eps: float,
+    kv_layer: torch.Tensor,
+    slots: torch.Tensor,
+    num_heads: int,
+    num_kv_heads: int,
+) -> torch.Tensor:
+    head_dim = kv_layer.shape[-1]
+    rotated_heads = num_heads + num_kv_heads
+    heads = qkv.view(qkv.shape[0], rotated_heads + num_kv_heads, head_dim)
+    qk, value = heads[:, :rotated_heads], heads[:, rotated_heads:]
+    if q_norm is not None and k_norm is not None:
+        qk = torch.cat((rms_norm(qk[:, :num_heads], q_norm, eps), rms_norm(qk[:, num_heads:], k_norm, eps)), 1)
+    qk = _rotate(qk, _angles_of_step(cos_sin, positions))
+    key = qk[:, num_heads:]
+    rows = _rows_of_step(slots, kv_layer)
+    if rows.kept is not None:
+        key, value = key[rows.kept], value[rows.kept]
+    cache = flat_rows(kv_layer, head_dim)
+    if cache.dtype != qkv.dtype:
+        key, value = key.to(cache.dtype), value.to(cache.dtype)
+    cache.index_put_((rows.key,), key)
+    cache.index_put_((rows.value,), value)
+    return qk[:, :num_heads]
+
+
+def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
+    kv.index_copy_(0, target, kv.index_select(0, source))
+
+
+class _Angles(NamedTuple):
+    """cos [T, 1, rotary_dim] (both halves alike) and sin [T, 1, rotary_dim / 2] for `positions` of `table`."""
+
+    table: weakref.ref[torch.Tensor]
+    positions: torch.Tensor
+    cos: torch.Tensor
+    sin: torch.Tensor
+
+
+class _Rows(NamedTuple):
+    """Rows of the flat cache that `slots` stand for: key, value [T', Hkv]; kept [T'] when some slots are negative."""
+
+    slots: torch.Tensor
+    geometry: tuple[int, ...]
+    key: torch.Tensor
+    value: torch.Tensor
+    kept: torch.Tensor | None
+
+
+# The last steps' index work. Entries are compared by content, since callers refill their buffers in place.
+_last_angles: _Angles | None = None
+_last_rows: tuple[_Rows, ...] = ()
+ROWS_REMEMBERED = 4  # one a KV group, so that groups taking turns do not push each other out
+
+
+def _angles_of_step(table: torch.Tensor, positions: torch.Tensor) -> _Angles:
+    global _last_angles
+    last = _last_angles
+    if last is not None and last.table() is table and torch.equal(last.positions, positions):
+        return last
+    cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, -1)
+    last = _Angles(weakref.ref(table), positions.clone(), torch.cat((cos, cos), -1), sin.contiguous())
+    _last_angles = last
+    return last
+
+
+def _rotate(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
+    """x [T, heads, D] → a new tensor with the first rotary_dim components of each head rotated."""
+    rotary = angles.cos.shape[-1]
+    half = rotary // 2
+    x32 = x if x.dtype == torch.float32 else x.float()
+    part = x32 if rotary == x.shape[-1] else x32[..., :rotary]
+    turned = part * angles.cos
+    turned[..., :half].addcmul_(part[..., half:], angles.sin, value=-1)
+    turned[..., half:].addcmul_(part[..., :half], angles.sin)
+    if rotary != x.shape[-1]:
+        turned = torch.cat((turned, x32[..., rotary:]), -1)
+    return turned if x.dtype == torch.float32 else turned.to(x.dtype)
+
+
+def _rows_of_step(slots: torch.Tensor, kv_layer: torch.Tensor) -> _Rows:
+    global _last_rows
+    block_size, head_dim = kv_layer.shape[3:]
+    geometry = (kv_layer.shape[2], block_size, head_dim, *kv_layer.stride())
+    for rows in _last_rows:
+        if rows.geometry == geometry and torch.equal(rows.slots, slots):
+            return rows
+    kept = None
+    written = slots
+    if slots.numel() and int(slots.min()) < 0:
+        kept = (slots >= 0).nonzero().squeeze(1)
+        written = slots[kept]
+    per_block, per_side, per_head = row_strides(kv_layer, head_dim)
+    first = (written // block_size) * per_block + written % block_size
+    key = first.unsqueeze(1) + torch.arange(kv_layer.shape[2]) * per_head
+    rows = _Rows(slots.clone(), geometry, key, key + per_side, kept)
+    _last_rows = (rows, *_last_rows[: ROWS_REMEMBERED - 1])
+    return rows

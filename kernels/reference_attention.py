@@ -1,0 +1,258 @@
+"""Paged attention in plain torch: the CPU's path, and the oracle of the Triton kernels.
+
+A block's K (or V) of one head is one contiguous row of `BS * D` elements, so one `index_select` over the pool's rows
+gathers a batch with its heads in front: [2, S, Hkv, W * BS, D]. The query heads that share a key head are laid side by
+side as if they were queries, so K and V are never repeated. Row numbers and masks are made once a step (plan.scratch).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch.nn import functional as F
+
+from workstation.kernels.paging import AttentionPlan
+
+QUERY_TILE = 256  # queries that share one mask when a prompt's chunk has a past
+GROUP_BYTES = 4 << 20  # K and V gathered at once: more would leave the caches before attention reads it
+WASTE_BYTES = 192 << 10  # padding that costs as much as the calls of one more group
+
+
+def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+    """See `ops.attention`. Reads the plan's tensors on the host: they must lie in CPU memory."""
+    step = _step_index(q, kv_layer, plan)
+    if len(step.decodes) == 1 and step.decodes[0].order is None and not step.prefills:
+        return _decode(q, kv_layer, step.decodes[0], scale)
+    out = torch.empty(q.shape, dtype=q.dtype)
+    for group in step.decodes:
+        if group.order is None:
+            out[: plan.num_decodes] = _decode(q[: plan.num_decodes], kv_layer, group, scale)
+        else:
+            out[group.order] = _decode(q.index_select(0, group.order), kv_layer, group, scale)
+    for chunk in step.prefills:
+        _prefill(q, kv_layer, chunk, step, scale, out)
+    return out
+
+
+def flat_rows(kv_layer: torch.Tensor, width: int) -> torch.Tensor:
+    """A view of the layer's memory, and of the layers behind it, as rows of `width` elements: [rows, width]."""
+    blocks, sides, heads, block_size, _ = kv_layer.shape
+    per_block, per_side, per_head, per_token, _ = kv_layer.stride()
+    last = (blocks - 1) * per_block + (sides - 1) * per_side + (heads - 1) * per_head
+    rows = (last + block_size * per_token) // width
+    return kv_layer.as_strided((rows, width), (width, 1))
+
+
+def row_strides(kv_layer: torch.Tensor, width: int) -> tuple[int, int, int]:
+    """Strides of (block, K|V, head) in rows of `width` elements; ValueError if the layout has no such rows."""
+    strides = kv_layer.stride()
+    head_dim = kv_layer.shape[4]
+    if strides[3:] != (head_dim, 1) or any(stride % width for stride in strides[:3]):
+        raise ValueError(f"kv_layer (strides {strides}) must hold a head's block of tokens contiguously")
+    return strides[0] // width, strides[1] // width, strides[2] // width
+
+
+class _Decodes(NamedTuple):
+    """Sequences of like length that are attended together.
+
+    rows: [2 * G * Hkv * W] int64, rows of the flat cache.  shape: of the gathered tensor, [2, G, Hkv, keys, D].
+    order: [G] int64, their tokens in q; None when they are q's first G in order.
+    first, keys: the range of gathered keys that any of them sees.
+    bias: [G, 1, 1, keys], 0 or -inf; None when all see the whole range.
+    unseen: rows of D elements in the gathered tensor to be zeroed, since they may hold NaN; None when there are none.
+    """
+
+    rows: torch.Tensor
+    shape: tuple[int, ...]
+    order: torch.Tensor | None
+    first: int
+    keys: int
+    bias: torch.Tensor | None
+    unseen: torch.Tensor | None
+
+
+class _Chunk(NamedTuple):
+    """A prompt's chunk: queries q[start:stop] whose last `stop - start` keys are their own; rows, shape as above."""
+
+    rows: torch.Tensor
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+    first: int
+    keys: int
+
+
+class _Step(NamedTuple):
+    """What one KV group's layers share, made by the first of them; `staircase` is described in `_staircase`."""
+
+    geometry: tuple[object, ...]
+    decodes: list[_Decodes]
+    prefills: list[_Chunk]
+    staircase: torch.Tensor | None
+    window: int
+
+
+def _step_index(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> _Step:
+    geometry = (kv_layer.shape[2:], kv_layer.stride(), q.dtype)
+    step: _Step | None = plan.scratch.get("reference")
+    if step is None or step.geometry != geometry:
+        step = _make_step(q, kv_layer, plan, geometry)
+        plan.scratch["reference"] = step
+    return step
+
+
+def _make_step(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, geometry: tuple[object, ...]
+) -> _Step:
+    starts: list[int] = plan.query_start.tolist()
+    lengths: list[int] = plan.context_lens.tolist()
+    if max(lengths, default=0) > plan.tables.shape[1] * plan.block_size:
+        raise ValueError(f"context_lens ({max(lengths)}) exceeds the block tables ({list(plan.tables.shape)} blocks)")
+    tables = plan.tables.index_select(0, plan.rows).long()
+    decodes = [
+        _index_decodes(group, lengths, tables, q, kv_layer, plan)
+        for group in _group_by_length(lengths[: plan.num_decodes], kv_layer, plan)
+    ]
+    prefills = [
+        _index_chunk(tables[i], starts[i], starts[i + 1], lengths[i], kv_layer, plan)
+        for i in range(plan.num_decodes, len(lengths))
+        if starts[i + 1] > starts[i]
+    ]
+    staircase = None
+    if any(_needs_mask(chunk, plan.window) for chunk in prefills):
+        staircase = _staircase(max(chunk.keys for chunk in prefills), plan.window, q.dtype)
+    return _Step(geometry, decodes, prefills, staircase, plan.window)
+
+
+def _blocks_seen(length: int, queries: int, plan: AttentionPlan) -> tuple[int, int]:
+    """The blocks [first, last) of a sequence that its last `queries` tokens see; one block for an empty sequence."""
+    oldest = max(0, length - queries + 1 - plan.window) if plan.window else 0
+    return oldest // plan.block_size, max(1, -(-length // plan.block_size))
+
+
+def _group_by_length(lengths: list[int], kv_layer: torch.Tensor, plan: AttentionPlan) -> list[list[int]]:
+    """Split the decodes so that neither padding nor the gathered size gets large. Groups are longest first."""
+    block_bytes = 2 * kv_layer.stride(2) * kv_layer.shape[2] * kv_layer.element_size()
+    sizes = [last - first for first, last in (_blocks_seen(length, 1, plan) for length in lengths)]
+    if len(set(sizes)) <= 1 and sum(sizes) * block_bytes <= GROUP_BYTES:
+        return [list(range(len(sizes)))] if sizes else []
+    groups: list[list[int]] = []
+    widest = waste = 0
+    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
+        waste += (widest - sizes[i]) * block_bytes
+        if not groups or waste > WASTE_BYTES or (len(groups[-1]) + 1) * widest * block_bytes > GROUP_BYTES:
+            groups.append([])
+            widest, waste = sizes[i], 0
+        groups[-1].append(i)
+    return [list(range(len(sizes)))] if len(groups) == 1 else groups
+
+
+def _gather_rows(tables: torch.Tensor, kv_layer: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Block tables [G, W] → the rows that hold them and the gathered tensor's shape [2 (K, V), G, Hkv, W * BS, D]."""
+    heads, block_size, head_dim = kv_layer.shape[2:]
+    per_block, per_side, per_head = row_strides(kv_layer, block_size * head_dim)
+    sides = torch.arange(2).view(2, 1, 1, 1) * per_side
+    rows = sides + (torch.arange(heads) * per_head).view(1, 1, heads, 1) + (tables * per_block).unsqueeze(1)
+    return rows.flatten(), (2, tables.shape[0], heads, tables.shape[1] * block_size, head_dim)
+
+
+def _index_decodes(
+    group: list[int],
+    lengths: list[int],
+    tables: torch.Tensor,
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+) -> _Decodes:
+    seen = [_blocks_seen(lengths[i], 1, plan) for i in group]
+    width = max(last - first for first, last in seen)
+    first_block = torch.tensor([first for first, _ in seen]).unsqueeze(1)
+    last_block = torch.tensor([last for _, last in seen]).unsqueeze(1)
+    columns = first_block + torch.arange(width)
+    order = torch.tensor(group)
+    inside = (columns < last_block) & (torch.tensor([lengths[i] for i in group]).unsqueeze(1) > 0)
+    blocks = tables[order].gather(1, columns.clamp_(max=tables.shape[1] - 1))
+    rows, shape = _gather_rows(torch.where(inside, blocks, 0), kv_layer)  # block 0 is the null block: zeros
+
+    base = [first * plan.block_size for first, _ in seen]
+    stop = [max(1, lengths[i]) - offset for i, offset in zip(group, base, strict=True)]
+    start = [max(0, s - plan.window) if plan.window else 0 for s in stop]
+    whole = None if group == list(range(plan.num_decodes)) else order
+    if len(set(stop)) == 1 and len(set(start)) == 1:
+        return _Decodes(rows, shape, whole, start[0], stop[0] - start[0], None, None)
+    keys = torch.arange(shape[3])
+    hidden = (keys < torch.tensor(start).unsqueeze(1)) | (keys >= torch.tensor(stop).unsqueeze(1))
+    bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)[:, None, None, :]
+    own = hidden & inside.repeat_interleave(plan.block_size, 1)  # the rest comes from the null block
+    unseen = own[None, :, None, :].expand(2, -1, shape[2], -1).flatten().nonzero().squeeze(1)
+    return _Decodes(rows, shape, whole, 0, shape[3], bias, unseen if unseen.numel() else None)
+
+
+def _decode(q: torch.Tensor, kv_layer: torch.Tensor, group: _Decodes, scale: float) -> torch.Tensor:
+    """q [G, Hq, D] → [G, Hq, D]."""
+    _, sequences, kv_heads, _, head_dim = group.shape
+    gathered = flat_rows(kv_layer, kv_layer.stride(2)).index_select(0, group.rows)
+    if group.unseen is not None:
+        gathered.view(-1, head_dim).index_fill_(0, group.unseen, 0.0)
+    key, value = gathered.view(group.shape).narrow(3, group.first, group.keys).to(q.dtype).unbind(0)
+    packed = q.reshape(sequences, kv_heads, -1, head_dim)
+    out = F.scaled_dot_product_attention(packed, key, value, group.bias, scale=scale)
+    return out.reshape(q.shape)
+
+
+def _index_chunk(
+    table: torch.Tensor, start: int, stop: int, length: int, kv_layer: torch.Tensor, plan: AttentionPlan
+) -> _Chunk:
+    first_block, last_block = _blocks_seen(length, stop - start, plan)
+    rows, shape = _gather_rows(table[None, first_block:last_block], kv_layer)
+    base = first_block * plan.block_size
+    oldest = max(0, length - (stop - start) + 1 - plan.window) if plan.window else 0
+    return _Chunk(rows, shape, start, stop, oldest - base, length - oldest)
+
+
+def _needs_mask(chunk: _Chunk, window: int) -> bool:
+    """Not when all keys are the chunk's own (plain causal), nor for one query, whose keys are all seen."""
+    queries = chunk.stop - chunk.start
+    return queries > 1 and (chunk.keys > queries or 0 < window < chunk.keys)
+
+
+def _staircase(longest: int, window: int, dtype: torch.dtype) -> torch.Tensor:
+    """[QUERY_TILE, longest + QUERY_TILE] of 0 and -inf: row i sees columns (longest + i - window, longest + i].
+
+    Whether a query sees a key depends on their distance only, so the mask of any tile of queries is a view of this one.
+    """
+    distance = torch.arange(QUERY_TILE).unsqueeze(1) + longest - torch.arange(longest + QUERY_TILE)
+    hidden = distance < 0
+    if window:
+        hidden |= distance >= window
+    return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+
+
+def _prefill(
+    q: torch.Tensor, kv_layer: torch.Tensor, chunk: _Chunk, step: _Step, scale: float, out: torch.Tensor
+) -> None:
+    """Fill out[start:stop]. The group's query heads become heads of a batch of key heads: K and V expand at no cost."""
+    _, _, kv_heads, _, head_dim = chunk.shape
+    gathered = flat_rows(kv_layer, kv_layer.stride(2)).index_select(0, chunk.rows).view(chunk.shape)
+    seen = gathered[:, 0, :, chunk.first : chunk.first + chunk.keys].to(q.dtype)
+    group = q.shape[1] // kv_heads
+    queries = chunk.stop - chunk.start
+    packed = q[chunk.start : chunk.stop].reshape(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    key, value = seen.unsqueeze(2).expand(2, kv_heads, group, chunk.keys, head_dim).unbind(0)
+    target = out[chunk.start : chunk.stop].view(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)
+    if not _needs_mask(chunk, step.window):
+        target.copy_(F.scaled_dot_product_attention(packed, key, value, is_causal=queries > 1, scale=scale))
+        return
+    assert step.staircase is not None
+    zero = step.staircase.shape[1] - QUERY_TILE  # the column of row 0's own key
+    for low in range(0, queries, QUERY_TILE):
+        high = min(low + QUERY_TILE, queries)
+        own = chunk.keys - queries + low  # the key of the tile's first query
+        stop = chunk.keys - queries + high
+        begin = max(0, own + 1 - step.window) if step.window else 0
+        bias = step.staircase[: high - low, zero - own + begin : zero - own + stop]
+        tile = F.scaled_dot_product_attention(
+            packed[:, :, low:high], key[:, :, begin:stop], value[:, :, begin:stop], bias, scale=scale
+        )
+        target[:, :, low:high].copy_(tile)
