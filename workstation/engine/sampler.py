@@ -1,0 +1,200 @@
+"""Logits + rows → tokens, on the device, without waiting for it.
+
+The order is vLLM's: allowed ids, bans (bad words, min_tokens), bias, penalties; then greedy rows take the argmax and
+the others go through temperature, min_p, top_k, top_p (over what top_k left) and one inverse-CDF draw whose uniform
+depends on (seed, sample index, position) alone. So a row's sample is the same alone and in any company.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from workstation.engine import sampling_math
+from workstation.engine.sampling_plan import StepPlan, build_plan
+from workstation.engine.sampling_state import (
+    FREQUENCY,
+    IN_PROMPT,
+    INVERSE_TEMPERATURE,
+    KEY,
+    MIN_P,
+    PRESENCE,
+    REPETITION,
+    TOP_K,
+    TOP_P,
+    SamplingState,
+)
+
+NEG_INF = sampling_math.NEG_INF
+
+
+@dataclass(slots=True)
+class SampleLogprobs:
+    """Raw log-probabilities for those places of a step whose rows asked for them.
+
+    Attributes:
+        places: host list of M indices into the step's L samples, ascending.
+        chosen: [M] float32.  ranks: [M] int64, 1-based.
+        top_values: [M, k] float32, descending.  top_ids: [M, k] int64; k is the largest anyone asked for.
+    """
+
+    places: list[int]
+    chosen: torch.Tensor
+    top_values: torch.Tensor
+    top_ids: torch.Tensor
+    ranks: torch.Tensor
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """One step's samples, on the device.
+
+    Attributes:
+        tokens: [L] int64, always valid ids (0 where not finite).
+        finite: [L] bool; False where nothing can be drawn: the logits hold NaN or +inf or are all -inf, or the row's
+            masks left no token. The engine ends such a request with an error.
+        logprobs: None when no row of the step asked.
+    """
+
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    logprobs: SampleLogprobs | None = None
+
+
+class Sampler:
+    """Samples from rows described by a SamplingState."""
+
+    def __init__(self, state: SamplingState) -> None:
+        self.state = state
+        self._plan_key: tuple[object, ...] = ()
+        self._plan = StepPlan()
+
+    @torch.no_grad()
+    def sample(
+        self, logits: torch.Tensor, rows: Sequence[int], rows_t: torch.Tensor, positions_t: torch.Tensor,
+        steps: Sequence[int],
+    ) -> SampleOutput:
+        """Draw one token a row. `state.flush()` must have run since the rows were last changed.
+
+        logits: [L, V] float, left as they are. rows: the L rows, distinct, on the host; rows_t: the same, [L] int64 on
+        the device. positions_t: [L] int64, place in its sequence of the token being drawn (prompt length + k).
+        steps: tokens each row's output holds so far (k), on the host; read for min_tokens only.
+        """
+        plan = self._planned(rows, steps)
+        raw = logits if logits.dtype == torch.float32 else logits.float()
+        x = self._adjusted(raw, rows_t, plan)
+        maximum, tokens = sampling_math.row_max(x)
+        finite = torch.isfinite(maximum)
+        if plan.adjusts:  # a mask may hide a NaN, but the model is broken all the same
+            finite &= torch.isfinite(raw.amax(-1))
+        if plan.random:
+            tokens = self._drawn(x, maximum, tokens, rows_t, positions_t, plan)
+        tokens = torch.where(finite, tokens, 0)
+        if plan.penalty_places is not None and plan.penalty_slots is not None:
+            self.state.counts.add(plan.penalty_slots, tokens.index_select(0, plan.penalty_places))
+        return SampleOutput(tokens, finite, self._logprobs(raw, tokens, plan))
+
+    def _drawn(
+        self, x: torch.Tensor, maximum: torch.Tensor, best: torch.Tensor, rows_t: torch.Tensor,
+        positions_t: torch.Tensor, plan: StepPlan,
+    ) -> torch.Tensor:
+        """Greedy rows keep `best`; the others draw. Returns [L] int64."""
+        table = self.state.table.index_select(0, rows_t)
+        numbers = table.view(torch.float64)
+        inverse = numbers[:, INVERSE_TEMPERATURE].float()
+        w = sampling_math.weights(x, maximum, inverse)
+        if plan.min_p:
+            sampling_math.cut(w, w, numbers[:, MIN_P].float())
+        if plan.ordered_places is not None:
+            self._filter(x, w, maximum, inverse, table, plan)
+        drawn = sampling_math.draw(w, sampling_math.uniform(table[:, KEY], positions_t))
+        return torch.where(inverse > 0, drawn, best)
+
+    def _filter(
+        self, x: torch.Tensor, w: torch.Tensor, maximum: torch.Tensor, inverse: torch.Tensor, table: torch.Tensor,
+        plan: StepPlan,
+    ) -> None:
+        """Zero the weights that top_k and top_p cut, in place, ordering only the rows that ask for it."""
+        places = plan.ordered_places
+        assert places is not None
+        some = (x, w, maximum, inverse, table)
+        if not plan.ordered_all:
+            x, w, maximum, inverse, table = (item.index_select(0, places) for item in some)
+        threshold = sampling_math.filter_threshold(
+            x, w, maximum, inverse, table[:, TOP_K], table.view(torch.float64)[:, TOP_P],
+            largest_k=plan.largest_k, any_top_p=plan.any_top_p,
+        )
+        sampling_math.cut(w, x, threshold)
+        if not plan.ordered_all:
+            some[1].index_copy_(0, places, w)
+
+    def _adjusted(self, raw: torch.Tensor, rows_t: torch.Tensor, plan: StepPlan) -> torch.Tensor:
+        """Logits after masks, bias and penalties: `raw` itself when no row has any, else a copy."""
+        if not plan.adjusts:
+            return raw
+        x = raw.clone(memory_format=torch.contiguous_format)
+        flat = x.view(-1)
+        if plan.allowed_flat is not None and plan.allowed_places is not None:
+            kept = flat.index_select(0, plan.allowed_flat)
+            x.index_fill_(0, plan.allowed_places, NEG_INF)
+            flat.index_copy_(0, plan.allowed_flat, kept)
+        if plan.banned_flat is not None:
+            flat.index_fill_(0, plan.banned_flat, NEG_INF)
+        if plan.bias_flat is not None and plan.bias_values is not None:
+            flat.index_add_(0, plan.bias_flat, plan.bias_values)
+        if plan.penalty_places is not None and plan.penalty_slots is not None:
+            self._penalise(x, rows_t, plan.penalty_places, plan.penalty_slots)
+        return x
+
+    def _penalise(self, x: torch.Tensor, rows_t: torch.Tensor, places: torch.Tensor, slots: torch.Tensor) -> None:
+        numbers = self.state.table.index_select(0, rows_t.index_select(0, places)).view(torch.float64).float()
+        counts = self.state.counts.table.index_select(0, slots)
+        changed = sampling_math.repeat_penalties(
+            x.index_select(0, places), counts & (IN_PROMPT - 1), counts.clamp(max=1),
+            numbers[:, REPETITION], numbers[:, FREQUENCY], numbers[:, PRESENCE],
+        )
+        x.index_copy_(0, places, changed)
+
+    def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, plan: StepPlan) -> SampleLogprobs | None:
+        if plan.logprob_places is None or plan.logprob_host is None:
+            return None
+        if len(plan.logprob_host) < len(tokens):
+            raw = raw.index_select(0, plan.logprob_places)
+            tokens = tokens.index_select(0, plan.logprob_places)
+        chosen, values, ids, ranks = sampling_math.token_logprobs(raw, tokens, plan.top_logprobs)
+        return SampleLogprobs(plan.logprob_host, chosen, values, ids, ranks)
+
+    def _planned(self, rows: Sequence[int], steps: Sequence[int]) -> StepPlan:
+        state = self.state
+        short: tuple[int, ...] = ()
+        if state.waiting_for_min:
+            short = tuple(place for place, (row, step) in enumerate(zip(rows, steps, strict=True))
+                          if row in state.waiting_for_min and step < state.rules[row].min_tokens)
+        key = (state.version, short, tuple(rows))
+        if key != self._plan_key:
+            self._plan = build_plan(state, rows, short)
+            self._plan_key = key
+        return self._plan
+
+
+@torch.no_grad()
+def prompt_logprobs(logits: torch.Tensor, targets: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+    """Log-probabilities of given next tokens: `targets[i]` under `logits[i]`.
+
+    logits: [N, V] float; targets: [N] int64; k: 0…V. Returns chosen [N] float32, top values [N, k] float32,
+    top ids [N, k] int64, ranks [N] int64. The workspace is bounded: rows go in chunks.
+    """
+    return sampling_math.token_logprobs(logits, targets, k)
+
+
+@torch.no_grad()
+def top_logprobs(logits: torch.Tensor, k: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The k most likely tokens of each row, for beam search. Returns values [N, k] float32 and ids [N, k] int64."""
+    nobody = torch.zeros(logits.shape[0], dtype=torch.int64, device=logits.device)
+    _, values, ids, _ = sampling_math.token_logprobs(logits, nobody, k)
+    return values, ids
+
+
+__all__ = ["SampleLogprobs", "SampleOutput", "Sampler", "SamplingState", "prompt_logprobs", "top_logprobs"]
