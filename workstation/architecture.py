@@ -86,6 +86,15 @@ class ModelShape:
         """Layer slots in a block: the same in every group, so that one pool serves all."""
         return max(len(group.layers) for group in self.kv_groups)
 
+    @property
+    def num_parameters(self) -> int:
+        """Weights, biases and norms; a tied head counts once."""
+        heads, hidden, ffn = self.num_heads + 2 * self.num_kv_heads, self.hidden_size, self.intermediate_size
+        attention = hidden * (heads + self.num_heads) * self.head_dim + 2 * self.head_dim * self.qk_norm
+        biases = self.qkv_bias * heads * self.head_dim + self.o_bias * hidden + self.mlp_bias * (2 * ffn + hidden)
+        layer = attention + 3 * hidden * ffn + 2 * hidden + biases
+        return self.num_layers * layer + hidden + self.vocab_size * hidden * (1 if self.tie_embeddings else 2)
+
     def kv_bytes_per_block(self, block_size: int, element_bytes: int) -> int:
         return self.layers_per_block * 2 * self.num_kv_heads * block_size * self.head_dim * element_bytes
 

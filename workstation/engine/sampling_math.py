@@ -55,7 +55,7 @@ def uniform(keys: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     keys, positions: [L] int64. Returns [L] float64 in [0, 1 - 2**-52], the same bits on every device.
     """
     bits = _mix(keys + (positions + 1) * signed(GOLDEN))
-    fraction = ((bits >> (64 - UNIFORM_BITS)) & (2**UNIFORM_BITS - 1)).double()
+    fraction: torch.Tensor = ((bits >> (64 - UNIFORM_BITS)) & (2**UNIFORM_BITS - 1)).double()
     return fraction.mul_(UNIFORM_STEP)
 
 

@@ -12,7 +12,7 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from workstation.architecture import KVGroup
 from workstation.engine.batch import Batch, Chunk, Sample
@@ -338,8 +338,8 @@ class Scheduler:
         return [seq for seq in request.sequences if seq.finished is None]
 
     def snapshot(self) -> EngineStats:
-        """Counters and gauges, now."""
-        stats = self.stats
+        """Counters and gauges, now, in an object of their own."""
+        stats = replace(self.stats, finished=dict(self.stats.finished))
         stats.time = self.clock()
         stats.running, stats.waiting = len(self.running), len(self.waiting)
         stats.blocks_free, stats.blocks_cached = self.pool.num_free, self.pool.num_cached

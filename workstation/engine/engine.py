@@ -1,0 +1,80 @@
+"""Engine: schedule, launch, collect, commit, emit. One thread owns it; the server and `LLM` drive it."""
+
+from __future__ import annotations
+
+import time
+
+from workstation.engine.commit import Committer
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.runner import ModelRunner, Step
+from workstation.engine.sampling_state import check_candidates
+from workstation.engine.scheduler import Scheduler
+from workstation.errors import InvalidRequestError
+
+
+class Engine:
+    """The loop. With `overlap`, step N+1 is planned and launched while step N is on the device."""
+
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: EngineInfo, *, overlap: bool) -> None:
+        self.info = info
+        self._scheduler = scheduler
+        self._runner = runner
+        self._committer = Committer(scheduler)
+        self._overlap = overlap
+        self._in_flight: Step | None = None
+
+    @property
+    def has_work(self) -> bool:
+        return self._scheduler.has_work or self._in_flight is not None
+
+    def submit(self, request: EngineRequest) -> None:
+        """Queue a request.
+
+        Raises:
+            InvalidRequestError: ids without a logit, nothing left to sample.  ContextLengthError: it can never fit.
+            OverloadedError: the queue is full.
+        """
+        width = self.info.logits_width
+        for token in request.prompt_token_ids:
+            if not 0 <= token < width:
+                raise InvalidRequestError(f"prompt token ids must be between 0 and {width - 1}, got {token}", param="prompt")
+        request.params.check_token_ids(width)
+        if request.beam is None:
+            eos = [] if request.params.ignore_eos else request.eos_token_ids
+            check_candidates(request.params, [*request.params.stop_token_ids, *eos])
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> list[TokenEvent]:
+        """End a request now; its last events. Unknown ids give none."""
+        return self._committer.abort(request_id)
+
+    def step(self) -> list[TokenEvent]:
+        """One turn of the loop: the tokens of the newest finished step."""
+        started = time.perf_counter()
+        batch = self._scheduler.schedule()
+        launched = self._runner.launch(batch) if batch else None
+        done = launched
+        if self._overlap:
+            done, self._in_flight = self._in_flight, launched
+        if batch:
+            self._count(batch.num_tokens, batch.num_prompt_tokens)
+        events = self._committer.commit(done.batch, self._runner.collect(done)) if done else []
+        self._scheduler.stats.step_seconds = time.perf_counter() - started
+        return events
+
+    def reset_prefix_cache(self) -> int:
+        """Forget all cached prefixes; returns how many blocks became free."""
+        return self._scheduler.pool.clear_cache()
+
+    def stats(self) -> EngineStats:
+        return self._scheduler.snapshot()
+
+    def check(self) -> None:
+        """Prove the books of blocks and rows. Raises AssertionError."""
+        self._scheduler.check()
+
+    def _count(self, tokens: int, prompt_tokens: int) -> None:
+        stats = self._scheduler.stats
+        stats.steps += 1
+        stats.step_tokens = tokens
+        stats.computed_prompt_tokens += prompt_tokens

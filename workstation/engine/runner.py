@@ -1,0 +1,201 @@
+"""ModelRunner: owns weights, KV pool and rows; launches a step and later collects what it gave.
+
+`launch` never waits for the device: one upload, the forward pass, sampling, state update, and a download that `collect`
+waits for. On a GPU the download is a copy into pinned memory, guarded by an event of its own step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from workstation.architecture import ModelShape
+from workstation.engine import sequence
+from workstation.engine.batch import Batch, Chunk, Sample, StepResult
+from workstation.engine.inputs import InputBuilder, StepTensors
+from workstation.engine.request import SamplingParams, TokenLogprobs
+from workstation.engine.rows import Rows
+from workstation.engine.sampler import SampleLogprobs, Sampler, prompt_logprobs, top_logprobs
+from workstation.engine.sampling_state import SamplingState, banned_next
+from workstation.engine.transfer import record_event, to_device, to_host
+from workstation.kernels import ops
+from workstation.model.transformer import Decoder
+
+PROMPT_LOGPROB_ROWS = 256
+_GREEDY = SamplingParams(temperature=0.0)
+
+
+@dataclass(slots=True)
+class _PromptRows:
+    """Log-probabilities of one chunk's prompt tokens, on the way to the host."""
+
+    chunk: int
+    targets: list[int]
+    parts: list[tuple[torch.Tensor, ...]]
+
+
+@dataclass(slots=True)
+class Step:
+    """A launched step. `ready` is None on the CPU, where launch has done the work already."""
+
+    batch: Batch
+    tokens: torch.Tensor
+    finite: torch.Tensor
+    logprobs: SampleLogprobs | None = None
+    beams: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    prompts: list[_PromptRows] = field(default_factory=list)
+    ready: Any = None
+
+
+class ModelRunner:
+    """Everything that lives on the device.
+
+    Args:
+        model: the decoder, its weights in place.  num_blocks: of the pool, the null block included.
+        max_model_len: tokens a sequence may hold; sizes the block tables.
+    """
+
+    def __init__(self, model: Decoder, shape: ModelShape, *, num_blocks: int, block_size: int, max_rows: int,
+                 max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+        self.model = model
+        self.device = device
+        self.pool = torch.zeros(num_blocks, shape.layers_per_block, 2, shape.num_kv_heads, block_size, shape.head_dim,
+                                dtype=dtype, device=device)
+        self._kv = (self.pool,) * len(shape.kv_groups)
+        self._rows = Rows(max_rows, -(-max_model_len // block_size), len(shape.kv_groups), device)
+        self._inputs = InputBuilder(self._rows, shape.kv_groups, block_size)
+        self._state = SamplingState(max_rows, shape.vocab_size, device)
+        self._sampler = Sampler(self._state)
+        self._owners: dict[int, sequence.Sequence] = {}
+
+    @torch.inference_mode()
+    def launch(self, batch: Batch) -> Step:
+        """Start a step; its results are fetched by `collect`."""
+        self._own_rows(batch.samples)
+        self._copy(batch.copies)
+        tensors = self._inputs.build(batch)
+        hidden = self.model.forward(tensors.model, self._kv)
+        prompts = self._prompt_logprobs(batch, hidden)
+        if not batch.samples:
+            empty = torch.empty(0, dtype=torch.int64, device=self.device)
+            return self._download(Step(batch, empty, empty.bool(), prompts=prompts))
+        logits = self.model.logits(hidden.index_select(0, tensors.model.logits_indices))
+        return self._download(self._sample(batch, logits, tensors, prompts))
+
+    def collect(self, step: Step) -> StepResult:
+        """Wait for a step and bring its results into plain Python."""
+        if step.ready is not None:
+            step.ready.synchronize()
+        logprobs: list[TokenLogprobs | None] = [None] * len(step.batch.samples)
+        tokens: list[int] = step.tokens.tolist()
+        finite: list[bool] = step.finite.tolist()
+        if step.logprobs is not None:
+            _read_logprobs(step, step.logprobs, tokens, logprobs)
+        for place, (values, ids) in step.beams.items():
+            logprobs[place] = TokenLogprobs([tokens[place], *ids[0].tolist()], [0.0, *values[0].tolist()], 1)
+        return StepResult(tokens, finite, logprobs, {item.chunk: _prompt_rows(item, step.batch) for item in step.prompts})
+
+    # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _own_rows(self, samples: Sequence[Sample]) -> None:
+        """Give rows that changed hands their new owner's sampling rules, and upload the changes."""
+        for sample in samples:
+            seq = sample.seq
+            request = seq.request.request
+            if self._owners.get(sample.row) is not seq:
+                self._owners[sample.row] = seq
+                prompt_len = seq.request.prompt_len
+                params = request.params if request.beam is None else _GREEDY
+                self._state.set_row(sample.row, params, seq.seed, seq.index, request.prompt_token_ids,
+                                    seq.tokens[prompt_len:], sorted(seq.request.stop_ids))
+            if seq.request.needs_host_tokens and request.beam is None:
+                self._state.set_banned(sample.row, banned_next(request.params.bad_word_ids,
+                                                               seq.tokens[seq.request.prompt_len:]))
+        self._state.flush()
+
+    def _copy(self, copies: Sequence[tuple[int, int]]) -> None:
+        """Copy blocks before they are written. A block may be read by one copy and overwritten by a later one."""
+        while copies:
+            sources: set[int] = set()
+            count = 0
+            for source, target in copies:
+                if target in sources:
+                    break
+                sources.add(source)
+                count += 1
+            pairs = to_device(np.array(copies[:count], dtype=np.int64), self.device)
+            ops.copy_blocks(self.pool, pairs[:, 0].contiguous(), pairs[:, 1].contiguous())
+            copies = copies[count:]
+
+    # ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _sample(self, batch: Batch, logits: torch.Tensor, tensors: StepTensors, prompts: list[_PromptRows]) -> Step:
+        samples = batch.samples
+        steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
+        output = self._sampler.sample(logits, [sample.row for sample in samples], tensors.sample_rows,
+                                      tensors.sample_positions, steps)
+        self._rows.last_token.index_copy_(0, tensors.sample_rows, output.tokens)
+        step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
+        for place, sample in enumerate(samples):
+            beam = sample.seq.request.request.beam
+            if beam is not None:
+                count = min(2 * beam.beam_width, logits.shape[1])
+                step.beams[place] = top_logprobs(logits[place:place + 1], count)
+        return step
+
+    def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[_PromptRows]:
+        found: list[_PromptRows] = []
+        first = 0
+        for number, chunk in enumerate(batch.chunks):
+            wanted = chunk.seq.request.request.params.prompt_logprobs
+            if wanted is not None:
+                targets = _prompt_targets(chunk)
+                if targets:
+                    found.append(_PromptRows(number, targets, self._score(hidden[first:first + len(targets)], targets, wanted)))
+            first += chunk.count
+        return found
+
+    def _score(self, hidden: torch.Tensor, targets: list[int], wanted: int) -> list[tuple[torch.Tensor, ...]]:
+        ids = to_device(np.array(targets, dtype=np.int64), self.device)
+        cuts = [slice(at, at + PROMPT_LOGPROB_ROWS) for at in range(0, len(targets), PROMPT_LOGPROB_ROWS)]
+        return [prompt_logprobs(self.model.logits(hidden[cut]), ids[cut], wanted) for cut in cuts]
+
+    def _download(self, step: Step) -> Step:
+        if self.device.type != "cuda":
+            return step
+        step.tokens, step.finite = to_host(step.tokens), to_host(step.finite)
+        if step.logprobs is not None:
+            for name in ("chosen", "top_values", "top_ids", "ranks"):
+                setattr(step.logprobs, name, to_host(getattr(step.logprobs, name)))
+        step.beams = {place: (to_host(values), to_host(ids)) for place, (values, ids) in step.beams.items()}
+        for item in step.prompts:
+            item.parts = [tuple(map(to_host, part)) for part in item.parts]
+        step.ready = record_event()
+        return step
+
+
+def _prompt_targets(chunk: Chunk) -> list[int]:
+    """The prompt tokens that follow the chunk's tokens."""
+    prompt = chunk.seq.request.request.prompt_token_ids
+    return prompt[chunk.start + 1:chunk.start + 1 + chunk.count]
+
+
+def _prompt_rows(item: _PromptRows, batch: Batch) -> list[TokenLogprobs]:
+    wanted = batch.chunks[item.chunk].seq.request.request.params.prompt_logprobs or 0
+    rows: list[TokenLogprobs] = []
+    for chosen, values, ids, ranks in item.parts:
+        for target, given, tops, names, rank in zip(item.targets[len(rows):], chosen.tolist(), values.tolist(),
+                                                    ids.tolist(), ranks.tolist(), strict=False):
+            rows.append(TokenLogprobs([target, *names[:wanted]], [given, *tops[:wanted]], rank))
+    return rows
+
+
+def _read_logprobs(step: Step, found: SampleLogprobs, tokens: list[int], into: list[TokenLogprobs | None]) -> None:
+    for place, chosen, values, ids, rank in zip(found.places, found.chosen.tolist(), found.top_values.tolist(),
+                                                found.top_ids.tolist(), found.ranks.tolist(), strict=True):
+        wanted = step.batch.samples[place].seq.request.request.params.logprobs or 0
+        into[place] = TokenLogprobs([tokens[place], *ids[:wanted]], [chosen, *values[:wanted]], rank)

@@ -1,0 +1,108 @@
+"""Start-up: config → device, dtype, plan, weights, pool → Engine. Everything that can be refused is refused here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import torch
+
+from workstation import gpu
+from workstation.architecture import ModelShape, read_shape
+from workstation.config import EngineConfig
+from workstation.engine.blocks import BlockPool
+from workstation.engine.engine import Engine
+from workstation.engine.request import EngineInfo
+from workstation.engine.runner import ModelRunner
+from workstation.engine.scheduler import Scheduler, SchedulerLimits
+from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
+from workstation.memory import DeviceMemory, MemoryPlan, gib, plan_memory
+from workstation.model.loader import load_model
+
+log = logging.getLogger("ws.engine")
+
+Progress = Callable[[int, int], None]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def choose_device(name: str) -> torch.device:
+    """"auto" is the first GPU; the CPU must be asked for by name. Raises DeviceError, ConfigError."""
+    if name == "cpu":
+        return torch.device("cpu")
+    wanted = "cuda:0" if name in ("auto", "cuda") else name
+    kind, _, number = wanted.partition(":")
+    if kind != "cuda" or not number.isdigit():
+        raise ConfigError(f"device must be auto, cpu, cuda or cuda:N, got {name!r}", param="device")
+    gpu.require_cuda(torch.version.cuda, torch.cuda.device_count() if torch.cuda.is_available() else 0, index=int(number))
+    return torch.device("cuda", int(number))
+
+
+def choose_dtype(config: EngineConfig, shape: ModelShape, device: torch.device) -> torch.dtype:
+    """"auto": the checkpoint's dtype on a GPU (bfloat16 for float32 checkpoints), float32 on the CPU."""
+    if config.dtype != "auto":
+        return DTYPES[config.dtype]
+    if device.type == "cpu":
+        return torch.float32
+    return DTYPES.get(shape.dtype, torch.bfloat16) if shape.dtype != "float32" else torch.bfloat16
+
+
+def device_memory(device: torch.device) -> DeviceMemory:
+    """What the device has now, in bytes. Raises DeviceError when the card cannot be opened."""
+    if device.type == "cpu":
+        return gpu.host_memory()
+    try:
+        free, total = torch.cuda.mem_get_info(device)
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+    except RuntimeError as error:
+        raise DeviceError(f"{device} cannot be opened: {error}", param="device") from error
+    card = gpu.sample(uuid=uuid)
+    return DeviceMemory("cuda", total, free, display=bool(card and card.display))
+
+
+def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
+    """Load a model and make it ready. Raises a StartupError that names the cause and the cure."""
+    begun = time.monotonic()
+    if config.num_threads is not None:
+        torch.set_num_threads(config.num_threads)
+    shape = read_shape(config.model)
+    device = choose_device(config.device)
+    dtype = choose_dtype(config, shape, device)
+    memory = device_memory(device)
+    plan = plan_memory(shape, config, shape.num_parameters * dtype.itemsize, memory, dtype_bytes=dtype.itemsize)
+    if plan.note:
+        log.warning(plan.note)
+    try:
+        model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
+                           load_format=config.load_format, progress=progress)
+        loaded = time.monotonic()
+        runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
+                             max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, dtype=dtype, device=device)
+    except torch.cuda.OutOfMemoryError as error:
+        raise OutOfMemoryError(f"the plan ({gib(plan.total)}) did not fit beside what else is on {device}: {error}") from error
+    pool = BlockPool(plan.num_blocks, config.block_size)
+    limits = SchedulerLimits(
+        max_tokens=plan.max_num_batched_tokens, max_rows=config.max_num_seqs, max_len=plan.max_model_len,
+        max_queue=config.max_num_queued_reqs, chunked_prefill=config.enable_chunked_prefill,
+        priority=config.scheduling_policy == "priority")
+    scheduler = Scheduler(pool, shape.kv_groups, limits, caching=config.enable_prefix_caching, seed=config.seed)
+    overlap = device.type == "cuda" if config.overlap is None else config.overlap
+    info = _info(config, shape, plan, device, dtype)
+    info.load_seconds, info.ready_seconds = loaded - begun, time.monotonic() - begun
+    _log_measured(plan, device)
+    return Engine(scheduler, runner, info, overlap=overlap)
+
+
+def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: torch.device, dtype: torch.dtype) -> EngineInfo:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    return EngineInfo(
+        model=config.model, architecture=shape.architecture, dtype=str(dtype).removeprefix("torch."), device=str(device),
+        device_name=name, max_model_len=plan.max_model_len, logits_width=shape.vocab_size, num_blocks=plan.num_blocks - 1,
+        block_size=config.block_size, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
+        weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict())
+
+
+def _log_measured(plan: MemoryPlan, device: torch.device) -> None:
+    if device.type == "cuda":
+        held = torch.cuda.memory_allocated(device)
+        log.info("weights and KV pool: planned %s, measured %s", gib(plan.weights + plan.kv), gib(held))

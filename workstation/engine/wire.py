@@ -1,0 +1,83 @@
+"""Messages between server and engine: the one file that knows msgpack and sockets.
+
+Two unix sockets in a private directory: `inbox` (server → engine) and `outbox` (engine → server). Every message is a tagged
+struct, typed on arrival; nothing is ever unpickled. One `Step` message carries all new tokens of an engine step.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+
+
+class Submit(msgspec.Struct, tag="submit", array_like=True):
+    request: EngineRequest
+
+
+class Abort(msgspec.Struct, tag="abort", array_like=True):
+    request_ids: list[str]
+
+
+class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
+    """Stop at once; what is in flight is dropped (the server has drained before)."""
+
+
+class Ready(msgspec.Struct, tag="ready", array_like=True):
+    info: EngineInfo
+
+
+class Loading(msgspec.Struct, tag="loading", array_like=True):
+    done_bytes: int
+    total_bytes: int
+
+
+class StartFailed(msgspec.Struct, tag="failed", array_like=True):
+    """kind: class name in errors.py."""
+
+    kind: str
+    message: str
+    param: str | None
+
+
+class Step(msgspec.Struct, tag="step", array_like=True):
+    events: list[TokenEvent]
+
+
+class Refused(msgspec.Struct, tag="refused", array_like=True):
+    """A submitted request the engine does not take. kind: class name in errors.py."""
+
+    request_id: str
+    kind: str
+    message: str
+    param: str | None
+
+
+class Crashed(msgspec.Struct, tag="crashed", array_like=True):
+    """The engine's last words."""
+
+    cause: str
+
+
+class Beat(msgspec.Struct, tag="beat", array_like=True):
+    """Sent every half second by a thread of its own, so that a long step does not look like death.
+
+    step_age: seconds the present step has lasted, 0 when idle.
+    """
+
+    step_age: float
+    stats: EngineStats
+
+
+ToEngine = Submit | Abort | Shutdown
+FromEngine = Ready | Loading | StartFailed | Step | Refused | Crashed | Beat
+
+encode = msgspec.msgpack.Encoder().encode
+decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode
+decode_from_engine = msgspec.msgpack.Decoder(FromEngine).decode
+INBOX, OUTBOX, BEATS = "inbox", "outbox", "beats"
+
+
+def address(directory: str, name: str) -> str:
+    """The zmq endpoint of one of the sockets in the private directory."""
+    return f"ipc://{directory}/{name}"

@@ -1,0 +1,330 @@
+"""EngineProcess: the real EngineClient. Starts the engine's process, watches it, restarts it, fails what was in flight."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import hashlib
+import logging
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from workstation import errors
+from workstation.config import EngineConfig
+from workstation.engine import wire
+from workstation.engine.client import EngineState, Health
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+
+log = logging.getLogger("ws.supervisor")
+
+MAX_RESTARTS = 3
+RESTART_WINDOW_SECONDS = 60.0
+HEARTBEAT_LIMIT_SECONDS = 20.0
+STEP_LIMIT_SECONDS = 300.0
+STOP_SECONDS = 5.0
+WATCH_SECONDS = 0.25
+MAX_DEATHS_OF_A_REQUEST = 2
+REMEMBERED_REQUESTS = 4096
+
+
+def _error(kind: str, message: str, param: str | None) -> errors.WorkstationError:
+    """An error that crossed the process border, by class name."""
+    made = getattr(errors, kind, errors.EngineError)
+    if not issubclass(made, errors.WorkstationError):
+        made = errors.EngineError
+    if made is errors.OverloadedError:
+        return errors.OverloadedError(message)
+    return made(message, param=param)  # type: ignore[no-any-return]
+
+
+def _fingerprint(request: EngineRequest) -> bytes:
+    """Equal for equal prompts and parameters, whatever the request's id."""
+    return hashlib.blake2b(wire.encode((request.prompt_token_ids, request.params, request.beam)), digest_size=16).digest()
+
+
+class EngineProcess:
+    """An engine in a process of its own, restarted when it dies: at most 3 times in 60 s.
+
+    Args:
+        config: handed to the engine.  on_loading: called with (bytes done, bytes in all) while weights load.
+    """
+
+    def __init__(self, config: EngineConfig, *, on_loading: Callable[[int, int], None] | None = None) -> None:
+        self._config = config
+        self._on_loading = on_loading
+        self._state: EngineState = "starting"
+        self._info = EngineInfo()
+        self._stats = EngineStats()
+        self._cause = ""
+        self._restarts = 0
+        self._deaths: deque[float] = deque()
+        self._queues: dict[str, asyncio.Queue[TokenEvent | errors.WorkstationError]] = {}
+        self._requests: dict[str, EngineRequest] = {}
+        self._suspects: OrderedDict[bytes, int] = OrderedDict()
+        self._last_beat = time.monotonic()
+        self._step_age = 0.0
+        self._gave_up = asyncio.Event()
+        self._process: asyncio.subprocess.Process | None = None
+        self._directory = ""
+        self._tasks: list[asyncio.Task[None]] = []
+
+    # ── what the server sees ────────────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._info
+
+    @property
+    def pid(self) -> int | None:
+        return self._process.pid if self._process else None
+
+    def stats(self) -> EngineStats:
+        return self._stats
+
+    def health(self) -> Health:
+        return Health(self._state, time.monotonic() - self._last_beat, self._restarts, self._cause)
+
+    async def start(self) -> None:
+        """Return when the engine is ready; raise the StartupError that stopped it."""
+        await self._launch()
+        self._tasks.append(asyncio.create_task(self._watch(), name="engine-watch"))
+
+    async def stop(self) -> None:
+        """End the engine and remove its private directory. Requests in flight get EngineDeadError."""
+        self._state = "draining"
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks.clear()
+        if self._process is not None and self._process.returncode is None:
+            with contextlib.suppress(zmq.ZMQError):
+                self._inbox.send(wire.encode(wire.Shutdown()), zmq.NOBLOCK)
+            await self._end_process(STOP_SECONDS)
+        self._fail_all("the server is shutting down")
+        self._close()
+        self._state = "dead"
+
+    async def gave_up(self) -> str:
+        """Wait until the engine has died too often to be restarted; the cause of the last death."""
+        await self._gave_up.wait()
+        return self._cause
+
+    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        """See EngineClient.generate."""
+        self._admit(request)
+        queue: asyncio.Queue[TokenEvent | errors.WorkstationError] = asyncio.Queue()
+        self._queues[request.request_id], self._requests[request.request_id] = queue, request
+        done = False
+        try:
+            await self._inbox.send(wire.encode(wire.Submit(request)))
+            while not done:
+                item = await queue.get()
+                if isinstance(item, errors.WorkstationError):
+                    done = True
+                    raise item
+                done = item.finished
+                yield item
+        finally:
+            self._queues.pop(request.request_id, None)
+            self._requests.pop(request.request_id, None)
+            if not done:
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        if self._state == "ready":
+            with contextlib.suppress(zmq.ZMQError):
+                self._inbox.send(wire.encode(wire.Abort([request_id])), zmq.NOBLOCK)
+
+    def _admit(self, request: EngineRequest) -> None:
+        if self._state != "ready":
+            raise errors.EngineDeadError(f"the engine is {self._state}" + (f" ({self._cause})" if self._cause else ""))
+        if self._suspects and self._suspects.get(_fingerprint(request), 0) >= MAX_DEATHS_OF_A_REQUEST:
+            raise errors.InvalidRequestError(
+                f"this request was in flight at {MAX_DEATHS_OF_A_REQUEST} deaths of the engine and is not tried again")
+
+    # ── the process ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _launch(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="ws-")  # mode 0700: nobody else may connect
+        self._context = zmq.asyncio.Context()
+        self._inbox = self._bind(zmq.PUSH, wire.INBOX)
+        self._outbox = self._bind(zmq.PULL, wire.OUTBOX)
+        self._beats = self._bind(zmq.PULL, wire.BEATS)
+        config = msgspec.json.encode(dataclasses.asdict(self._config))
+        await asyncio.to_thread((Path(self._directory) / "config.json").write_bytes, config)
+        self._last_beat, self._step_age = time.monotonic(), 0.0
+        self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._process = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "workstation.engine.process", self._directory, str(os.getpid()),
+            stdin=asyncio.subprocess.DEVNULL)
+        self._readers = [asyncio.create_task(self._read(socket)) for socket in (self._outbox, self._beats)]
+        died = asyncio.create_task(self._process.wait())
+        await asyncio.wait([died, self._ready], return_when=asyncio.FIRST_COMPLETED)
+        if not self._ready.done():
+            await asyncio.sleep(0.1)  # its last message may still be on the way
+        died.cancel()
+        if not self._ready.done():
+            self._ready.set_exception(errors.StartupError(f"the engine {self._how_it_ended()} while starting"))
+        try:
+            await self._ready
+        except errors.WorkstationError:
+            await self._end_process(0.0)
+            self._close()
+            self._state = "dead"
+            raise
+        self._state = "ready"
+
+    def _bind(self, kind: int, name: str) -> zmq.asyncio.Socket:
+        socket = self._context.socket(kind)
+        socket.setsockopt(zmq.LINGER, 0)
+        socket.setsockopt(zmq.SNDHWM, 0)
+        socket.setsockopt(zmq.RCVHWM, 0)
+        socket.bind(wire.address(self._directory, name))
+        return socket
+
+    def _close(self) -> None:
+        for reader in self._readers:
+            reader.cancel()
+        for socket in (self._inbox, self._outbox, self._beats):
+            socket.close(0)
+        self._context.term()
+        shutil.rmtree(self._directory, ignore_errors=True)
+
+    async def _end_process(self, patience: float) -> None:
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        if patience:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(process.wait(), patience)
+        if process.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                process.kill()
+            try:
+                await asyncio.wait_for(process.wait(), STOP_SECONDS)
+            except TimeoutError:
+                log.error("engine process %d does not die (stuck in the driver?)", process.pid)
+
+    def _how_it_ended(self) -> str:
+        code = self._process.returncode if self._process else None
+        if code is None:
+            return "stopped answering"
+        if code < 0:
+            return f"was killed by {signal.Signals(-code).name}"
+        return f"exited with code {code}"
+
+    # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _read(self, socket: zmq.asyncio.Socket) -> None:
+        while True:
+            self._handle(wire.decode_from_engine(await socket.recv()))
+
+    def _handle(self, message: wire.FromEngine) -> None:
+        if isinstance(message, wire.Step):
+            for event in message.events:
+                queue = self._queues.get(event.request_id)
+                if queue is not None:
+                    queue.put_nowait(event)
+        elif isinstance(message, wire.Beat):
+            self._last_beat, self._step_age, self._stats = time.monotonic(), message.step_age, message.stats
+        elif isinstance(message, wire.Refused):
+            queue = self._queues.get(message.request_id)
+            if queue is not None:
+                queue.put_nowait(_error(message.kind, message.message, message.param))
+        elif isinstance(message, wire.Loading):
+            if self._on_loading is not None:
+                self._on_loading(message.done_bytes, message.total_bytes)
+        elif isinstance(message, wire.Crashed):
+            self._cause = message.cause
+        elif isinstance(message, wire.Ready):
+            self._info = message.info
+            self._settle(None)
+        elif isinstance(message, wire.StartFailed):
+            self._settle(_error(message.kind, message.message, message.param))
+
+    def _settle(self, error: errors.WorkstationError | None) -> None:
+        if self._ready.done():
+            return
+        if error is None:
+            self._ready.set_result(None)
+        else:
+            self._ready.set_exception(error)
+
+    # ── death ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _watch(self) -> None:
+        while True:
+            await asyncio.sleep(WATCH_SECONDS)
+            cause = self._trouble()
+            if cause is None:
+                continue
+            self._state = "restarting"
+            await self._end_process(0.0)
+            await asyncio.sleep(0)  # let the reader take its last words
+            self._cause = self._cause or cause
+            log.error("the engine died: %s", self._cause)
+            self._blame()
+            self._fail_all(f"the engine died: {self._cause}")
+            self._close()
+            if not await self._restart():
+                return
+
+    def _trouble(self) -> str | None:
+        if self._process is not None and self._process.returncode is not None:
+            return f"it {self._how_it_ended()}"
+        silence = time.monotonic() - self._last_beat
+        if silence > HEARTBEAT_LIMIT_SECONDS:
+            return f"no heartbeat for {silence:.0f} s"
+        if self._step_age > STEP_LIMIT_SECONDS:
+            return f"one step has taken {self._step_age:.0f} s"
+        return None
+
+    async def _restart(self) -> bool:
+        """Start the engine again; False when it has died too often."""
+        now = time.monotonic()
+        self._deaths.append(now)
+        while self._deaths and now - self._deaths[0] > RESTART_WINDOW_SECONDS:
+            self._deaths.popleft()
+        if len(self._deaths) > MAX_RESTARTS:
+            return self._give_up(f"the engine died {len(self._deaths)} times in {RESTART_WINDOW_SECONDS:.0f} s; "
+                                 f"last: {self._cause}")
+        self._restarts += 1
+        last_cause, self._cause = self._cause, ""
+        try:
+            await self._launch()
+        except errors.WorkstationError as error:
+            return self._give_up(f"it did not start again: {error.message} (it had died: {last_cause})")
+        self._cause = last_cause
+        log.warning("the engine is ready again (restart %d)", self._restarts)
+        self._cause = ""
+        return True
+
+    def _give_up(self, cause: str) -> bool:
+        self._state, self._cause = "dead", cause
+        log.error(cause)
+        self._gave_up.set()
+        return False
+
+    def _blame(self) -> None:
+        """Remember who was present; a request present at two deaths is not taken again."""
+        for request in self._requests.values():
+            key = _fingerprint(request)
+            self._suspects[key] = self._suspects.pop(key, 0) + 1
+        while len(self._suspects) > REMEMBERED_REQUESTS:
+            self._suspects.popitem(last=False)
+
+    def _fail_all(self, message: str) -> None:
+        for queue in list(self._queues.values()):
+            queue.put_nowait(errors.EngineDeadError(message))
