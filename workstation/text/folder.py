@@ -1,0 +1,143 @@
+"""The tokenizer files of a model folder: tokenizer.json, its config, special_tokens_map.json, chat_template.jinja."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import AddedToken, processors
+
+from workstation.errors import ModelFolderError
+
+MAX_JSON_BYTES = 256 * 1024 * 1024
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(slots=True)
+class TokenizerFiles:
+    """What a folder says about its tokenizer.
+
+    Attributes:
+        backend: a tokenizers.Tokenizer.  named_tokens: "bos_token" and the like → string.  chat_template: Jinja text or None.
+    """
+
+    backend: Any
+    named_tokens: dict[str, str] = field(default_factory=dict)
+    chat_template: str | None = None
+
+
+def read_folder(path: Path) -> TokenizerFiles:
+    """Read a model folder. Raises ModelFolderError naming the file that is missing or broken."""
+    if not path.is_dir():
+        raise ModelFolderError(f"{path} is not a folder")
+    config = _read_json(path / "tokenizer_config.json")
+    named = _named_tokens(path, config)
+    if (path / "tokenizer.json").is_file():
+        backend = _read_backend(path / "tokenizer.json")
+        _add_missing_tokens(backend, config, named)
+        _set_bos_eos(backend, config, named)
+    else:
+        backend = _backend_from_transformers(path)
+    backend.no_truncation()
+    backend.no_padding()
+    return TokenizerFiles(backend, named, _chat_template(path, config))
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ModelFolderError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelFolderError(f"{path.name} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ModelFolderError(f"{path.name} must hold a JSON object, not {type(value).__name__}")
+    return value
+
+
+def _read_backend(path: Path) -> Any:
+    if path.stat().st_size > MAX_JSON_BYTES:
+        raise ModelFolderError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+    try:
+        return tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises bare Exception for every fault of the file
+        raise ModelFolderError(f"tokenizer.json cannot be read: {error}") from error
+
+
+def _token_text(value: Any) -> str | None:
+    """Tokens are written as a string or as an AddedToken object."""
+    if isinstance(value, dict):
+        value = value.get("content")
+    return value if isinstance(value, str) and value else None
+
+
+def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
+    listed = {**_read_json(path / "special_tokens_map.json"), **config}
+    found = {name: _token_text(listed.get(name)) for name in NAMED_TOKENS}
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def _add_missing_tokens(backend: Any, config: dict[str, Any], named: dict[str, str]) -> None:
+    """tokenizer_config.json may list tokens that tokenizer.json lacks; transformers adds them, in order of their ids."""
+    listed = config.get("added_tokens_decoder")
+    known = {token.content for token in backend.get_added_tokens_decoder().values()}
+    if isinstance(listed, dict):
+        for key in sorted((key for key in listed if key.isdigit()), key=int):
+            item = listed[key]
+            text = _token_text(item)
+            if text is not None and text not in known:
+                flags = {name: bool(item.get(name, False)) for name in ("lstrip", "rstrip", "normalized", "single_word")}
+                backend.add_tokens([AddedToken(text, special=bool(item.get("special", False)), **flags)])
+                known.add(text)
+    missing = [text for text in dict.fromkeys(named.values()) if text not in known]
+    backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
+
+
+def _set_bos_eos(backend: Any, config: dict[str, Any], named: dict[str, str]) -> None:
+    """An explicit add_bos_token / add_eos_token replaces tokenizer.json's post-processor; else that file decides."""
+    if "add_bos_token" not in config and "add_eos_token" not in config:
+        return
+    bos = named.get("bos_token") if config.get("add_bos_token") else None
+    eos = named.get("eos_token") if config.get("add_eos_token") else None
+    single = " ".join([*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])])
+    pair = " ".join([single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])])
+    tokens = [(text, backend.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text]
+    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
+
+
+def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
+    """chat_template.jinja wins; tokenizer_config.json holds one text, or a list of named ones of which "default" counts."""
+    file = path / "chat_template.jinja"
+    if file.is_file():
+        try:
+            return file.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ModelFolderError(f"chat_template.jinja is not UTF-8: {error}") from error
+    value = config.get("chat_template")
+    if isinstance(value, list):
+        named = {item.get("name"): item.get("template") for item in value if isinstance(item, dict)}
+        value = named.get("default")
+    if value is not None and not isinstance(value, str):
+        raise ModelFolderError("chat_template in tokenizer_config.json must be a string")
+    return value
+
+
+def _backend_from_transformers(path: Path) -> Any:
+    """For folders with only tokenizer.model or vocab files: transformers converts them."""
+    try:
+        from transformers import AutoTokenizer  # costs seconds, so only where nothing else can read the folder
+    except ImportError as error:
+        raise ModelFolderError(f"{path} has no tokenizer.json, and transformers is not installed to convert one") from error
+    try:
+        converted = AutoTokenizer.from_pretrained(str(path), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers raises many kinds, and all mean the same here
+        raise ModelFolderError(f"{path} has no tokenizer.json, and transformers cannot read its tokenizer: {error}") from error
+    backend = getattr(converted, "backend_tokenizer", None)
+    if backend is None:
+        raise ModelFolderError(f"{path} has no tokenizer.json and its tokenizer cannot be converted to one")
+    return tokenizers.Tokenizer.from_str(backend.to_str())
