@@ -152,7 +152,7 @@ class Sampler:
         numbers = self.state.table.index_select(0, rows_t.index_select(0, places)).view(torch.float64).float()
         counts = self.state.counts.table.index_select(0, slots)
         changed = sampling_math.repeat_penalties(
-            x.index_select(0, places), counts & (IN_PROMPT - 1), counts.clamp(max=1),
+            x.index_select(0, places), (counts & (IN_PROMPT - 1)).float(), counts.clamp(max=1).float(),
             numbers[:, REPETITION], numbers[:, FREQUENCY], numbers[:, PRESENCE],
         )
         x.index_copy_(0, places, changed)

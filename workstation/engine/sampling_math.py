@@ -168,14 +168,14 @@ def repeat_penalties(
     """Repetition penalty (CTRL, Keskar 2019: divide positive logits, multiply negative ones) over prompt and output,
     then OpenAI's frequency and presence penalties over the output.
 
-    x: [P, V] float32; output_counts: [P, V] int; seen: [P, V] int, 1 where prompt or output hold the token; the
-    penalties: [P] float32, repetition above 0. Returns [P, V]; a division that overflows ends at the largest finite
+    x: [P, V] float32; output_counts: [P, V] float32; seen: [P, V] float32, 1 where prompt or output hold the token and
+    else 0; the penalties: [P] float32, repetition above 0. Returns [P, V]; a division that overflows ends at the largest finite
     number, so that the row stays drawable.
     """
-    factor = (1 - seen) + seen * repetition.unsqueeze(1)
+    factor = torch.addcmul(1 - seen, seen, repetition.unsqueeze(1))
     x = x.clamp(min=0).div_(factor).add_(x.clamp(max=0).mul_(factor))
-    x.sub_(frequency.unsqueeze(1) * output_counts)
-    x.sub_(presence.unsqueeze(1) * output_counts.clamp(max=1))
+    x.addcmul_(output_counts, frequency.unsqueeze(1), value=-1)
+    x.addcmul_(output_counts.clamp(max=1), presence.unsqueeze(1), value=-1)
     return x.clamp_(max=torch.finfo(torch.float32).max)
 
 
