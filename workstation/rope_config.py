@@ -53,8 +53,8 @@ def read_rope(config: Fields, head_dim: int) -> RopeReading:
     for fields in (rope, config):
         if fields.number("partial_rotary_factor", 0.0, 1.0, 1.0) != 1.0:
             raise fields.refuse("partial_rotary_factor", "1.0: these architectures rotate whole heads")
-    theta = rope.number("rope_theta", 1.0, 1e15, None)
-    outer = config.number("rope_theta", 1.0, 1e15, DEFAULT_THETA)
+    theta = rope.number("rope_theta", 2.0, 1e15, None)
+    outer = config.number("rope_theta", 2.0, 1e15, DEFAULT_THETA)
     original = _original_max_position(config, rope, kind, trained)
     options, window = _options(rope, kind, trained, original, head_dim)
     if not 1 <= window <= MAX_POSITIONS:

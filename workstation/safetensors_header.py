@@ -41,11 +41,17 @@ DTYPE_NAMES = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """One tensor of a checkpoint. `start` is a byte offset from the file's beginning; `nbytes` its length."""
+    """One tensor of a checkpoint.
+
+    Attributes:
+        file: the file's name in the model folder.  path: where it really lies.
+        start: byte offset from the file's beginning.  nbytes: the tensor's length.
+    """
 
     name: str
     dtype: str
     shape: tuple[int, ...]
+    file: str
     path: Path
     start: int
     nbytes: int
@@ -94,7 +100,7 @@ def _entry(name: str, item: Any, path: Path, label: str, data_start: int) -> Ten
     if bits != nbytes * 8:
         raise ModelFolderError(f"{where} is {dtype} {shown(shape)}, which is not the {nbytes} bytes of its "
                                "data_offsets")
-    return TensorEntry(name, dtype, tuple(shape), path, data_start + offsets[0], nbytes)
+    return TensorEntry(name, dtype, tuple(shape), label, path, data_start + offsets[0], nbytes)
 
 
 def _whole_numbers(value: Any) -> bool:
@@ -141,7 +147,7 @@ def _read_shards(root: Path) -> dict[str, TensorEntry]:
     for shard in dict.fromkeys(map(_shard_name, weight_map.items())):
         for entry in read_header(file_in_folder(root, shard), shard):
             if entry.name in found:
-                raise ModelFolderError(f"tensor {shown(entry.name)} is in {found[entry.name].path.name} "
+                raise ModelFolderError(f"tensor {shown(entry.name)} is in {found[entry.name].file} "
                                        f"and again in {shard}")
             if weight_map.get(entry.name, shard) != shard:
                 raise ModelFolderError(f"{INDEX_FILE} places tensor {shown(entry.name)} in "

@@ -1,0 +1,58 @@
+"""One decoder layer: norm, attention over the paged cache, norm, SwiGLU. T tokens, H hidden, D head dim, F FFN width."""
+
+from __future__ import annotations
+
+import torch
+
+from workstation.kernels import ops
+from workstation.kernels.paging import AttentionPlan
+from workstation.model.linear import Linear
+
+
+class Attention:
+    """Grouped-query attention with rotary embedding and, for Qwen3, an RMSNorm of each query and key head."""
+
+    __slots__ = ("cos_sin", "eps", "k_norm", "num_heads", "num_kv_heads", "o", "q_norm", "qkv", "scale")
+
+    def __init__(
+        self, qkv: Linear, o: Linear, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, cos_sin: torch.Tensor,
+        *, num_heads: int, num_kv_heads: int, head_dim: int, eps: float,
+    ) -> None:
+        self.qkv = qkv  # H → (Hq + 2 Hkv) · D: query, key and value heads in this order
+        self.o = o  # Hq · D → H
+        self.q_norm, self.k_norm, self.cos_sin, self.eps = q_norm, k_norm, cos_sin, eps
+        self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
+        self.scale = head_dim**-0.5
+
+    def __call__(
+        self, hidden: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, slots: torch.Tensor,
+        plan: AttentionPlan,
+    ) -> torch.Tensor:
+        """hidden [T, H] → [T, H]; the tokens' keys and values are written to `slots` of kv_layer first."""
+        q = ops.rope_and_cache(self.qkv(hidden), positions, self.cos_sin, self.q_norm, self.k_norm, self.eps,
+                               kv_layer, slots, self.num_heads, self.num_kv_heads)
+        return self.o(ops.attention(q, kv_layer, plan, self.scale).flatten(1))
+
+
+class DecoderLayer:
+    """Pre-norm residual layer. The residual stream is carried beside the branch's output, so add and norm are one kernel."""
+
+    __slots__ = ("attention", "attention_norm", "down", "eps", "gate_up", "mlp_norm")
+
+    def __init__(
+        self, attention: Attention, gate_up: Linear, down: Linear, attention_norm: torch.Tensor,
+        mlp_norm: torch.Tensor, eps: float,
+    ) -> None:
+        self.attention = attention
+        self.gate_up = gate_up  # H → 2 F: gate, then up
+        self.down = down  # F → H
+        self.attention_norm, self.mlp_norm, self.eps = attention_norm, mlp_norm, eps
+
+    def __call__(
+        self, normed: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor,
+        slots: torch.Tensor, plan: AttentionPlan,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(normed input [T, H], residual [T, H]) → (MLP output, not yet added, [T, H]; residual). Changes `residual`."""
+        attended = self.attention(normed, positions, kv_layer, slots, plan)
+        normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
+        return self.down(ops.silu_mul(self.gate_up(normed))), residual

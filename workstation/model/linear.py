@@ -1,0 +1,92 @@
+"""Linear layers behind one interface; each weight form is a class of its own."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+
+
+class Linear(ABC):
+    """`y = x · Wᵀ + b` for x [T, in_features] → [T, out_features], of x's dtype."""
+
+    in_features: int
+    out_features: int
+
+    @abstractmethod
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """x: [T, in_features] → [T, out_features]."""
+
+    @property
+    @abstractmethod
+    def nbytes(self) -> int:
+        """Bytes the layer's tensors hold on the device."""
+
+
+class DenseLinear(Linear):
+    """16- or 32-bit weights [out_features, in_features] as stored, and an optional bias [out_features]."""
+
+    __slots__ = ("bias", "in_features", "out_features", "weight")
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None) -> None:
+        self.weight = weight
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+
+    @classmethod
+    def empty(
+        cls, in_features: int, out_features: int, *, bias: bool, dtype: torch.dtype, device: torch.device,
+    ) -> DenseLinear:
+        """A layer with uninitialised weights, for a loader to fill."""
+        weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
+        return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+
+class PackedLinear(Linear):
+    """A dense layer for the CPU, its weight in oneDNN's blocked order.
+
+    For more than one row faster than the plain order, whose GEMM repacks the weight at every call; and a row's result
+    does not depend on how many other rows are in the batch.
+    """
+
+    __slots__ = ("_apply", "_packed", "bias", "in_features", "nbytes_", "out_features")
+
+    ROWS_HINT = 32
+
+    def __init__(self, dense: DenseLinear) -> None:
+        self.in_features, self.out_features = dense.in_features, dense.out_features
+        self.bias = dense.bias
+        self.nbytes_ = dense.nbytes
+        self._packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight, self.ROWS_HINT)
+        self._apply = torch.ops.mkldnn._linear_pointwise.default
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self._apply(x, self._packed, self.bias, "none", [], "")
+        return y
+
+    @property
+    def nbytes(self) -> int:
+        return self.nbytes_
+
+
+def packed(layer: Linear) -> Linear:
+    """The layer in the CPU's packed order where this machine has it for the dtype; else the layer itself."""
+    if not isinstance(layer, DenseLinear) or layer.weight.device.type != "cpu" or not _can_pack(layer.weight.dtype):
+        return layer
+    return PackedLinear(layer)
+
+
+def _can_pack(dtype: torch.dtype) -> bool:
+    if not torch._C._has_mkldnn:
+        return False
+    if dtype == torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    return dtype == torch.float32

@@ -1,0 +1,121 @@
+"""The dense decoder of Llama, Mistral, Qwen2 and Qwen3 (Touvron et al. 2023, arXiv 2302.13971, and its descendants)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+
+from workstation.architecture import ModelShape
+from workstation.kernels import ops
+from workstation.model.inputs import InputTensors
+from workstation.model.layers import Attention, DecoderLayer
+from workstation.model.linear import DenseLinear, Linear, packed
+from workstation.model.rope import cos_sin_table
+
+
+class Decoder:
+    """Embedding, layers, final norm, head. Built with uninitialised weights; `loader.load_model` fills them.
+
+    Inference only: the caller holds `torch.inference_mode()`.
+
+    Attributes:
+        shape: the architecture.  embedding: [V, H].  final_norm: [H].  head: H → V (shares the embedding when tied).
+        cos_sin: [max_model_len, D] float32 rotary table.  dtype, device: of weights and activations.
+    """
+
+    def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+        self.shape, self.dtype, self.device = shape, dtype, device
+        self.embedding = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=device)
+        self.cos_sin = cos_sin_table(shape.rope, max_model_len, device)
+        self.layers = [self._layer() for _ in range(shape.num_layers)]
+        self.final_norm = torch.empty(shape.hidden_size, dtype=dtype, device=device)
+        self.head: Linear = DenseLinear(
+            self.embedding if shape.tie_embeddings else torch.empty_like(self.embedding))
+        self._places = _places(shape)
+        self._kv: tuple[torch.Tensor, ...] = ()
+        self._steps: list[tuple[DecoderLayer, int, torch.Tensor, torch.Tensor]] = []
+
+    def forward(self, inputs: InputTensors, kv: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        """Run a step's tokens through all layers, writing their keys and values into the cache.
+
+        Args:
+            inputs: the step; `slots[g]` and `plans[g]` belong to KV group g.
+            kv: per KV group its pool [blocks, layer slots, 2, Hkv, block_size, D]; the same tuple at every step.
+        Returns:
+            [T, H] hidden states after the final norm.
+        """
+        if kv is not self._kv:
+            self._bind(kv)
+        positions, slots, plans, eps = inputs.positions, inputs.slots, inputs.plans, self.shape.norm_eps
+        residual = F.embedding(inputs.token_ids, self.embedding)
+        normed = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
+        for layer, group, kv_layer, next_norm in self._steps:
+            out, residual = layer(normed, residual, positions, kv_layer, slots[group], plans[group])
+            normed, residual = ops.add_rms_norm(out, residual, next_norm, eps)
+        return normed
+
+    __call__ = forward
+
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """hidden [L, H], rows of `forward`'s result → [L, V] float32."""
+        if hidden.shape[0] == 0:
+            return hidden.new_empty((0, self.shape.vocab_size), dtype=torch.float32)
+        return self.head(hidden).float()
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of all weights and tables on the device."""
+        tensors = [self.embedding, self.final_norm, self.cos_sin]
+        linears = [] if self.shape.tie_embeddings and isinstance(self.head, DenseLinear) else [self.head]
+        for layer in self.layers:
+            attention = layer.attention
+            tensors += [layer.attention_norm, layer.mlp_norm]
+            tensors += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
+            linears += [attention.qkv, attention.o, layer.gate_up, layer.down]
+        return sum(tensor.nbytes for tensor in tensors) + sum(linear.nbytes for linear in linears)
+
+    def pack_weights(self) -> None:
+        """Put dense weights into the CPU's packed order, one at a time; call once, after loading. No-op on a GPU."""
+        for layer in self.layers:
+            layer.attention.qkv = packed(layer.attention.qkv)
+            layer.attention.o = packed(layer.attention.o)
+            layer.gate_up = packed(layer.gate_up)
+            layer.down = packed(layer.down)
+        self.head = packed(self.head)
+
+    def _layer(self) -> DecoderLayer:
+        shape, dtype, device = self.shape, self.dtype, self.device
+        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+
+        def linear(in_features: int, out_features: int, bias: bool) -> DenseLinear:
+            return DenseLinear.empty(in_features, out_features, bias=bias, dtype=dtype, device=device)
+
+        def norm(size: int) -> torch.Tensor:
+            return torch.empty(size, dtype=dtype, device=device)
+
+        attention = Attention(
+            linear(shape.hidden_size, q_size + 2 * kv_size, shape.qkv_bias),
+            linear(q_size, shape.hidden_size, shape.o_bias),
+            norm(shape.head_dim) if shape.qk_norm else None, norm(shape.head_dim) if shape.qk_norm else None,
+            self.cos_sin, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+            eps=shape.norm_eps,
+        )
+        return DecoderLayer(
+            attention, linear(shape.hidden_size, 2 * shape.intermediate_size, shape.mlp_bias),
+            linear(shape.intermediate_size, shape.hidden_size, shape.mlp_bias),
+            norm(shape.hidden_size), norm(shape.hidden_size), shape.norm_eps,
+        )
+
+    def _bind(self, kv: tuple[torch.Tensor, ...]) -> None:
+        """Make every layer's view of the pool once, not at every step."""
+        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
+        self._steps = [(layer, group, kv[group][:, slot], norm) for layer, (group, slot), norm
+                       in zip(self.layers, self._places, next_norms, strict=True)]
+        self._kv = kv
+
+
+def _places(shape: ModelShape) -> list[tuple[int, int]]:
+    """Each layer's (KV group, layer slot in that group's blocks)."""
+    by_layer = {layer: (group, slot) for group, item in enumerate(shape.kv_groups)
+                for slot, layer in enumerate(item.layers)}
+    return [by_layer[layer] for layer in range(shape.num_layers)]
