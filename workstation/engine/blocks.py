@@ -162,7 +162,7 @@ class BlockPool:
             del self._published[entry.key]
             entry.key, entry.tokens = None, ()
 
-    def check(self, held: Iterable[int] = ()) -> None:
+    def check(self, held: Iterable[int] | None = None) -> None:
         """Prove that free + cached + held = total and that every block is in one state.
 
         Args:
@@ -172,7 +172,7 @@ class BlockPool:
             AssertionError: with the first block that breaks a rule.
         """
         expected: dict[int, int] = {}
-        for block in held:
+        for block in held or ():
             expected[block] = expected.get(block, 0) + 1
         free, seen = set(self._free), set(self._cached)
         if len(free) != len(self._free) or free & seen:
@@ -189,7 +189,7 @@ class BlockPool:
                 raise AssertionError(f"block {block} is free but published")
             if entry.key is not None and self._published.get(entry.key) != block:
                 raise AssertionError(f"block {block} is published under a key that names another block")
-            if expected and entry.refs != expected.get(block, 0):
+            if held is not None and entry.refs != expected.get(block, 0):
                 raise AssertionError(f"block {block} has {entry.refs} references, its users count {expected.get(block, 0)}")
         if len(self._published) != sum(entry.key is not None for entry in self._blocks):
             raise AssertionError("the prefix map and the blocks disagree")

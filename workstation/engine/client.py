@@ -16,7 +16,8 @@ class Health:
     """Answered without a call into the engine.
 
     Attributes:
-        heartbeat_age: seconds since the engine last said it lives.  restarts: deaths survived so far.  cause: of the last death.
+        heartbeat_age: seconds since the engine last said it lives.  restarts: deaths survived so far.
+        cause: of the last death.
     """
 
     state: EngineState
@@ -29,7 +30,8 @@ class EngineClient(Protocol):
     """An engine as the server sees it.
 
     `generate` yields events until the one with `finished=True`. It raises OverloadedError when the queue is full and
-    EngineDeadError when the engine dies under the request. Leaving the iterator early (aclose, cancellation) aborts the request.
+    EngineDeadError when the engine dies under the request. Leaving the iterator early (aclose, cancellation) aborts the
+    request.
     """
 
     @property

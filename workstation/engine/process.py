@@ -32,7 +32,7 @@ log = logging.getLogger("ws.engine")
 class Heart(threading.Thread):
     """Beats on a socket of its own; `step_began` is the only thing it reads from the engine's thread."""
 
-    def __init__(self, context: zmq.Context, directory: str) -> None:  # type: ignore[type-arg]
+    def __init__(self, context: zmq.Context, directory: str) -> None:
         super().__init__(name="heart", daemon=True)
         self.step_began = 0.0
         self.stats = EngineStats()

@@ -57,6 +57,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.stats = EngineStats(blocks_total=pool.total)
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
+        self._planned: set[Sequence] = set()  # in the step being planned
         self._count = 0
         self._seed = seed
 
@@ -131,13 +132,13 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Plan the next step, or None when nothing can be computed now."""
         batch = Batch()
-        scheduled: set[Sequence] = set()
+        self._planned.clear()
         for seq in list(self.running):
             if self._has_tokens(seq) and seq.num_known - seq.num_computed == 1:
-                self._advance(seq, batch, scheduled)
+                self._advance(seq, batch)
         for seq in list(self.running):
-            if seq not in scheduled and self._has_tokens(seq):
-                self._advance(seq, batch, scheduled)
+            if self._has_tokens(seq):
+                self._advance(seq, batch)
         self._admit(batch)
         while not batch.chunks and self.waiting and self._stuck():
             self._preempt(self.running[-1])
@@ -149,34 +150,32 @@ class Scheduler:
         return bool(self.running) and not any(seq.pending for seq in [*self.running, *self.waiting])
 
     def _has_tokens(self, seq: Sequence) -> bool:
-        return (seq.row >= 0 and seq.born and seq.num_computed < seq.num_known
+        return (seq.row >= 0 and seq.born and seq not in self._planned and seq.num_computed < seq.num_known
                 and not seq.waits_for_host and not seq.at_length_limit)
 
-    def _advance(self, seq: Sequence, batch: Batch, scheduled: set[Sequence]) -> bool:
+    def _advance(self, seq: Sequence, batch: Batch) -> None:
         """Put the next tokens of a running sequence into the batch, preempting younger ones for blocks if need be."""
         count = min(seq.num_known - seq.num_computed, self.limits.max_tokens - batch.num_tokens)
         if count <= 0:
-            return False
+            return
         self.kv.slide(seq)
         copies = self.kv.grow(seq, seq.num_computed + count)
         while copies is None:
-            victim = self._victim(seq, scheduled)
+            victim = self._victim(seq)
             if victim is None:
-                return False
+                return
             self._preempt(victim)
             if victim is seq:
-                return False
+                return
             copies = self.kv.grow(seq, seq.num_computed + count)
         self._plan(seq, count, copies, batch)
-        scheduled.add(seq)
-        return True
 
-    def _victim(self, seq: Sequence, scheduled: set[Sequence]) -> Sequence | None:
+    def _victim(self, seq: Sequence) -> Sequence | None:
         """The youngest running sequence not yet in this step and not older than seq; never the oldest of all."""
         for other in reversed(self.running):
             if other is self.running[0] or other.order < seq.order:
                 return None
-            if other not in scheduled and other.born:
+            if other not in self._planned and other.born:
                 return other
         return None
 
@@ -193,6 +192,7 @@ class Scheduler:
     def _plan(self, seq: Sequence, count: int, copies: list[tuple[int, int]], batch: Batch) -> None:
         start = seq.num_computed
         seq.num_computed += count
+        self._planned.add(seq)
         number = len(batch.chunks)
         batch.chunks.append(Chunk(seq, seq.row, start, count, seq.pending > 0, seq.table_updates))
         seq.table_updates = []
@@ -219,6 +219,7 @@ class Scheduler:
         """A sibling starts where the prompt ends: same blocks, same logits, a sample of its own."""
         self.kv.fork(parent, child)
         child.born = True
+        self._planned.add(child)  # its first own token is the next step's
         self._sample(child, chunk, batch)  # its table is uploaded with its first own chunk
 
     # ── admission ───────────────────────────────────────────────────────────────────────────────────────────────────

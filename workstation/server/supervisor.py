@@ -46,7 +46,7 @@ def _error(kind: str, message: str, param: str | None) -> errors.WorkstationErro
         made = errors.EngineError
     if made is errors.OverloadedError:
         return errors.OverloadedError(message)
-    return made(message, param=param)  # type: ignore[no-any-return]
+    return made(message, param=param)
 
 
 def _fingerprint(request: EngineRequest) -> bytes:
@@ -170,8 +170,8 @@ class EngineProcess:
             sys.executable, "-m", "workstation.engine.process", self._directory, str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL)
         self._readers = [asyncio.create_task(self._read(socket)) for socket in (self._outbox, self._beats)]
-        died = asyncio.create_task(self._process.wait())
-        await asyncio.wait([died, self._ready], return_when=asyncio.FIRST_COMPLETED)
+        died = asyncio.ensure_future(self._process.wait())
+        await asyncio.wait((died, asyncio.shield(self._ready)), return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             await asyncio.sleep(0.1)  # its last message may still be on the way
         died.cancel()
