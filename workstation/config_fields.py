@@ -40,19 +40,19 @@ class Fields:
 
     def integer(self, name: str, low: int, high: int, default: Any = MISSING) -> Any:
         """A whole number in low…high (a JSON float such as 4096.0 is refused)."""
-        value = self.raw(name, default)
-        if value is default and default is not MISSING:
+        value = self.raw(name)
+        if value is None and default is not MISSING:
             return default
-        if value is MISSING or isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
             raise self.refuse(name, f"an integer between {low} and {high}")
         return value
 
     def number(self, name: str, low: float, high: float, default: Any = MISSING) -> Any:
         """A finite number in low…high."""
-        value = self.raw(name, default)
-        if value is default and default is not MISSING:
+        value = self.raw(name)
+        if value is None and default is not MISSING:
             return default
-        good = value is not MISSING and not isinstance(value, bool) and isinstance(value, (int, float))
+        good = not isinstance(value, bool) and isinstance(value, (int, float))
         if not good or not (abs(value) < 1e300 and math.isfinite(value) and low <= value <= high):
             raise self.refuse(name, f"a number between {low:g} and {high:g}")
         return float(value)

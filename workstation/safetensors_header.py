@@ -144,18 +144,19 @@ def _read_shards(root: Path) -> dict[str, TensorEntry]:
     if len(weight_map) > MAX_TENSORS:
         raise ModelFolderError(f"{INDEX_FILE}: {len(weight_map)} tensors exceed the limit of {MAX_TENSORS}")
     found: dict[str, TensorEntry] = {}
-    for shard in dict.fromkeys(map(_shard_name, weight_map.items())):
-        for entry in read_header(file_in_folder(root, shard), shard):
+    paths = {shard: file_in_folder(root, shard) for shard in map(_shard_name, weight_map.items())}
+    for shard, path in paths.items():
+        for entry in read_header(path, shard):
             if entry.name in found:
                 raise ModelFolderError(f"tensor {shown(entry.name)} is in {found[entry.name].file} "
                                        f"and again in {shard}")
             if weight_map.get(entry.name, shard) != shard:
                 raise ModelFolderError(f"{INDEX_FILE} places tensor {shown(entry.name)} in "
-                                       f"{weight_map[entry.name]}, but it is in {shard}")
+                                       f"{shown(weight_map[entry.name])}, but it is in {shard}")
             found[entry.name] = entry
     for name, shard in weight_map.items():
         if name not in found:
-            raise ModelFolderError(f"{INDEX_FILE} places tensor {shown(name)} in {shard}, which does not hold it")
+            raise ModelFolderError(f"{INDEX_FILE} places tensor {shown(name)} in {shown(shard)}, which does not hold it")
     return found
 
 
