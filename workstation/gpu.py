@@ -6,7 +6,9 @@ difference into one sentence with the cure.
 
 from __future__ import annotations
 
+import importlib.util
 import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -158,6 +160,27 @@ def _why_unusable(card: GpuSample, torch_cuda: str | None) -> str:
         hidden = os.environ["CUDA_VISIBLE_DEVICES"]
         return f"{seen}, but CUDA_VISIBLE_DEVICES={hidden!r} hides it from PyTorch"
     return f"{seen}, but PyTorch (CUDA {torch_cuda}) cannot open it; `nvidia-smi` and the kernel log may say why"
+
+
+def torch_build() -> str | None:
+    """The CUDA release the installed PyTorch is built for, such as "13.0"; None for a CPU build. Does not import it."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or spec.origin is None:
+        return None
+    try:
+        text = Path(spec.origin).with_name("version.py").read_text()
+    except OSError:
+        return None
+    found = re.search(r"^cuda(?:: [^=]+)? = ['\"]([\d.]+)['\"]", text, re.MULTILINE)
+    return found[1] if found else None
+
+
+def has_usable_gpu() -> bool:
+    """Whether PyTorch will probably be able to use a card: NVML sees one and its driver runs PyTorch's CUDA."""
+    build, card = torch_build(), sample(0)
+    if build is None or card is None or os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
+        return False
+    return card.cuda is None or card.cuda[0] >= int(build.split(".")[0])
 
 
 def host_memory() -> DeviceMemory:

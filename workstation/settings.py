@@ -7,11 +7,11 @@ models.toml its keys (`serve.max_model_len`). `resolve` decides: flag > environm
 from __future__ import annotations
 
 import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from fractions import Fraction
 from typing import Any, Literal
 
 from workstation.errors import ConfigError
@@ -96,19 +96,19 @@ class Setting:
         if self.kind == "length" and isinstance(value, str):
             if value.strip() in ("auto", "-1"):
                 return None
-            found = _LENGTH.fullmatch(value.strip())
+            found = _LENGTH.fullmatch(value.strip()[:32])
             if not found:
                 raise self._refuse(label, value, "a whole number, or a form like 32k (32,000) or 32K (32,768), or auto")
-            scaled = float(found[1]) * _SUFFIX.get(found[2], 1)
-            value = int(scaled) if scaled == int(scaled) else scaled
+            scaled = Fraction(found[1]) * _SUFFIX.get(found[2], 1)
+            value = int(scaled) if scaled.denominator == 1 else str(float(scaled))
         try:
             number = float(value) if self.kind == "float" else int(str(value).strip())
         except (TypeError, ValueError):
             raise self._refuse(label, value, "a number" if self.kind == "float" else "a whole number") from None
         if self.kind == "length" and number == -1:
             return None
-        if not (math.isfinite(number) and self.low <= number <= self.high):
-            raise self._refuse(label, value, f"between {self.low:g} and {self.high:g}")
+        if not (self.low <= number <= self.high):  # false for NaN, too
+            raise self._refuse(label, value, f"between {_plain(self.low)} and {_plain(self.high)}")
         return number
 
     def _json(self, value: Any, label: str) -> dict[str, Any]:
@@ -125,6 +125,11 @@ class Setting:
     def _refuse(self, label: str, value: Any, limit: str) -> ConfigError:
         shown = "…" if self.secret else repr(value)[:80]
         return ConfigError(f"{label} must be {limit}, got {shown}", param=self.name)
+
+
+def _plain(number: float) -> str:
+    """A limit for people: whole numbers without a point or an exponent."""
+    return str(int(number)) if number == int(number) else f"{number:g}"
 
 
 @dataclass(frozen=True, slots=True)

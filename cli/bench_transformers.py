@@ -1,0 +1,104 @@
+"""`ws bench throughput MODEL --against transformers`: the same folder, float32, threads and tokens on both sides.
+
+Three workloads, greedy, end-of-sequence ignored: one request; 32 of mixed length, which transformers runs as one static
+left-padded batch to the longest output; and the same 32 one by one. Only tokens that were asked for count.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from workstation.cli.bench_workload import Job, print_rows, uniform_jobs
+
+Generated = list[list[int]]
+REPEATS = 3
+INPUTS, OUTPUTS, BATCH = (20, 300), (20, 200), 32
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Best tokens per second of each side on each workload, and how many greedy sequences were equal.
+
+    `batch` is the 32 together; `one_by_one` is transformers' only: ours is compared with `batch`.
+    """
+
+    ours_single: float
+    theirs_single: float
+    ours_batch: float
+    theirs_batch: float
+    theirs_one_by_one: float
+    equal: int
+    compared: int
+
+
+class TransformersRunner:
+    """transformers' own generate() over a folder, in float32 on the CPU or a GPU."""
+
+    def __init__(self, folder: Path, device: str) -> None:
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        self.torch, self.device = torch, device
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        self.model = model.to(device).eval()
+        config = self.model.generation_config
+        config.eos_token_id = None  # ignore_eos: both sides generate exactly what was asked for
+        config.do_sample, config.temperature, config.top_p, config.top_k = False, None, None, None
+
+    def generate(self, jobs: Sequence[Job]) -> Generated:
+        """One static batch: left-padded to the longest prompt, run to the longest output."""
+        torch = self.torch
+        longest, steps = max(len(job.prompt) for job in jobs), max(job.output_len for job in jobs)
+        ids = torch.tensor([[0] * (longest - len(job.prompt)) + job.prompt for job in jobs], device=self.device)
+        mask = torch.tensor(
+            [[0] * (longest - len(job.prompt)) + [1] * len(job.prompt) for job in jobs], device=self.device
+        )
+        with torch.inference_mode():
+            out = self.model.generate(ids, attention_mask=mask, max_new_tokens=steps, do_sample=False, pad_token_id=0)
+        return [row[longest : longest + job.output_len].tolist() for row, job in zip(out, jobs, strict=True)]
+
+
+def best_rate(jobs: Sequence[Job], run: Callable[[], Generated], repeats: int = REPEATS) -> tuple[float, Generated]:
+    """Tokens asked for per second, the best of several runs, and the last run's tokens."""
+    best, produced = 0.0, list[list[int]]()
+    for _ in range(repeats):
+        start = time.perf_counter()
+        produced = run()
+        best = max(best, sum(job.output_len for job in jobs) / (time.perf_counter() - start))
+    return best, produced
+
+
+def compare(
+    ours: Callable[[Sequence[Job]], Generated], theirs: TransformersRunner, vocabulary: Sequence[int], seed: int
+) -> Comparison:
+    """Run the three workloads on both sides; each side warms up first."""
+    jobs = uniform_jobs(BATCH, INPUTS, OUTPUTS, vocabulary, seed)
+    single = uniform_jobs(1, (128, 128), (128, 128), vocabulary, seed + 1)
+    warm = uniform_jobs(2, (16, 32), (4, 8), vocabulary, seed + 2)
+    ours(warm)
+    theirs.generate(warm)
+    ours_single, our_tokens = best_rate(single, lambda: ours(single))
+    theirs_single, their_tokens = best_rate(single, lambda: theirs.generate(single))
+    ours_batch, our_batch_tokens = best_rate(jobs, lambda: ours(jobs))
+    theirs_batch, _ = best_rate(jobs, lambda: theirs.generate(jobs), 2)
+    alone, their_batch_tokens = best_rate(jobs, lambda: [theirs.generate([job])[0] for job in jobs], 1)
+    pairs = list(zip([*our_tokens, *our_batch_tokens], [*their_tokens, *their_batch_tokens], strict=True))
+    equal = sum(mine == other for mine, other in pairs)
+    return Comparison(ours_single, theirs_single, ours_batch, theirs_batch, alone, equal, len(pairs))
+
+
+def report(result: Comparison, threads: int) -> None:
+    """The comparison as three small tables."""
+    print(f"float32, {threads} threads, greedy, tokens/s (best of {REPEATS})")
+    for title, ours, theirs in (
+        ("one request, 128 tokens in, 128 out", result.ours_single, result.theirs_single),
+        (f"{BATCH} requests of 20-300 in, 20-200 out; transformers: one padded batch", result.ours_batch,
+         result.theirs_batch),
+        (f"the {BATCH} requests; transformers: one by one", result.ours_batch, result.theirs_one_by_one),
+    ):  # fmt: skip
+        print_rows(title, [("ws", f"{ours:.1f}"), ("transformers", f"{theirs:.1f}"), ("ratio", f"{ours / theirs:.2f}x")])
+    print(f"equal greedy outputs: {result.equal} of {result.compared} (the rest part where two logits nearly tie)")

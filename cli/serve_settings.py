@@ -1,0 +1,113 @@
+"""The settings of `ws serve`: vLLM's names and meanings. What has not landed is refused with a sentence, never ignored."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workstation.settings import Setting
+
+_ONE_GPU = "this version runs one engine on one GPU"
+_MODEL, _MEMORY, _BATCH, _SERVER, _LATER = "Model", "Memory", "Batching", "Server", "Not served yet"
+
+SERVE_SETTINGS: tuple[Setting, ...] = (
+    Setting("served_model_name", "list", (), "Names the API answers to; repeat or separate by commas.", _MODEL),
+    Setting("revision", "text", None, "Branch, tag or commit on the hub.", _MODEL),
+    Setting("download_dir", "text", None, "Where downloads go; Hugging Face's cache unless given.", _MODEL),
+    Setting("hf_token", "text", None, "For gated models; HF_TOKEN does the same unseen by `ps`.", _MODEL, secret=True),
+    Setting("load_format", "text", "auto", "dummy fills the shape with random weights, for measurement.", _MODEL,
+            choices=("auto", "safetensors", "dummy")),
+    Setting("dtype", "text", "auto", "Of weights and activations; auto is the checkpoint's (float32 on the CPU).", _MODEL,
+            choices=("auto", "bfloat16", "float16", "float32", "half", "float")),
+    Setting("max_model_len", "length", None, "Tokens of prompt and output a sequence may hold (32k = 32,000; 32K = 32,768; "
+            "auto: the model's window, shrunk to fit).", _MODEL, low=1),
+    Setting("generation_config", "text", "auto", "Where default sampling comes from: auto (the model's folder) or vllm "
+            "(none: the API's defaults).", _MODEL, choices=("auto", "vllm")),
+    Setting("override_generation_config", "json", None, "Default sampling as JSON, over generation_config.json and "
+            "models.toml.", _MODEL),
+    Setting("device", "text", "auto", "auto, cuda, cuda:N or cpu. Only the demo is put on the CPU unasked.", _MODEL),
+    Setting("seed", "int", 0, "Of requests that bring none.", _MODEL, high=2**63 - 1),
+    Setting("num_threads", "int", None, "CPU threads of the engine; as many as cores unless given.", _MODEL, low=1, high=1024),
+    Setting("gpu_memory_utilization", "float", 0.9, "Share of the card the engine may use.", _MEMORY, low=0.01, high=1.0),
+    Setting("kv_cache_memory_bytes", "length", None, "Exact size of the KV pool (8G = 8 GiB); overrides the share.", _MEMORY,
+            low=1, high=2**50),
+    Setting("num_gpu_blocks_override", "int", None, "Exact number of KV blocks; overrides the share.", _MEMORY, low=2),
+    Setting("block_size", "int", 16, "Tokens a KV block holds.", _MEMORY, only=(16,), why="blocks hold 16 tokens"),
+    Setting("enable_prefix_caching", "bool", True, "Keep finished blocks and share equal prefixes.", _MEMORY),
+    Setting("max_num_seqs", "int", 256, "Sequences that run at once.", _BATCH, low=1, high=4096),
+    Setting("max_num_batched_tokens", "length", None, "Token budget of a step.", _BATCH, low=1, high=2**20),
+    Setting("enable_chunked_prefill", "bool", True, "Split long prompts over steps.", _BATCH),
+    Setting("scheduling_policy", "text", "fcfs", "Who runs next.", _BATCH, choices=("fcfs", "priority")),
+    Setting("max_num_queued_reqs", "int", 2048, "Waiting requests before the API answers 503.", _BATCH, low=1, high=10**6),
+    Setting("async_scheduling", "bool", None, "Schedule a step while the one before runs; on a GPU unless given.", _BATCH),
+    Setting("host", "text", "127.0.0.1", "Address to listen on. Beyond loopback a key is made unless one is given.", _SERVER),
+    Setting("port", "int", 8000, "Port to listen on.", _SERVER, low=1, high=65535),
+    Setting("api_key", "list", (), "Key clients must send; repeat for several. WS_API_KEY is unseen by `ps`.", _SERVER,
+            secret=True),
+    Setting("allowed_origins", "list", (), "Web origins that may call the API from a browser.", _SERVER),
+    Setting("chat_template", "text", None, "File with a Jinja chat template, instead of the model's.", _SERVER),
+    Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind.", _SERVER),
+    Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.", _SERVER,
+            high=3600),
+    Setting("access_log", "bool", False, "Log a line for each HTTP request.", _SERVER),
+    # Known names whose feature has not landed: one value works, any other is refused.
+    Setting("quantization", "text", None, "Form of the weights.", _LATER, ("-q",), only=(None,),
+            why="this version loads 16- and 32-bit weights only"),
+    Setting("kv_cache_dtype", "text", "auto", "Form of the KV cache.", _LATER, only=("auto",),
+            why="the KV cache has the model's dtype"),
+    Setting("tensor_parallel_size", "int", 1, "GPUs a layer is split over.", _LATER, ("-tp",), only=(1,), why=_ONE_GPU),
+    Setting("pipeline_parallel_size", "int", 1, "GPUs the layers are spread over.", _LATER, ("-pp",), only=(1,), why=_ONE_GPU),
+    Setting("data_parallel_size", "int", 1, "Engines side by side.", _LATER, ("-dp",), only=(1,), why=_ONE_GPU),
+    Setting("tokenizer", "text", None, "Another folder's tokenizer.", _LATER, only=(None,),
+            why="the tokenizer comes from the model's folder"),
+    Setting("trust_remote_code", "bool", False, "Run Python from a model's repository.", _LATER, only=(False,),
+            why="ws never runs code from a model folder"),
+    Setting("cpu_offload_gb", "float", 0.0, "GiB of weights kept in host memory.", _LATER, only=(0.0,),
+            why="all weights live on the device"),
+    Setting("enable_lora", "bool", False, "Serve adapters.", _LATER, only=(False,), why="adapters have not landed"),
+    Setting("speculative_config", "json", None, "Speculative decoding.", _LATER, only=(None,),
+            why="speculative decoding has not landed"),
+    Setting("enable_auto_tool_choice", "bool", False, "Parse tool calls.", _LATER, only=(False,),
+            why="tool-call parsing has not landed"),
+    Setting("tool_call_parser", "text", None, "How tool calls are parsed.", _LATER, only=(None,),
+            why="tool-call parsing has not landed"),
+    Setting("reasoning_parser", "text", None, "How thinking is split from the answer.", _LATER, only=(None,),
+            why="the answer's text holds the thinking marks as the model wrote them"),
+    Setting("dashboard", "bool", False, "Show the terminal dashboard.", _LATER, only=(False,),
+            why="the dashboard has not landed; `ws ps` and /metrics say what the server does"),
+    Setting("uds", "text", None, "Listen on a Unix socket.", _LATER, only=(None,), why="the API listens on TCP"),
+    Setting("ssl_keyfile", "text", None, "TLS key.", _LATER, only=(None,), why="put a TLS proxy in front"),
+    Setting("ssl_certfile", "text", None, "TLS certificate.", _LATER, only=(None,), why="put a TLS proxy in front"),
+    Setting("enforce_eager", "bool", False, "Run without CUDA graphs: what this version always does.", _LATER),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class RemovedFlag:
+    """A flag old vLLM guides still show. `harmless` ones are accepted and answered with the sentence, others refused."""
+
+    name: str
+    sentence: str
+    harmless: bool = False
+    takes_value: bool = True
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+REMOVED_FLAGS: tuple[RemovedFlag, ...] = (
+    RemovedFlag("swap_space", "preempted sequences are computed again, nothing is swapped to host memory", harmless=True),
+    RemovedFlag("task", "ws serves text generation only; other tasks are refused by the API", harmless=True),
+    RemovedFlag("use_v2_block_manager", "there is one block manager", harmless=True, takes_value=False),
+    RemovedFlag("num_scheduler_steps", "scheduling overlaps with the GPU without it", harmless=True),
+    RemovedFlag("num_lookahead_slots", "slots are planned per step", harmless=True),
+    RemovedFlag("disable_log_requests", "requests are not logged", harmless=True, takes_value=False),
+    RemovedFlag("preemption_mode", "preemption always recomputes", harmless=True),
+    RemovedFlag("max_seq_len_to_capture", "graphs do not depend on the length of a sequence", harmless=True),
+    RemovedFlag("guided_decoding_backend", "structured output has not landed"),
+    RemovedFlag("enable_reasoning", "the answer's text holds the thinking marks as the model wrote them", takes_value=False),
+    RemovedFlag("rope_scaling", "RoPE is read from the model's config.json; change it there"),
+    RemovedFlag("rope_theta", "RoPE is read from the model's config.json; change it there"),
+    RemovedFlag("calculate_kv_scales", "the KV cache has the model's dtype and no scales", takes_value=False),
+    RemovedFlag("speculative_model", "speculative decoding has not landed"),
+)
