@@ -19,6 +19,7 @@ from collections.abc import Sequence as Tokens
 
 from workstation.architecture import KVGroup
 from workstation.engine.blocks import NULL_BLOCK, BlockPool, chain_digest
+from workstation.engine.request import SamplingParams
 from workstation.engine.sequence import Sequence
 
 
@@ -32,12 +33,12 @@ class KVManager:
 
     def blocks_for(self, num_tokens: int, max_chunk: int) -> int:
         """Most blocks a sequence of this many tokens can hold at once when a step computes at most max_chunk of them."""
+        return sum(self._most_blocks(group, num_tokens, max_chunk) for group in self.groups)
+
+    def _most_blocks(self, group: KVGroup, num_tokens: int, max_chunk: int) -> int:
         size = self.pool.block_size
-        total = 0
-        for group in self.groups:
-            seen = min(num_tokens, group.window + max_chunk) if group.window else num_tokens
-            total += min(-(-num_tokens // size), -(-seen // size) + (1 if group.window else 0))
-        return total
+        whole = -(-num_tokens // size)
+        return min(whole, -(-(group.window + max_chunk) // size) + 1) if group.window else whole
 
     def start(self, seq: Sequence) -> None:
         """Give a sequence empty tables."""
@@ -50,15 +51,21 @@ class KVManager:
 
     # ── prefix cache ────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _reads_cache(self, params: SamplingParams) -> bool:
+        """Prompt logprobs need every prompt token's logits, so they bypass hits."""
+        return self.caching and not params.skip_reading_prefix_cache and params.prompt_logprobs is None
+
+    def shares(self, params: SamplingParams) -> bool:
+        """Whether sequences of a request that were preempted find each other's blocks again, however long they are."""
+        return self._reads_cache(params) and not any(group.window for group in self.groups)
+
     def attach_prefix(self, seq: Sequence) -> int:
         """Take the longest published prefix of a started sequence; returns its tokens, always less than all of them.
 
         The last token is computed even on a full hit: its logits are needed.
         """
-        if not self.caching or seq.request.request.params.skip_reading_prefix_cache:
+        if not self._reads_cache(seq.request.request.params):
             return 0
-        if seq.request.request.params.prompt_logprobs is not None:
-            return 0  # the hit tokens' logits would be missing
         limit = (len(seq.tokens) - 1) // self.pool.block_size
         self._extend_digests(seq, limit)
         length, found = self._longest_hit(seq, limit)
@@ -142,6 +149,15 @@ class KVManager:
         target = -(-num_tokens // self.pool.block_size)
         fresh = sum(max(0, target - len(table)) for table in seq.tables)
         return fresh + sum(self._must_copy(seq, group) for group in range(len(seq.tables)))
+
+    def needed_whole(self, seq: Sequence, max_chunk: int) -> int:
+        """Most blocks a started sequence must still allocate, at any one time, until all its known tokens are computed."""
+        total = 0
+        for group, table in zip(self.groups, seq.tables, strict=True):
+            held = len(table) - table.count(NULL_BLOCK)
+            most = self._most_blocks(group, seq.num_known, max_chunk)
+            total += max(0, min(-(-seq.num_known // self.pool.block_size) - len(table), most - held))
+        return total
 
     def _must_copy(self, seq: Sequence, group: int) -> bool:
         """The block the next token goes to is partial and someone else reads it."""

@@ -114,7 +114,7 @@ class Scheduler:
                                      f"{self.limits.max_tokens} (max_num_batched_tokens)", param="prompt")
         needed = self.kv.blocks_for(total, self.limits.max_tokens)
         if request.beam:  # beams advance together, so all of them must fit at once
-            shared = prompt_len // self.pool.block_size * len(self.kv.groups)
+            shared = prompt_len // self.pool.block_size if self.kv.shares(request.params) else 0
             needed = shared + width * (needed - shared + len(self.kv.groups))
         if needed > self.pool.total:
             size = self.pool.block_size
@@ -254,10 +254,11 @@ class Scheduler:
         budget = self.limits.max_tokens - batch.num_tokens
         remaining = seq.num_known - seq.num_computed
         count = min(remaining, budget)
-        if count < remaining and not self.limits.chunked_prefill:
+        # A preempted sequence may have outgrown a step's budget; only then is it cut without chunked prefill.
+        if count < remaining <= self.limits.max_tokens and not self.limits.chunked_prefill:
             self.kv.free(seq)
             return None
-        whole = self.kv.needed(seq, min(seq.num_known, seq.num_computed + self._most_held(remaining)))
+        whole = self.kv.needed_whole(seq, self.limits.max_tokens)
         spare = max(len(self.running), self.pool.total // 100) if batch.chunks else 0
         copies = None
         if whole + spare <= self.pool.available:
@@ -268,11 +269,6 @@ class Scheduler:
             return None
         seq.blocked_at = -1
         return copies
-
-    def _most_held(self, remaining: int) -> int:
-        """Tokens whose blocks are held at once: all of them, unless every layer slides."""
-        windows = [group.window for group in self.kv.groups]
-        return remaining if not all(windows) else min(remaining, max(windows) + self.limits.max_tokens)
 
     def _enter(self, seq: Sequence) -> None:
         seq.row = self._free_rows.pop()
