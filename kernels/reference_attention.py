@@ -7,6 +7,7 @@ side as if they were queries, so K and V are never repeated. Row numbers and mas
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -15,21 +16,23 @@ from torch.nn import functional as F
 from workstation.kernels.paging import AttentionPlan
 
 QUERY_TILE = 256  # queries that share one mask when a prompt's chunk has a past
-GROUP_BYTES = 4 << 20  # K and V gathered at once: more would leave the caches before attention reads it
-WASTE_BYTES = 192 << 10  # padding that costs as much as the calls of one more group
+GROUP_BYTES = 8 << 20  # K and V gathered at once: more would leave the caches before attention reads it
+WASTE_BYTES = 768 << 10  # padding that costs as much as the calls of one more group
 
 
 def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
     """See `ops.attention`. Reads the plan's tensors on the host: they must lie in CPU memory."""
     step = _step_index(q, kv_layer, plan)
-    if len(step.decodes) == 1 and step.decodes[0].order is None and not step.prefills:
+    if len(step.decodes) == 1 and not step.prefills:
         return _decode(q, kv_layer, step.decodes[0], scale)
     out = torch.empty(q.shape, dtype=q.dtype)
-    for group in step.decodes:
-        if group.order is None:
-            out[: plan.num_decodes] = _decode(q[: plan.num_decodes], kv_layer, group, scale)
+    if step.decodes:
+        ordered = q if step.order is None else q.index_select(0, step.order)
+        parts = [_decode(ordered[group.start : group.stop], kv_layer, group, scale) for group in step.decodes]
+        if step.order is None:
+            out[: plan.num_decodes] = parts[0]
         else:
-            out[group.order] = _decode(q.index_select(0, group.order), kv_layer, group, scale)
+            out.index_copy_(0, step.order, torch.cat(parts))
     for chunk in step.prefills:
         _prefill(q, kv_layer, chunk, step, scale, out)
     return out
@@ -54,18 +57,18 @@ def row_strides(kv_layer: torch.Tensor, width: int) -> tuple[int, int, int]:
 
 
 class _Decodes(NamedTuple):
-    """Sequences of like length that are attended together.
+    """Decodes [start, stop) of the step's order: sequences of like length, attended together.
 
-    rows: [2 * G * Hkv * W] int64, rows of the flat cache.  shape: of the gathered tensor, [2, G, Hkv, keys, D].
-    order: [G] int64, their tokens in q; None when they are q's first G in order.
+    rows: [2 * G * Hkv * W] int64, rows of the flat cache.  shape: of the gathered tensor, [2, G, Hkv, W * BS, D].
     first, keys: the range of gathered keys that any of them sees.
     bias: [G, 1, 1, keys], 0 or -inf; None when all see the whole range.
     unseen: rows of D elements in the gathered tensor to be zeroed, since they may hold NaN; None when there are none.
     """
 
+    start: int
+    stop: int
     rows: torch.Tensor
     shape: tuple[int, ...]
-    order: torch.Tensor | None
     first: int
     keys: int
     bias: torch.Tensor | None
@@ -87,6 +90,7 @@ class _Step(NamedTuple):
     """What one KV group's layers share, made by the first of them; `staircase` is described in `_staircase`."""
 
     geometry: tuple[object, ...]
+    order: torch.Tensor | None  # [num_decodes] int64, decodes longest first; None when one group holds them as they are
     decodes: list[_Decodes]
     prefills: list[_Chunk]
     staircase: torch.Tensor | None
@@ -110,10 +114,7 @@ def _make_step(
     if max(lengths, default=0) > plan.tables.shape[1] * plan.block_size:
         raise ValueError(f"context_lens ({max(lengths)}) exceeds the block tables ({list(plan.tables.shape)} blocks)")
     tables = plan.tables.index_select(0, plan.rows).long()
-    decodes = [
-        _index_decodes(group, lengths, tables, q, kv_layer, plan)
-        for group in _group_by_length(lengths[: plan.num_decodes], kv_layer, plan)
-    ]
+    order, decodes = _index_decodes(lengths[: plan.num_decodes], tables, q.dtype, kv_layer, plan)
     prefills = [
         _index_chunk(tables[i], starts[i], starts[i + 1], lengths[i], kv_layer, plan)
         for i in range(plan.num_decodes, len(lengths))
@@ -122,7 +123,7 @@ def _make_step(
     staircase = None
     if any(_needs_mask(chunk, plan.window) for chunk in prefills):
         staircase = _staircase(max(chunk.keys for chunk in prefills), plan.window, q.dtype)
-    return _Step(geometry, decodes, prefills, staircase, plan.window)
+    return _Step(geometry, order, decodes, prefills, staircase, plan.window)
 
 
 def _blocks_seen(length: int, queries: int, plan: AttentionPlan) -> tuple[int, int]:
@@ -131,62 +132,80 @@ def _blocks_seen(length: int, queries: int, plan: AttentionPlan) -> tuple[int, i
     return oldest // plan.block_size, max(1, -(-length // plan.block_size))
 
 
-def _group_by_length(lengths: list[int], kv_layer: torch.Tensor, plan: AttentionPlan) -> list[list[int]]:
-    """Split the decodes so that neither padding nor the gathered size gets large. Groups are longest first."""
-    block_bytes = 2 * kv_layer.stride(2) * kv_layer.shape[2] * kv_layer.element_size()
-    sizes = [last - first for first, last in (_blocks_seen(length, 1, plan) for length in lengths)]
-    if len(set(sizes)) <= 1 and sum(sizes) * block_bytes <= GROUP_BYTES:
-        return [list(range(len(sizes)))] if sizes else []
-    groups: list[list[int]] = []
-    widest = waste = 0
-    for i in sorted(range(len(sizes)), key=lambda i: -sizes[i]):
-        waste += (widest - sizes[i]) * block_bytes
-        if not groups or waste > WASTE_BYTES or (len(groups[-1]) + 1) * widest * block_bytes > GROUP_BYTES:
-            groups.append([])
-            widest, waste = sizes[i], 0
-        groups[-1].append(i)
-    return [list(range(len(sizes)))] if len(groups) == 1 else groups
+def _group_by_length(widths: list[int], block_bytes: int) -> list[int]:
+    """Where to cut sequences of `widths` blocks, widest first, so that neither padding nor a group's size gets large."""
+    cuts = [0]
+    waste = 0
+    for i, width in enumerate(widths):
+        widest = widths[cuts[-1]]
+        waste += (widest - width) * block_bytes
+        if i > cuts[-1] and (waste > WASTE_BYTES or (i + 1 - cuts[-1]) * widest * block_bytes > GROUP_BYTES):
+            cuts.append(i)
+            waste = 0
+    return [*cuts, len(widths)]
 
 
-def _gather_rows(tables: torch.Tensor, kv_layer: torch.Tensor) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Block tables [G, W] → the rows that hold them and the gathered tensor's shape [2 (K, V), G, Hkv, W * BS, D]."""
+def _gather_rows(tables: torch.Tensor, kv_layer: torch.Tensor) -> torch.Tensor:
+    """Block tables [G, W] → [2 (K, V), G, Hkv, W], the rows of BS * D elements that hold those blocks."""
     heads, block_size, head_dim = kv_layer.shape[2:]
     per_block, per_side, per_head = row_strides(kv_layer, block_size * head_dim)
     sides = torch.arange(2).view(2, 1, 1, 1) * per_side
-    rows = sides + (torch.arange(heads) * per_head).view(1, 1, heads, 1) + (tables * per_block).unsqueeze(1)
-    return rows.flatten(), (2, tables.shape[0], heads, tables.shape[1] * block_size, head_dim)
+    return sides + ((torch.arange(heads) * per_head).view(1, heads, 1) + (tables * per_block).unsqueeze(1))
 
 
 def _index_decodes(
-    group: list[int],
-    lengths: list[int],
-    tables: torch.Tensor,
-    q: torch.Tensor,
-    kv_layer: torch.Tensor,
-    plan: AttentionPlan,
-) -> _Decodes:
-    seen = [_blocks_seen(lengths[i], 1, plan) for i in group]
+    lengths: list[int], tables: torch.Tensor, dtype: torch.dtype, kv_layer: torch.Tensor, plan: AttentionPlan
+) -> tuple[torch.Tensor | None, list[_Decodes]]:
+    if not lengths:
+        return None, []
+    heads, block_size, head_dim = kv_layer.shape[2:]
+    seen = [_blocks_seen(length, 1, plan) for length in lengths]
+    block_bytes = 2 * heads * block_size * head_dim * kv_layer.element_size()
+    ranking = sorted(range(len(lengths)), key=lambda i: seen[i][0] - seen[i][1])
+    cuts = _group_by_length([seen[i][1] - seen[i][0] for i in ranking], block_bytes)
+    if len(cuts) == 2:
+        ranking = list(range(len(lengths)))
     width = max(last - first for first, last in seen)
-    first_block = torch.tensor([first for first, _ in seen]).unsqueeze(1)
-    last_block = torch.tensor([last for _, last in seen]).unsqueeze(1)
-    columns = first_block + torch.arange(width)
-    order = torch.tensor(group)
-    inside = (columns < last_block) & (torch.tensor([lengths[i] for i in group]).unsqueeze(1) > 0)
-    blocks = tables[order].gather(1, columns.clamp_(max=tables.shape[1] - 1))
-    rows, shape = _gather_rows(torch.where(inside, blocks, 0), kv_layer)  # block 0 is the null block: zeros
 
-    base = [first * plan.block_size for first, _ in seen]
-    stop = [max(1, lengths[i]) - offset for i, offset in zip(group, base, strict=True)]
+    first = [seen[i][0] for i in ranking]
+    stop = [max(1, lengths[i]) - block * block_size for i, block in zip(ranking, first, strict=True)]
     start = [max(0, s - plan.window) if plan.window else 0 for s in stop]
-    whole = None if group == list(range(plan.num_decodes)) else order
-    if len(set(stop)) == 1 and len(set(start)) == 1:
-        return _Decodes(rows, shape, whole, start[0], stop[0] - start[0], None, None)
-    keys = torch.arange(shape[3])
-    hidden = (keys < torch.tensor(start).unsqueeze(1)) | (keys >= torch.tensor(stop).unsqueeze(1))
-    bias = torch.zeros(hidden.shape, dtype=q.dtype).masked_fill_(hidden, -torch.inf)[:, None, None, :]
-    own = hidden & inside.repeat_interleave(plan.block_size, 1)  # the rest comes from the null block
-    unseen = own[None, :, None, :].expand(2, -1, shape[2], -1).flatten().nonzero().squeeze(1)
-    return _Decodes(rows, shape, whole, 0, shape[3], bias, unseen if unseen.numel() else None)
+    order = torch.tensor(ranking)
+    columns = torch.tensor(first).unsqueeze(1) + torch.arange(width)
+    held = torch.tensor([-(-lengths[i] // block_size) for i in ranking]).unsqueeze(1)
+    blocks = tables[order].gather(1, columns.clamp(max=tables.shape[1] - 1))
+    blocks.masked_fill_(columns >= held, 0)  # behind the last block, the null block: zeros
+    rows = _gather_rows(blocks, kv_layer)
+
+    hidden = bias = None
+    if len(set(stop)) > 1 or len(set(start)) > 1:
+        keys = torch.arange(width * block_size)
+        hidden = (keys < torch.tensor(start).unsqueeze(1)) | (keys >= torch.tensor(stop).unsqueeze(1))
+        bias = torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
+        hidden &= blocks.repeat_interleave(block_size, 1) != 0
+    groups = []
+    for low, high in itertools.pairwise(cuts):
+        wide = max(seen[i][1] - seen[i][0] for i in ranking[low:high])
+        shape = (2, high - low, heads, wide * block_size, head_dim)
+        own_rows = rows[:, low:high, :, :wide].flatten()
+        if len(set(stop[low:high])) == 1 and len(set(start[low:high])) == 1:
+            groups.append(_Decodes(low, high, own_rows, shape, start[low], stop[low] - start[low], None, None))
+            continue
+        assert hidden is not None and bias is not None
+        unseen = _rows_to_clear(hidden[low:high, : shape[3]], heads)
+        mask = bias[low:high, None, None, : shape[3]]
+        groups.append(_Decodes(low, high, own_rows, shape, 0, shape[3], mask, unseen))
+    return (None if len(cuts) == 2 else order), groups
+
+
+def _rows_to_clear(hidden: torch.Tensor, heads: int) -> torch.Tensor | None:
+    """hidden [G, keys] → rows of D elements in a gathered tensor [2, G, heads, keys, D] that must not be read."""
+    sequence, key = hidden.nonzero().unbind(1)
+    if not sequence.numel():
+        return None
+    count, keys = hidden.shape
+    lanes = torch.arange(2).view(2, 1, 1) * (count * heads) + torch.arange(heads).view(1, heads, 1)
+    return ((lanes + sequence * heads) * keys + key).flatten()
 
 
 def _decode(q: torch.Tensor, kv_layer: torch.Tensor, group: _Decodes, scale: float) -> torch.Tensor:
@@ -205,10 +224,11 @@ def _index_chunk(
     table: torch.Tensor, start: int, stop: int, length: int, kv_layer: torch.Tensor, plan: AttentionPlan
 ) -> _Chunk:
     first_block, last_block = _blocks_seen(length, stop - start, plan)
-    rows, shape = _gather_rows(table[None, first_block:last_block], kv_layer)
+    rows = _gather_rows(table[None, first_block:last_block], kv_layer)
+    shape = (2, 1, *rows.shape[2:3], rows.shape[3] * plan.block_size, kv_layer.shape[4])
     base = first_block * plan.block_size
     oldest = max(0, length - (stop - start) + 1 - plan.window) if plan.window else 0
-    return _Chunk(rows, shape, start, stop, oldest - base, length - oldest)
+    return _Chunk(rows.flatten(), shape, start, stop, oldest - base, length - oldest)
 
 
 def _needs_mask(chunk: _Chunk, window: int) -> bool:
