@@ -9,11 +9,15 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import httpx
+from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, OverloadedError
+from workstation.server.options import ServedModel
+from workstation.text.tokenizer import Tokenizer as WsTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TAG_TOKENS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
@@ -198,3 +202,16 @@ class _Sample:
             event.logprobs = [_logprobs(token, params.logprobs) for token in event.token_ids]
         event.finish_reason = self.finish_reason  # type: ignore[assignment]
         return event
+
+
+def served_model(folder: Path, **changes: object) -> ServedModel:
+    tokenizer = WsTokenizer.from_folder(folder)
+    values: dict[str, object] = {"names": ("fake", "alias"), "tokenizer": tokenizer,
+                                 "eos_token_ids": (tokenizer.eos_token_id,), "window": 4096}
+    return ServedModel(**{**values, **changes})  # type: ignore[arg-type]
+
+
+def api_client(app: FastAPI, **options: object) -> httpx.AsyncClient:
+    """A client that talks to the app in-process, as a browserless program on this machine would."""
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", **options)  # type: ignore[arg-type]

@@ -16,6 +16,7 @@ import time
 from collections import OrderedDict, deque
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import zmq
@@ -170,8 +171,9 @@ class EngineProcess:
             sys.executable, "-m", "workstation.engine.process", self._directory, str(os.getpid()),
             stdin=asyncio.subprocess.DEVNULL)
         self._readers = [asyncio.create_task(self._read(socket)) for socket in (self._outbox, self._beats)]
-        died = asyncio.ensure_future(self._process.wait())
-        await asyncio.wait((died, asyncio.shield(self._ready)), return_when=asyncio.FIRST_COMPLETED)
+        died: asyncio.Future[Any] = asyncio.ensure_future(self._process.wait())
+        waited: list[asyncio.Future[Any]] = [died, self._ready]
+        await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
         if not self._ready.done():
             await asyncio.sleep(0.1)  # its last message may still be on the way
         died.cancel()

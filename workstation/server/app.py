@@ -1,0 +1,178 @@
+"""`create_app`: the routes, wired to one engine and one model. No globals: everything hangs on the `Api` object."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+
+from workstation import __version__
+from workstation.engine.client import EngineClient
+from workstation.errors import InvalidRequestError, WorkstationError
+from workstation.server import errors, wire
+from workstation.server.body import parse_json, read_body, validate
+from workstation.server.chat import answer_chat, prepare_chat, stream_chat
+from workstation.server.completions import answer_completion, prepare_completion, stream_completion
+from workstation.server.gate import ClientGone, Gate, until_disconnect
+from workstation.server.generation import Generation
+from workstation.server.guard import Guard
+from workstation.server.job import Job
+from workstation.server.metrics import Metrics
+from workstation.server.options import ServedModel, ServerOptions
+from workstation.server.prepare import Service
+from workstation.server.schemas import (
+    HARMLESS_FIELDS,
+    REFUSED_IN_CHAT,
+    REFUSED_IN_COMPLETIONS,
+    ChatRequest,
+    CompletionRequest,
+    DetokenizeRequest,
+    TokenizeRequest,
+)
+from workstation.server.streaming import EventStream
+from workstation.server.tokenize import detokenize, tokenize
+
+Result = TypeVar("Result")
+
+
+class Api:
+    """The routes' shared state and their handlers."""
+
+    def __init__(self, engine: EngineClient, model: ServedModel, options: ServerOptions) -> None:
+        self.service = Service(engine, model, options)
+        self.gate = Gate(engine)
+        self.metrics = Metrics(engine, model.name, self.service.window)
+        self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
+
+    async def _in_thread(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
+        """Parse, validate, render and tokenise off the event loop, so that one huge prompt delays nobody's tokens."""
+        options = self.service.options
+        body = await read_body(request, options)
+
+        def job() -> Result:
+            return work(parse_json(body, options.max_json_depth))
+
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, job)
+        except WorkstationError as error:
+            self.metrics.reject(error)
+            raise
+
+    async def chat(self, request: Request) -> Response:
+        label = request.headers.get("x-client", "")
+
+        def prepare(payload: dict[str, Any]) -> Job:
+            body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
+            return prepare_chat(self.service, body, label)
+
+        self.gate.check_open()
+        generation = self._generation(await self._in_thread(request, prepare))
+        if generation.job.stream:
+            return EventStream(stream_chat(generation), self.gate, self.service.options)
+        return await self._whole(request, answer_chat(generation))
+
+    async def completions(self, request: Request) -> Response:
+        label = request.headers.get("x-client", "")
+
+        def prepare(payload: dict[str, Any]) -> Job:
+            body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)
+            return prepare_completion(self.service, body, label)
+
+        self.gate.check_open()
+        generation = self._generation(await self._in_thread(request, prepare))
+        if generation.job.stream:
+            return EventStream(stream_completion(generation), self.gate, self.service.options)
+        return await self._whole(request, answer_completion(generation))
+
+    def _generation(self, job: Job) -> Generation:
+        return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
+
+    async def _whole(self, request: Request, work: Any) -> Response:
+        try:
+            return _json(await self.gate.run(work, until_disconnect(request.receive)))
+        except ClientGone:
+            return Response(status_code=499)  # nobody reads it; the log shows why
+
+    async def models(self, request: Request) -> Response:
+        return _json(wire.encode({"object": "list", "data": [self._card(name) for name in self.service.model.names]}))
+
+    async def one_model(self, request: Request) -> Response:
+        return _json(wire.encode(self._card(self.service.check_model(request.path_params["name"]))))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        """Clients look for the window under six names."""
+        model, window = self.service.model, self.service.window
+        return {"id": name, "object": "model", "created": model.created, "owned_by": "ws", "root": model.root or model.name,
+                "parent": None, "max_model_len": window, "context_length": window, "context_window": window,
+                "max_input_tokens": window, "meta": {"n_ctx": window}}
+
+    async def tokenize(self, request: Request) -> Response:
+        return _json(await self._in_thread(
+            request, lambda payload: wire.encode(tokenize(self.service, validate(payload, TokenizeRequest)))))
+
+    async def detokenize(self, request: Request) -> Response:
+        return _json(await self._in_thread(
+            request, lambda payload: wire.encode(detokenize(self.service, validate(payload, DetokenizeRequest)))))
+
+    async def health(self, request: Request) -> Response:
+        """Answered from what the engine last said, never by a call into it."""
+        health = self.service.engine.health()
+        state = "draining" if self.gate.draining else health.state
+        body = {"status": "ok" if state == "ready" else state, "heartbeat_age": round(health.heartbeat_age, 3),
+                "restarts": health.restarts}
+        if health.cause and state != "ready":
+            body["cause"] = health.cause
+        return Response(wire.encode(body), 200 if state == "ready" else 503, media_type="application/json")
+
+    async def version(self, request: Request) -> Response:
+        return _json(wire.encode({"version": __version__}))
+
+    async def prometheus(self, request: Request) -> Response:
+        return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _json(body: bytes) -> Response:
+    return Response(body, media_type="application/json")
+
+
+def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions | None = None) -> FastAPI:
+    """The ASGI application. `app.state.api.gate` drains it."""
+    options = options or ServerOptions()
+    if not model.names:
+        raise InvalidRequestError("a served model needs a name", param="served_model_name")
+    api = Api(engine, model, options)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        api.pool.shutdown(wait=False, cancel_futures=True)
+
+    app = FastAPI(title="ws", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
+                  redirect_slashes=False)
+    app.state.api = api
+    for method, path, handler in _routes(api):
+        app.add_api_route(path, handler, methods=[method], response_model=None)
+    errors.install(app)
+    app.add_middleware(Guard, options=options)
+    if options.allowed_origins:
+        app.add_middleware(CORSMiddleware, allow_origins=list(options.allowed_origins), allow_methods=["GET", "POST"],
+                           allow_headers=["authorization", "content-type", "x-client"])
+    return app
+
+
+def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
+    return [
+        ("POST", "/v1/chat/completions", api.chat), ("POST", "/v1/completions", api.completions),
+        ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
+        ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
+        ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
+    ]
+
+

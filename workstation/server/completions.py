@@ -1,0 +1,221 @@
+"""/v1/completions: prompts in four shapes, echo, log-probabilities of prompt and output."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+from typing import Any
+
+from msgspec import UNSET
+
+from workstation import __version__
+from workstation.engine.request import MAX_LOGPROBS, TokenLogprobs
+from workstation.errors import InvalidRequestError
+from workstation.server import prepare, wire
+from workstation.server.body import show
+from workstation.server.generation import Generation
+from workstation.server.job import Job
+from workstation.server.logprobs import LogprobWriter
+from workstation.server.prepare import Service
+from workstation.server.schemas import CompletionRequest
+
+DEFAULT_MAX_TOKENS = 16
+
+
+def prepare_completion(service: Service, body: CompletionRequest, label: str) -> Job:
+    """Everything that can be refused is refused here, before a stream starts."""
+    model = service.check_model(body.model)
+    usage_at_end, usage_always = body.wants_usage()
+    prompts = prompt_lists(service, body)
+    prompts = [prepare.truncated(service, ids, body.truncate_prompt_tokens, body.max_tokens) for ids in prompts]
+    hide_output = bool(body.echo) and body.max_tokens == 0
+    wanted = 1 if hide_output else body.max_tokens
+    limits = [prepare.room(service, len(ids), wanted, DEFAULT_MAX_TOKENS, "prompt") for ids in prompts]
+    logprobs, prompt_logprobs = _logprobs(body)
+    first = prepare.sampling_params(service, body, max_tokens=limits[0], logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    if body.best_of is not None and body.best_of not in (1, first.n):
+        raise InvalidRequestError(f"best_of={show(body.best_of)} is not supported: ask for n samples and choose",
+                                  param="best_of")
+    params = [first if limit == limits[0] else first.clone(max_tokens=limit) for limit in limits]
+    beams = [prepare.beam_params(body, limit, logprobs) for limit in limits]
+    public_id = prepare.new_id("cmpl")
+    requests = prepare.engine_requests(service, body, public_id, prompts, params, beams,
+                                       prepare.clean_label(label, body.user))
+    return Job(public_id, model, int(time.time()), requests, first.n, stream=bool(body.stream), usage_at_end=usage_at_end,
+               usage_always=usage_always, logprobs=logprobs is not None, echo=bool(body.echo),
+               echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
+               return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
+               hide_output=hide_output)
+
+
+def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:
+    """Ids of every prompt: a string, a list of strings, a list of ids, or a list of lists of ids."""
+    prompt = body.prompt
+    if isinstance(prompt, str):
+        items: list[Any] = [prompt]
+    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
+        items = prompt
+    elif isinstance(prompt, list) and prompt:
+        items = [prompt]
+    else:
+        raise InvalidRequestError("prompt must be a non-empty string, list of strings, list of token ids, or list of lists of "
+                                  f"token ids, got {show(prompt)}", param="prompt")
+    prepare.check_fan_out(service, max(body.n or 1, 1), len(items))
+    return [_prompt(service, body, item, prompt) for item in items]
+
+
+def _prompt(service: Service, body: CompletionRequest, item: Any, whole: Any) -> list[int]:
+    if isinstance(item, str):
+        service.check_text(len(item), "prompt")
+        add_special = body.add_special_tokens is not False
+        ids = service.model.tokenizer.encode(item, add_special_tokens=add_special)
+        return service.check_ids(ids, "prompt")
+    if not isinstance(item, list):
+        raise InvalidRequestError(f"prompt mixes kinds: {show(whole)} holds {show(item)}", param="prompt")
+    return service.check_ids(item, "prompt")
+
+
+def _logprobs(body: CompletionRequest) -> tuple[int | None, int | None]:
+    """(output logprobs, prompt logprobs): with echo the prompt's are shown too."""
+    wanted = body.logprobs
+    if wanted is not None and not 0 <= wanted <= MAX_LOGPROBS:
+        raise InvalidRequestError(f"logprobs must be between 0 and {MAX_LOGPROBS}, got {wanted}", param="logprobs")
+    if body.echo and wanted is not None:
+        return wanted, max(wanted, body.prompt_logprobs or 0)
+    return wanted, body.prompt_logprobs
+
+
+@dataclass(slots=True)
+class _Echo:
+    """A prompt shown before its answer: its text, and where each of its tokens begins."""
+
+    text: str
+    ids: list[int]
+    starts: list[int]
+    entries: list[TokenLogprobs | None] = field(default_factory=list)
+
+
+def _echo(generation: Generation, prompt_index: int) -> _Echo:
+    ids = generation.job.requests[prompt_index].prompt_token_ids
+    detokenizer = generation.tokenizer.detokenizer(skip_special_tokens=False)
+    text = detokenizer.feed(ids) + detokenizer.finish()
+    entries = generation.prompt_logprobs[prompt_index]
+    return _Echo(text, ids, detokenizer.starts, entries if entries is not None else [None] * len(ids))
+
+
+class _Writer:
+    """Choice fields in the completions shape; offsets run over echoed prompt and output together."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._job = generation.job
+        self._logprobs = LogprobWriter(generation.tokenizer, as_ids=self._job.tokens_as_ids)
+        self._echoes: dict[int, _Echo] = {}
+
+    def echo(self, prompt_index: int) -> _Echo | None:
+        """The echo, made when first asked for: by then the engine has sent the prompt's log-probabilities."""
+        if not self._job.echo:
+            return None
+        if prompt_index not in self._echoes:
+            self._echoes[prompt_index] = _echo(self._generation, prompt_index)
+        return self._echoes[prompt_index]
+
+    def logprobs(self, echo: _Echo | None, shown: int, entries: list[TokenLogprobs], starts: list[int],
+                 ) -> wire.CompletionLogprobs | None:
+        """`echo` is given when its tokens come first in this piece; `shown` is the echoed text's length."""
+        if not self._job.logprobs or not (entries or echo):
+            return None
+        ids = [entry.token_ids[0] for entry in entries]
+        both: list[TokenLogprobs | None] = list(entries)
+        offsets = [shown + start for start in starts]
+        if echo is not None:
+            return self._logprobs.completion([*echo.ids, *ids], [*echo.entries, *both], [*echo.starts, *offsets])
+        return self._logprobs.completion(ids, both, offsets)
+
+    def finish(self, choice: wire.CompletionChoice, prompt_index: int) -> None:
+        """Fields shown once a choice."""
+        if self._job.prompt_logprobs:
+            entries = self._generation.prompt_logprobs[prompt_index]
+            choice.prompt_logprobs = self._logprobs.prompt(entries) if entries is not None else None
+        if self._job.return_token_ids:
+            choice.prompt_token_ids = self._job.requests[prompt_index].prompt_token_ids
+
+
+def _answer(generation: Generation, choices: list[Any]) -> wire.Answer:
+    job = generation.job
+    return wire.Answer(job.public_id, "text_completion", job.created, job.model, choices,
+                       system_fingerprint=f"ws-{__version__}")
+
+
+async def answer_completion(generation: Generation) -> bytes:
+    """The whole answer, encoded."""
+    job = generation.job
+    count = len(generation.choices)
+    texts: list[list[str]] = [[] for _ in range(count)]
+    ids: list[list[int]] = [[] for _ in range(count)]
+    entries: list[list[TokenLogprobs]] = [[] for _ in range(count)]
+    starts: list[list[int]] = [[] for _ in range(count)]
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            if job.hide_output:
+                continue
+            index = delta.choice.index
+            texts[index].append(delta.text)
+            ids[index].extend(delta.token_ids)
+            entries[index].extend(delta.logprobs)
+            starts[index].extend(delta.starts)
+    writer = _Writer(generation)
+    choices = []
+    for choice in generation.choices:
+        index = choice.index
+        echo = writer.echo(choice.prompt_index)
+        head = echo.text if echo is not None else ""
+        reason = "length" if job.hide_output else choice.finish_reason
+        out = wire.CompletionChoice(index, head + "".join(texts[index]),
+                                    writer.logprobs(echo, len(head), entries[index], starts[index]), reason,
+                                    choice.stop_reason, token_ids=ids[index] if job.return_token_ids else UNSET)
+        writer.finish(out, choice.prompt_index)
+        choices.append(out)
+    answer = _answer(generation, choices)
+    answer.usage = generation.usage()
+    return wire.encode(answer)
+
+
+async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, None]:
+    """Server-sent events: text chunks (an echoed prompt first), a finish chunk a choice, usage when asked for, [DONE]."""
+    job = generation.job
+    writer = _Writer(generation)
+    started: set[int] = set()
+    pending_ids: dict[int, list[int]] = {}
+    async with aclosing(generation.deltas()) as deltas:
+        async for delta in deltas:
+            index, prompt_index = delta.choice.index, delta.choice.prompt_index
+            first = index not in started
+            if job.return_token_ids and not job.hide_output:
+                pending_ids.setdefault(index, []).extend(delta.token_ids)
+            if delta.empty and not (first and job.echo):
+                continue
+            started.add(index)
+            echo = writer.echo(prompt_index)
+            text = (echo.text if echo is not None and first else "") + ("" if job.hide_output else delta.text)
+            logprobs = writer.logprobs(echo if first else None, len(echo.text) if echo is not None else 0,
+                                       [] if job.hide_output else delta.logprobs, [] if job.hide_output else delta.starts)
+            reason = "length" if job.hide_output and delta.finish_reason else delta.finish_reason
+            choice = wire.CompletionChoice(index, text, logprobs, reason, delta.stop_reason)
+            if job.return_token_ids:
+                choice.token_ids = pending_ids.pop(index, [])
+            if first:
+                writer.finish(choice, prompt_index)
+            chunk = _answer(generation, [choice])
+            if job.usage_always:
+                chunk.usage = generation.usage()
+            elif job.usage_at_end:
+                chunk.usage = None
+            yield wire.sse(chunk)
+    if job.usage_at_end:
+        last = _answer(generation, [])
+        last.usage = generation.usage()
+        yield wire.sse(last)
+    yield wire.DONE

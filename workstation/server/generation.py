@@ -1,0 +1,193 @@
+"""Running a job: engine events in, finished text deltas out, cut at stop strings, aborted when nobody needs more."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass, field
+
+from workstation.engine.client import EngineClient
+from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
+from workstation.errors import EngineDeadError, EngineError, InvalidRequestError, OverloadedError
+from workstation.server.job import Job
+from workstation.server.metrics import Metrics
+from workstation.server.wire import TokenDetails, Usage
+from workstation.text.detokenizer import Detokenizer
+from workstation.text.tokenizer import Tokenizer
+
+
+@dataclass(slots=True)
+class Delta:
+    """What one event adds to one choice.
+
+    Attributes:
+        token_ids: new ids that count.  logprobs: of tokens whose text is certain now (a possible stop string holds them back).
+        starts: [len(logprobs)] offsets of those tokens in the choice's text, in characters.
+    """
+
+    choice: Choice
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprobs]
+    starts: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def empty(self) -> bool:
+        return not (self.text or self.logprobs or self.finish_reason)
+
+
+class Choice:
+    """One sample: its text so far and how it ended."""
+
+    __slots__ = ("_detokenizer", "_include_stop", "_logprobs", "finish_reason", "index", "num_tokens", "prompt_index",
+                 "stop_reason")
+
+    def __init__(self, index: int, prompt_index: int, request: EngineRequest, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self.index = index
+        self.prompt_index = prompt_index
+        self._detokenizer: Detokenizer = tokenizer.detokenizer(
+            skip_special_tokens=params.skip_special_tokens, stop=params.stop, include_stop=params.include_stop_str_in_output,
+            min_tokens=params.min_tokens)
+        self._include_stop = params.include_stop_str_in_output
+        self._logprobs: list[TokenLogprobs] = []
+        self.num_tokens = 0
+        self.finish_reason: str | None = None
+        self.stop_reason: int | str | None = None
+
+    def take(self, event: TokenEvent) -> Delta:
+        """Feed one event. A stop token's text is left out (unless include_stop_str_in_output), its count is not."""
+        detokenizer = self._detokenizer
+        before, shown = detokenizer.num_tokens, detokenizer.num_shown
+        ids = event.token_ids
+        hidden = event.finish_reason == "stop" and bool(ids) and not self._include_stop
+        text = detokenizer.feed(ids[:-1] if hidden else ids)
+        if event.finish_reason is not None and detokenizer.stopped is None:
+            text += detokenizer.finish()
+        kept = detokenizer.num_tokens - before
+        if event.logprobs is not None:
+            self._logprobs.extend(event.logprobs[:kept])
+        if detokenizer.stopped is not None:
+            self.finish_reason, self.stop_reason = "stop", detokenizer.stopped
+        elif event.finish_reason is not None:
+            self.finish_reason, self.stop_reason = event.finish_reason, event.stop_reason
+            kept += hidden
+        self.num_tokens += kept
+        now_shown = detokenizer.num_shown
+        return Delta(self, text, ids[:kept], self._logprobs[shown:now_shown], detokenizer.starts[shown:now_shown],
+                     self.finish_reason, self.stop_reason)
+
+
+@dataclass(slots=True)
+class Generation:
+    """A job while it runs; `deltas` drives it. Leaving `deltas` early aborts what is left in the engine."""
+
+    engine: EngineClient
+    job: Job
+    tokenizer: Tokenizer
+    metrics: Metrics
+    choices: list[Choice] = field(default_factory=list)
+    prompt_logprobs: list[list[TokenLogprobs | None] | None] = field(default_factory=list)
+    cached_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        samples = self.job.samples
+        self.choices = [Choice(index, index // samples, self.job.requests[index // samples], self.tokenizer)
+                        for index in range(samples * len(self.job.requests))]
+        self.prompt_logprobs = [None] * len(self.job.requests)
+
+    def usage(self) -> Usage:
+        prompt = sum(len(request.prompt_token_ids) for request in self.job.requests)
+        output = 0 if self.job.hide_output else sum(choice.num_tokens for choice in self.choices)
+        return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens))
+
+    async def deltas(self) -> AsyncGenerator[Delta, None]:
+        """Every change of every choice, in the order of the engine's events.
+
+        Raises OverloadedError, EngineDeadError, EngineError, or InvalidRequestError when the engine refuses at admission.
+        """
+        outcome = "abort"
+        try:
+            async with aclosing(self._events()) as events:
+                async for prompt_index, event in events:
+                    self._note(prompt_index, event)
+                    choice = self.choices[prompt_index * self.job.samples + event.index]
+                    if choice.finish_reason is None:
+                        yield choice.take(event)
+                    if all(item.finish_reason is not None for item in self.choices):
+                        outcome = "length" if all(item.finish_reason == "length" for item in self.choices) else "stop"
+                        return
+            outcome = "error"
+            raise EngineError("the engine ended this request without a last event")
+        except (OverloadedError, EngineDeadError, EngineError, InvalidRequestError) as error:
+            outcome = "error"
+            self.metrics.reject(error)
+            raise
+        finally:
+            self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices))
+
+    def _note(self, prompt_index: int, event: TokenEvent) -> None:
+        if event.finish_reason == "error":
+            raise EngineError(event.error or "the engine could not finish this request")
+        if event.finish_reason == "abort":
+            raise EngineError("the engine aborted this request")
+        if event.prompt_logprobs is not None:
+            self.prompt_logprobs[prompt_index] = event.prompt_logprobs
+        request = self.job.requests[prompt_index]
+        self.cached_tokens += self.metrics.token(request, event, time.monotonic())
+
+    def _events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+        requests = self.job.requests
+        if len(requests) == 1:
+            return _numbered(self.engine.generate(requests[0]))
+        return _merged([self.engine.generate(request) for request in requests])
+
+
+async def _numbered(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    try:
+        async for event in events:
+            yield 0, event
+    finally:
+        await _close(events)
+
+
+async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    """Events of several requests as they come. The first failure ends all of them."""
+    queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
+
+    async def pump(index: int, events: AsyncIterator[TokenEvent]) -> None:
+        try:
+            async for event in events:
+                queue.put_nowait((index, event))
+            queue.put_nowait((index, None))
+        except Exception as error:  # carried over to the reader, who raises it
+            queue.put_nowait((index, error))
+        finally:
+            await _close(events)
+
+    tasks = [asyncio.ensure_future(pump(index, events)) for index, events in enumerate(streams)]
+    try:
+        running = len(tasks)
+        while running:
+            index, item = await queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            if item is None:
+                running -= 1
+            else:
+                yield index, item
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _close(events: AsyncIterator[TokenEvent]) -> None:
+    """Leaving an engine's iterator early is what aborts the request."""
+    close = getattr(events, "aclose", None)
+    if close is not None:
+        await close()

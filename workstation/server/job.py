@@ -1,0 +1,34 @@
+"""A validated HTTP request, ready for the engine."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from workstation.engine.request import EngineRequest
+
+
+@dataclass(slots=True)
+class Job:
+    """One validated HTTP request on its way to the engine.
+
+    Attributes:
+        public_id: the `id` of the answer.  requests: one a prompt.  samples: choices a prompt.
+        stream, usage_at_end, usage_always: how to answer.  logprobs: whether output logprobs are shown.
+        hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
+    """
+
+    public_id: str
+    model: str
+    created: int
+    requests: list[EngineRequest]
+    samples: int
+    stream: bool = False
+    usage_at_end: bool = False
+    usage_always: bool = False
+    logprobs: bool = False
+    echo: bool = False
+    echo_logprobs: bool = False
+    prompt_logprobs: bool = False
+    return_token_ids: bool = False
+    tokens_as_ids: bool = False
+    hide_output: bool = False

@@ -1,0 +1,156 @@
+"""Prometheus metrics under vLLM's names with the prefix `ws:`; every label takes its values from a closed set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.metrics_core import Metric
+from prometheus_client.registry import Collector
+
+from workstation.engine.client import EngineClient
+from workstation.engine.request import EngineRequest, TokenEvent
+from workstation.errors import EngineDeadError, InvalidRequestError, OverloadedError, WorkstationError
+from workstation.server.job import Job
+
+LABELS = ("model_name", "engine")
+TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+ITL_BUCKETS = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80)
+LATENCY_BUCKETS = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+COUNT_BUCKETS = (1, 2, 5, 10, 20)
+FINISH_REASONS = ("stop", "length", "abort", "error")
+REJECTIONS = ("invalid", "overloaded", "engine_dead", "other")
+
+
+def _token_buckets(window: int) -> list[float]:
+    """1, 2, 5, 10, 20, 50 … up to the window."""
+    values = [mantissa * 10**power for power in range(8) for mantissa in (1, 2, 5)]
+    return [value for value in values if value <= max(window, 1)]
+
+
+class Metrics:
+    """The server's own registry: histograms and counters of requests, and the engine's snapshot read at scrape time."""
+
+    def __init__(self, engine: EngineClient, model_name: str, window: int) -> None:
+        self.registry = CollectorRegistry()
+        labels = (model_name, "0")
+        tokens = _token_buckets(window)
+
+        def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
+            return Histogram(f"ws:{name}", text, LABELS, registry=self.registry, buckets=tuple(buckets)).labels(*labels)
+
+        self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
+        self._itl = histogram("inter_token_latency_seconds", "Between two token events of a sample.", ITL_BUCKETS)
+        self._tpot = histogram("request_time_per_output_token_seconds", "Mean time a token after the first.", ITL_BUCKETS)
+        self._e2e = histogram("e2e_request_latency_seconds", "Arrival to last token.", LATENCY_BUCKETS)
+        self._queue = histogram("request_queue_time_seconds", "Arrival to first scheduling.", LATENCY_BUCKETS)
+        self._inference = histogram("request_inference_time_seconds", "First scheduling to last token.", LATENCY_BUCKETS)
+        self._prefill = histogram("request_prefill_time_seconds", "First scheduling to first token.", LATENCY_BUCKETS)
+        self._decode = histogram("request_decode_time_seconds", "First token to last token.", LATENCY_BUCKETS)
+        self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", tokens)
+        self._output = histogram("request_generation_tokens", "Tokens generated for a request.", tokens)
+        self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
+        self._n = histogram("request_params_n", "n asked for.", COUNT_BUCKETS)
+        self._preemptions = histogram("request_num_preemptions", "Preemptions of a request.", (0, *COUNT_BUCKETS))
+        self._computed = histogram("request_prefill_kv_computed_tokens", "Prompt tokens not read from the cache.", tokens)
+        success = Counter("ws:request_success", "Requests that ended, by how.", (*LABELS, "finished_reason"),
+                          registry=self.registry)
+        rejections = Counter("ws:admission_rejections", "Requests refused, by why.", (*LABELS, "reason"),
+                             registry=self.registry)
+        self._ended = {reason: success.labels(*labels, reason) for reason in FINISH_REASONS}
+        self._rejected = {reason: rejections.labels(*labels, reason) for reason in REJECTIONS}
+        self._last_event: dict[tuple[str, int], float] = {}
+        self.registry.register(_EngineCollector(engine, labels))
+
+    def render(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def reject(self, error: WorkstationError) -> None:
+        kinds = ((InvalidRequestError, "invalid"), (OverloadedError, "overloaded"), (EngineDeadError, "engine_dead"))
+        self._rejected[next((name for kind, name in kinds if isinstance(error, kind)), "other")].inc()
+
+    def token(self, request: EngineRequest, event: TokenEvent, now: float) -> int:
+        """Record one event; returns the prompt's cached tokens when it is the request's first, else 0."""
+        key = (request.request_id, event.index)
+        last = self._last_event.get(key)
+        cached = 0
+        if last is not None:
+            self._itl.observe(now - last)
+        elif (request.request_id, -1) not in self._last_event:
+            self._last_event[(request.request_id, -1)] = now
+            self._ttft.observe(now - request.arrival)
+            self._computed.observe(len(request.prompt_token_ids) - event.num_cached_tokens)
+            cached = event.num_cached_tokens
+        self._last_event[key] = now
+        if event.finished:
+            self._times(event)
+        return cached
+
+    def _times(self, event: TokenEvent) -> None:
+        self._preemptions.observe(event.num_preemptions)
+        times = event.times
+        if times is None or not times.scheduled or not times.finished:
+            return
+        self._queue.observe(times.scheduled - times.arrival)
+        self._inference.observe(times.finished - times.scheduled)
+        if times.first_token:
+            self._prefill.observe(times.first_token - times.scheduled)
+            self._decode.observe(times.finished - times.first_token)
+
+    def finish(self, job: Job, outcome: str, output_tokens: int) -> None:
+        """Record a request's end; `outcome` is one of FINISH_REASONS."""
+        self._ended[outcome].inc()
+        for request in job.requests:
+            first = self._last_event.pop((request.request_id, -1), None)
+            lasts = [self._last_event.pop((request.request_id, index), None) for index in range(job.samples)]
+            ends = [last for last in lasts if last is not None]
+            self._prompt.observe(len(request.prompt_token_ids))
+            self._n.observe(job.samples)
+            if request.params.max_tokens is not None:
+                self._max_tokens.observe(request.params.max_tokens)
+            if first is not None and ends:
+                self._e2e.observe(max(ends) - request.arrival)
+                each = output_tokens / (job.samples * len(job.requests))
+                if each > 1:
+                    self._tpot.observe((max(ends) - first) / (each - 1))
+        self._output.observe(output_tokens)
+
+
+class _EngineCollector(Collector):
+    """The engine's newest snapshot as gauges and counters."""
+
+    def __init__(self, engine: EngineClient, labels: tuple[str, str]) -> None:
+        self._engine = engine
+        self._labels = labels
+
+    def collect(self) -> Iterator[Metric]:
+        stats, info, health = self._engine.stats(), self._engine.info, self._engine.health()
+        used = stats.blocks_held / stats.blocks_total if stats.blocks_total else 0.0
+        gauges = {
+            "num_requests_running": ("Requests in the batch.", stats.running),
+            "num_requests_waiting": ("Requests in the queue.", stats.waiting),
+            "kv_cache_usage_perc": ("Share of KV blocks held by live sequences, 0 to 1.", used),
+            "engine_restarts": ("Deaths of the engine process survived so far.", health.restarts),
+            "engine_heartbeat_age_seconds": ("Seconds since the engine last said it lives.", health.heartbeat_age),
+        }
+        counters = {
+            "prefix_cache_queries": ("Prompt tokens looked up in the prefix cache.", stats.prefix_queries),
+            "prefix_cache_hits": ("Prompt tokens found in the prefix cache.", stats.prefix_hits),
+            "num_preemptions": ("Preemptions.", stats.preemptions),
+            "prompt_tokens": ("Prompt tokens of admitted requests.", stats.prompt_tokens),
+            "prompt_tokens_cached": ("Prompt tokens read from the prefix cache.", stats.cached_tokens),
+            "generation_tokens": ("Tokens generated.", stats.generated_tokens),
+        }
+        for name, (text, value) in gauges.items():
+            gauge = GaugeMetricFamily(f"ws:{name}", text, labels=LABELS)
+            gauge.add_metric(self._labels, value)
+            yield gauge
+        for name, (text, value) in counters.items():
+            counter = CounterMetricFamily(f"ws:{name}", text, labels=LABELS)
+            counter.add_metric(self._labels, value)
+            yield counter
+        config = {"block_size": info.block_size, "num_gpu_blocks": info.num_blocks, "max_model_len": info.max_model_len}
+        fixed = GaugeMetricFamily("ws:cache_config_info", "The KV cache's fixed figures, as labels.", labels=(*LABELS, *config))
+        fixed.add_metric((*self._labels, *map(str, config.values())), 1)
+        yield fixed

@@ -1,0 +1,92 @@
+"""What the server is told at start, and what it serves. Frozen; decided once."""
+
+from __future__ import annotations
+
+import ipaddress
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from workstation.text.tokenizer import Tokenizer
+
+MIB = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """How the HTTP side behaves.
+
+    Attributes:
+        api_keys: any of these opens every route; empty means no key is asked for (only sensible on loopback).
+        allowed_hosts: further values of the Host header accepted on a loopback bind (names without port).
+        allowed_origins: web origins that may call from a browser (CORS); none by default.
+        priority_scheduling: the engine runs the priority policy, so requests may carry `priority`.
+        max_body_bytes, max_json_depth, max_header_bytes: limits of one HTTP request.
+        body_timeout, header_timeout: seconds a client may take to send them.
+        max_sequences_per_request: n × prompts of one request.
+        keep_alive_seconds: a stream silent for so long gets an SSE comment.
+        first_byte_seconds: how long a stream may wait for its first token before its headers are sent anyway.
+        write_timeout: seconds a client may stall before its stream is dropped.
+        drain_seconds: how long SIGTERM waits for requests in flight.
+        max_connections: open connections; further ones get 503.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    allowed_origins: tuple[str, ...] = ()
+    priority_scheduling: bool = False
+    max_body_bytes: int = 32 * MIB
+    max_json_depth: int = 64
+    max_header_bytes: int = 64 * 1024
+    body_timeout: float = 60.0
+    header_timeout: float = 30.0
+    max_sequences_per_request: int = 256
+    keep_alive_seconds: float = 5.0
+    first_byte_seconds: float = 1.0
+    write_timeout: float = 60.0
+    drain_seconds: float = 30.0
+    max_connections: int = 4096
+    tokenizer_threads: int = 2
+    access_log: bool = False
+
+    @property
+    def loopback(self) -> bool:
+        return is_loopback(self.host)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a bind address is reachable from this machine only."""
+    if host.lower() == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+@dataclass(frozen=True, slots=True)
+class ServedModel:
+    """The one model of a server.
+
+    Attributes:
+        names: accepted in the `model` field; the first is the one shown.
+        default_sampling: SamplingParams fields used where a request is silent (models.toml over generation_config.json).
+        eos_token_ids: end a sample unless the request says ignore_eos.
+        window: tokens of prompt + output; 0 takes the ready engine's max_model_len.
+        created: Unix seconds.  root: the folder or hub id, as shown in /v1/models.
+    """
+
+    names: tuple[str, ...]
+    tokenizer: Tokenizer
+    default_sampling: Mapping[str, Any] = field(default_factory=dict)
+    eos_token_ids: tuple[int, ...] = ()
+    window: int = 0
+    created: int = field(default_factory=lambda: int(time.time()))
+    root: str = ""
+
+    @property
+    def name(self) -> str:
+        return self.names[0]
