@@ -18,7 +18,7 @@ from tiny import edit_config, write_tiny
 
 from workstation import safetensors_header
 from workstation.architecture import ModelShape, read_shape
-from workstation.errors import ConfigError, ModelFolderError
+from workstation.errors import ConfigError, ModelFolderError, OutOfMemoryError
 from workstation.model import staging
 from workstation.model.loader import load_model
 from workstation.model.tensor_names import destinations
@@ -312,6 +312,28 @@ def test_dummy_weights_need_no_files_and_follow_the_seed(tmp_path: Path) -> None
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
     assert all(tensor.isfinite().all() and tensor.any() for tensor in first.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_weights_reach_the_gpu_in_chunks(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "CHUNK_BYTES", 1 << 12)
+    folder = write_tiny(tmp_path, "qwen2")
+    decoder = load_model(folder, read_shape(folder), dtype=dtype, device=torch.device("cuda"), max_model_len=64)
+    stored = load_file(folder / SINGLE)
+    for name, tensor in destinations(decoder).items():
+        assert torch.equal(tensor.cpu(), stored[name].to(dtype)), name
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+def test_weights_that_do_not_fit_the_gpu_are_a_named_error(tmp_path: Path) -> None:
+    folder = edit_config(write_tiny(tmp_path), num_hidden_layers=1000, intermediate_size=1 << 20, hidden_size=1 << 14)
+    shape = read_shape(folder)
+    with pytest.raises(OutOfMemoryError, match="do not fit"):
+        load_model(folder, shape, dtype=torch.bfloat16, device=torch.device("cuda"), max_model_len=64,
+                   load_format="dummy")
 
 
 def test_reading_headers_needs_no_torch(tmp_path: Path) -> None:

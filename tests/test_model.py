@@ -15,6 +15,7 @@ from paged import PagedModel
 from tiny import write_tiny
 
 from workstation.architecture import read_shape
+from workstation.model.linear import DenseLinear, packed
 from workstation.model.loader import load_model
 from workstation.model.rope import cos_sin_table, inverse_frequencies
 from workstation.model.transformer import Decoder
@@ -164,6 +165,18 @@ def test_bfloat16_is_as_close_to_float32_as_transformers_is(tmp_path: Path) -> N
     decoder = load_model(folder, read_shape(folder), dtype=torch.bfloat16, device=CPU, max_model_len=128)
     ours = PagedModel(decoder, 1, 96, dtype=torch.bfloat16).step({0: prompts()[0]})[0].log_softmax(-1)
     assert (ours - exact).abs().mean() < 1.2 * (theirs - exact).abs().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rows", [1, 3, 40])
+def test_a_packed_layer_computes_what_the_plain_one_does(dtype: torch.dtype, rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    weight, bias, x = (torch.randn(size, generator=generator).to(dtype) for size in ((96, 64), (96,), (rows, 64)))
+    exact = x.double() @ weight.double().T + bias.double()
+    layer = packed(DenseLinear(weight, bias))
+    assert (layer.in_features, layer.out_features, layer.nbytes) == (64, 96, weight.nbytes + bias.nbytes)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(layer(x).double(), exact, rtol=tolerance, atol=10 * tolerance)
 
 
 def test_a_step_without_logits_gives_an_empty_tensor() -> None:

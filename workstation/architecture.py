@@ -134,8 +134,8 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "rotary_dim": (), "rotary_pct": (1.0,), "norm_type": ("rms_norm", "rmsnorm"), "layer_norm_eps": (),
 }
 _SUSPICIOUS = re.compile(
-    r"softcap|soft_cap|multiplier|sink|expert|moe|mrope|alibi|scal|clip|qk_norm|qk_layernorm|no_rope|nope_|parallel"
-    r"|query_pre_attn|post_norm|unit_offset|cross_attention|kv_shared|share_kv|lora|chunk|conv|ssm|mamba|linear_attn"
+    r"softcap|soft_cap|multiplier|sink|expert|moe|mrope|alibi|scal|clip|qk_norm|qk_layernorm|no_rope|nope_|parallel_(?:attn|block|residual)"
+    r"|query_pre_attn|post_norm|unit_offset|cross_attention|kv_shared|share_kv|lora|chunk|conv_|_conv|ssm|mamba|linear_attn"
     r"|window|gate|norm_position|hyper|altup|laurel|nextn")
 
 

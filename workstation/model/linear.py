@@ -53,18 +53,18 @@ class DenseLinear(Linear):
 class PackedLinear(Linear):
     """A dense layer for the CPU, its weight in oneDNN's blocked order.
 
-    For more than one row faster than the plain order, whose GEMM repacks the weight at every call; and a row's result
-    does not depend on how many other rows are in the batch.
+    Faster than the plain order, whose GEMM repacks the weight at every call. On the CPUs tried, a row's result is also
+    the same bit for bit whatever else is in the batch, which the plain order does not give.
     """
 
-    __slots__ = ("_apply", "_packed", "bias", "in_features", "nbytes_", "out_features")
+    __slots__ = ("_apply", "_nbytes", "_packed", "bias", "in_features", "out_features")
 
     ROWS_HINT = 32
 
     def __init__(self, dense: DenseLinear) -> None:
         self.in_features, self.out_features = dense.in_features, dense.out_features
         self.bias = dense.bias
-        self.nbytes_ = dense.nbytes
+        self._nbytes = dense.nbytes
         self._packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight, self.ROWS_HINT)
         self._apply = torch.ops.mkldnn._linear_pointwise.default
 
@@ -74,7 +74,7 @@ class PackedLinear(Linear):
 
     @property
     def nbytes(self) -> int:
-        return self.nbytes_
+        return self._nbytes
 
 
 def packed(layer: Linear) -> Linear:

@@ -55,7 +55,9 @@ def load_model(
                 fill_random(decoder, seed)
             else:
                 _fill(destinations(decoder), entries, make_reader(device), progress)
-        except torch.OutOfMemoryError as error:
+        except RuntimeError as error:  # CUDA has a class of its own for this, the CPU's allocator has not
+            if not isinstance(error, torch.OutOfMemoryError) and "not enough memory" not in str(error):
+                raise
             raise OutOfMemoryError(f"the weights do not fit into the free memory of {device}; "
                                    "take a smaller or a quantised model, or free the device") from error
         decoder.pack_weights()
