@@ -75,7 +75,7 @@ class Scheduler:
         room = self.limits.max_len - prompt_len
         wanted = request.beam.max_tokens if request.beam else request.params.max_tokens
         stops = set(request.params.stop_token_ids)
-        if not request.params.ignore_eos:
+        if not (request.params.ignore_eos or (request.beam is not None and request.beam.ignore_eos)):
             stops |= set(request.eos_token_ids)
         state = RequestState(
             request=request, max_tokens=room if wanted is None else min(wanted, room), stop_ids=frozenset(stops),
