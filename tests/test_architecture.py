@@ -10,9 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from tiny import edit_config, write_tiny
 
-from workstation.architecture import KVGroup, partition_layers, read_shape
+from workstation.architecture import KVGroup, ModelShape, partition_layers, read_shape
 from workstation.errors import ModelFolderError
 
 LLAMA: dict[str, Any] = {
@@ -275,3 +277,29 @@ def test_a_config_linked_from_outside_is_refused(tmp_path: Path) -> None:
 def test_reading_a_config_needs_no_torch() -> None:
     code = "import sys, workstation.architecture; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5) | st.sampled_from(["yarn", "longrope"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3), max_leaves=4)
+FIELDS = sorted({*LLAMA, *QWEN2, "head_dim", "layer_types", "quantization_config", "rope_parameters", "dtype"})
+ROPE_FIELDS = ["rope_type", "type", "factor", "original_max_position_embeddings", "short_factor", "long_factor",
+               "beta_fast", "mscale", "attention_factor", "low_freq_factor", "high_freq_factor", "rope_theta"]
+
+
+@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@given(base=st.sampled_from([LLAMA, QWEN2, MISTRAL]), fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
+       rope=st.dictionaries(st.sampled_from(ROPE_FIELDS), JSON, max_size=4))
+def test_any_json_value_gives_a_shape_or_a_named_error(
+    base: dict[str, Any], fields: dict[str, Any], rope: dict[str, Any],
+) -> None:
+    config = {**base, **fields}
+    if rope:
+        config["rope_scaling"] = {**base.get("rope_scaling", {}), **rope}
+    try:
+        shape = read_shape(config)
+    except ModelFolderError as error:
+        assert error.message.startswith("config.json")
+    else:
+        assert isinstance(shape, ModelShape)
+        assert sorted(layer for group in shape.kv_groups for layer in group.layers) == list(range(shape.num_layers))
