@@ -27,7 +27,8 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_end|>\\n' }}
 {%- endfor %}
 {%- if tools %}{{ '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% if enable_thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
 _CORPUS = ["The quick brown fox jumps over the lazy dog. ", "hello world, how are you today? ", "Grüße aus Köln, naïve café. ",
            "日本語のテキスト ", "def add(a, b):\n    return a + b\n", "one two three four five six seven eight nine ten "] * 20
 

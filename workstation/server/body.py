@@ -107,7 +107,7 @@ def _written_path(loc: tuple[int | str, ...], payload: Any) -> str:
     for position, part in enumerate(loc):
         inside = part in payload if isinstance(payload, dict) else isinstance(part, int) and isinstance(payload, list)
         if inside:
-            payload = payload[part]  # type: ignore[index]
+            payload = payload[part]
         elif position:
             continue
         path += f"[{part}]" if isinstance(part, int) else f".{part[:64]}"

@@ -14,7 +14,6 @@ from starlette.responses import Response
 from workstation.errors import OverloadedError, WorkstationError
 
 log = logging.getLogger("workstation.server")
-_KINDS = {401: "invalid_request_error", 429: "rate_limit_error"}
 
 
 class HTTPRequestError(WorkstationError):
@@ -40,6 +39,8 @@ def error_response(error: WorkstationError) -> Response:
     headers = {}
     if isinstance(error, OverloadedError):
         headers["retry-after"] = str(error.retry_after)
+    if error.http_status in (408, 413):
+        headers["connection"] = "close"  # the rest of the body is not worth reading
     if error.http_status == 401:
         headers["www-authenticate"] = "Bearer"
     return Response(msgspec.json.encode(error_body(error)), error.http_status, headers, "application/json")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,10 @@ import tokenizers
 from tokenizers import AddedToken, processors
 
 from workstation.errors import ModelFolderError
+from workstation.model_folder import file_in_folder, has_file, model_folder, read_json_object
 
-MAX_JSON_BYTES = 256 * 1024 * 1024
+MAX_TOKENIZER_BYTES = 256 * 1024 * 1024
+MAX_CONFIG_BYTES = 16 * 1024 * 1024
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -30,39 +31,29 @@ class TokenizerFiles:
 
 
 def read_folder(path: Path) -> TokenizerFiles:
-    """Read a model folder. Raises ModelFolderError naming the file that is missing or broken."""
-    if not path.is_dir():
-        raise ModelFolderError(f"{path} is not a folder")
-    config = _read_json(path / "tokenizer_config.json")
-    named = _named_tokens(path, config)
-    if (path / "tokenizer.json").is_file():
-        backend = _read_backend(path / "tokenizer.json")
+    """Read a model folder. Raises ModelFolderError naming the file that is missing, broken or unsafe."""
+    root = model_folder(path)
+    config = _read_json(root, "tokenizer_config.json")
+    named = _named_tokens(root, config)
+    if has_file(root, "tokenizer.json"):
+        backend = _read_backend(root)
         _add_missing_tokens(backend, config, named)
         _set_bos_eos(backend, config, named)
     else:
-        backend = _backend_from_transformers(path)
+        backend = _backend_from_transformers(root)
     backend.no_truncation()
     backend.no_padding()
-    return TokenizerFiles(backend, named, _chat_template(path, config))
+    return TokenizerFiles(backend, named, _chat_template(root, config))
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ModelFolderError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelFolderError(f"{path.name} is not valid JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise ModelFolderError(f"{path.name} must hold a JSON object, not {type(value).__name__}")
-    return value
+def _read_json(root: Path, name: str) -> dict[str, Any]:
+    return read_json_object(root, name, max_bytes=MAX_CONFIG_BYTES) if has_file(root, name) else {}
 
 
-def _read_backend(path: Path) -> Any:
-    if path.stat().st_size > MAX_JSON_BYTES:
-        raise ModelFolderError(f"{path.name} is larger than {MAX_JSON_BYTES} bytes")
+def _read_backend(root: Path) -> Any:
+    path = file_in_folder(root, "tokenizer.json")
+    if path.stat().st_size > MAX_TOKENIZER_BYTES:
+        raise ModelFolderError(f"tokenizer.json is larger than {MAX_TOKENIZER_BYTES} bytes")
     try:
         return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # the library raises bare Exception for every fault of the file
@@ -77,7 +68,7 @@ def _token_text(value: Any) -> str | None:
 
 
 def _named_tokens(path: Path, config: dict[str, Any]) -> dict[str, str]:
-    listed = {**_read_json(path / "special_tokens_map.json"), **config}
+    listed = {**_read_json(path, "special_tokens_map.json"), **config}
     found = {name: _token_text(listed.get(name)) for name in NAMED_TOKENS}
     return {name: text for name, text in found.items() if text is not None}
 
@@ -112,10 +103,9 @@ def _set_bos_eos(backend: Any, config: dict[str, Any], named: dict[str, str]) ->
 
 def _chat_template(path: Path, config: dict[str, Any]) -> str | None:
     """chat_template.jinja wins; tokenizer_config.json holds one text, or a list of named ones of which "default" counts."""
-    file = path / "chat_template.jinja"
-    if file.is_file():
+    if has_file(path, "chat_template.jinja"):
         try:
-            return file.read_text(encoding="utf-8")
+            return file_in_folder(path, "chat_template.jinja").read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
             raise ModelFolderError(f"chat_template.jinja is not UTF-8: {error}") from error
     value = config.get("chat_template")
