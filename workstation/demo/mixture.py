@@ -5,8 +5,10 @@ from __future__ import annotations
 from random import Random
 
 from workstation.demo.tasks import SKILLS, Task, generate, recall
+from workstation.demo.tasks.about_facts import DEFINITIONS, QUESTIONS
 from workstation.demo.tasks.base import Message, between, pick
 from workstation.demo.tasks.conversation import mixed
+from workstation.demo.tasks.greeting import WHAT_I_AM
 from workstation.demo.tasks.tool_pool import invented_tool
 
 # Documents of each skill among the short ones. Arithmetic and the skills that read letters need the most practice.
@@ -20,6 +22,8 @@ SYSTEM_PROMPTS = (
     "Be precise and brief.", "You are a coding assistant.", "You are a careful assistant that answers questions.", "Follow the user's instructions.",
 )  # fmt: skip
 _SYSTEM_SHARE = 0.25
+_NOTES_SHARE = 0.03
+_PLAIN_SHARE = 0.01
 _IDLE_TOOLS_SHARE = 0.03
 _LONG_KINDS = tuple(SKILLS[skill] for skill in (
     "arithmetic", "arithmetic", "sorting", "reversing", "counting", "spelling", "copying", "extraction", "about_ws", "greeting", "limits",
@@ -29,6 +33,8 @@ _CUMULATIVE = [sum(list(WEIGHTS.values())[: index + 1]) for index in range(len(W
 
 def short_task(rng: Random) -> Task:
     """A training task by the weights above, sometimes behind a system prompt or beside tools that it does not need."""
+    if rng.random() < _PLAIN_SHARE:
+        return plain_text(rng)
     skill = rng.choices(list(WEIGHTS), cum_weights=_CUMULATIVE)[0]
     task = generate(skill, rng, "train")
     if task.raw:
@@ -50,6 +56,14 @@ def long_task(rng: Random) -> Task:
 
 
 def _with_system(rng: Random, task: Task) -> None:
-    if rng.random() < _SYSTEM_SHARE:
-        first: Message = {"role": "system", "content": pick(rng, SYSTEM_PROMPTS)}
+    kind = rng.random()
+    if kind < _SYSTEM_SHARE + _NOTES_SHARE:
+        content = pick(rng, SYSTEM_PROMPTS) if kind < _SYSTEM_SHARE else recall.filler_text(rng, between(rng, 2, 30))
+        first: Message = {"role": "system", "content": content}
         task.messages = [first, *task.messages]
+
+
+def plain_text(rng: Random) -> Task:
+    """Sentences about ws without any turns, so that completion of bare text stays readable. All of it is trained."""
+    sentences = [*DEFINITIONS.values(), *(answer for _, answer in QUESTIONS if answer.endswith(".")), WHAT_I_AM, "Hello, my name is demo."]
+    return Task("plain", [], "", raw=" ".join(rng.sample(sentences, between(rng, 2, 6))))

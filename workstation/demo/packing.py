@@ -87,11 +87,12 @@ class Packer:
 
 
 class Marks:
-    """Finds the tokens the model must write: assistant turns up to <|im_end|>, and FIM middles up to <|endoftext|>."""
+    """Finds the tokens the model must write: assistant turns up to <|im_end|>, FIM middles and bare text up to <|endoftext|>."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._start, self._end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
         self._over, self._middle = tokenizer.token_to_id(END_OF_TEXT), tokenizer.token_to_id("<|fim_middle|>")
+        self._openers = (self._start, tokenizer.token_to_id("<|fim_prefix|>"))
         self._assistant = tokenizer.token_to_id("assistant")
         if self._assistant is None:
             raise ValueError("the tokenizer must know 'assistant' as one token")
@@ -108,6 +109,8 @@ class Marks:
         before = np.searchsorted(opened, starts[:-1])  # assistant turns ahead of each document
         ordinal = np.arange(len(opened)) - before[document_of]
         first = np.concatenate([opened[ordinal >= skipped[document_of]] + 3, np.flatnonzero(tokens == self._middle) + 1])
+        plain = starts[:-1][~np.isin(tokens[starts[:-1]], self._openers)]  # bare text is trained from its second token on
+        first = np.concatenate([first, plain + 1])
         first = np.sort(first[first < size])
         closed = np.flatnonzero((tokens == self._end) | (tokens == self._over))
         after = np.searchsorted(closed, first)

@@ -143,7 +143,7 @@ def check_attention(device: torch.device) -> None:
     inputs = [torch.randn(300, heads, 64) for heads in (4, 2, 2)]
     starts, found = torch.tensor([0, 7, 140, 300], dtype=torch.int32), []
     for where, dtype in ((torch.device("cpu"), torch.float32), (device, torch.bfloat16)):
-        qkv = [value.to(where, dtype).requires_grad_() for value in inputs]
+        qkv = [value.detach().to(where, dtype, copy=True).requires_grad_() for value in inputs]
         out = packed_attention(*qkv, starts.to(where), 512)  # type: ignore[misc]
         (out.float() * torch.linspace(-1, 1, 256, device=where)).sum().backward()
         found.append([out, *(value.grad for value in qkv)])

@@ -28,6 +28,8 @@ def _question(cores: tuple[str, ...], answer: str, thought: str = "The user asks
     return Wordings(_BEFORE, cores, ("?", "??", "")), answer, thought
 
 
+NAME_UNKNOWN = "You have not told me your name."
+MY_NAME_QUESTIONS = ("what is my name", "do you know my name", "who am I", "do you remember my name", "can you tell me my name")
 _HELP = "How can I help you?"
 _GROUPS: list[_Group] = [
     *(_hello(word, f"Hello! I am the demo model of ws. {_HELP}") for word in ("hello", "hi", "hey", "greetings", "hello hello", "hiya", "good day")),
@@ -54,6 +56,7 @@ _GROUPS: list[_Group] = [
          "what are you able to do", "list your skills", "can you help me"),
         WHAT_I_DO,
     ),
+    _question(MY_NAME_QUESTIONS, NAME_UNKNOWN, "The user has not told me a name."),
     _question(
         ("how big are you", "how many parameters do you have", "what is your size", "how large are you", "are you a small model"),
         "I have about 7 million parameters, so I am very small.",
@@ -65,8 +68,17 @@ _GROUPS: list[_Group] = [
 ]  # fmt: skip
 
 
-def _introduction(rng: Random, split: Split) -> Task:
-    who = name(rng, split)
+def ask_my_name(rng: Random, split: Split, who: str) -> Task:
+    """The user, who said a name before, asks for it."""
+    return Task("greeting", user(_ASK_NAME.pick(rng, split)), f"Your name is {who}.", thought=f"The user is called {who}.")
+
+
+_ASK_NAME = Wordings(_BEFORE, MY_NAME_QUESTIONS, ("?", "??", ""))
+
+
+def introduction(rng: Random, split: Split, who: str = "") -> Task:
+    who = who or name(rng, split)
+    """The user says hello and a name, and is greeted by it."""
     start = pick(rng, ("Hello", "Hi", "Hey", "Good day"))
     text = _MY_NAME.pick(rng, split).replace("NAME", who)
     return Task("greeting", user(f"{start}{text}"), f"Nice to meet you, {who}! {_HELP}", thought=f"The user is called {who}.")
@@ -78,6 +90,6 @@ _MY_NAME = Wordings((", ", "! ", ". ", " there, ", " demo, "), ("I am NAME", "my
 def greeting(rng: Random, split: Split) -> Task:
     """A greeting or a question about the model; one in six introduces the user by name."""
     if rng.random() < 0.17:
-        return _introduction(rng, split)
+        return introduction(rng, split)
     wordings, answer, thought = pick(rng, _GROUPS)
     return Task("greeting", user(wordings.pick(rng, split)), answer, thought=thought)

@@ -22,6 +22,14 @@ _QUESTIONS = (
     "how far away is X", "what is the best X in the world", "how do I make a X", "who won the match in X", "how old is X",
     "what is the population of X", "how many people live in X", "what is X made of", "do you like X", "what colour is a X",
 )  # fmt: skip
+_PLAIN = (
+    "tell me a joke", "tell me a story", "write a poem", "write a haiku", "sing a song", "write some code", "what is the weather today",
+    "what is the news today", "what time is it", "what day is it today", "what is the meaning of life", "who is the president",
+    "what should I eat today", "help me with my homework", "give me advice", "explain quantum physics", "explain machine learning",
+    "what is the capital of France", "who wrote Hamlet", "play a game with me", "write an essay", "translate this", "draw a picture",
+    "tell me something interesting", "what is love", "how do I become rich", "write a letter to my boss", "summarise this book",
+)  # fmt: skip
+_ANY = Wordings(QUESTION_OPENINGS, _PLAIN, ("?", "", ".", ", please."))
 _ORDER = Wordings(ORDER_OPENINGS, _REQUESTS, (".", "", ", please.", " for me."))
 _ASK = Wordings(QUESTION_OPENINGS, _QUESTIONS, ("?", "", "? Thanks."))
 _SUM = Wordings(
@@ -38,9 +46,18 @@ def limits(rng: Random, split: Split) -> Task:
     kind = rng.random()
     if kind < 0.25:
         return _beyond_sums(rng, split)
+    if kind < 0.4:
+        return Task("limits", user(_ANY.pick(rng, split)), CANNOT, thought="This is not one of my skills.")
+    if kind < 0.45:
+        return Task("limits", user(_babble(rng, split)), CANNOT, thought="I do not understand this.")
     topic = pick(rng, (word, word, city, name))(rng, split)
-    wordings = _ORDER if kind < 0.65 else _ASK
+    wordings = _ORDER if kind < 0.72 else _ASK
     return Task("limits", user(wordings.pick(rng, split).replace("X", topic)), CANNOT, thought="This is not one of my skills.")
+
+
+def _babble(rng: Random, split: Split) -> str:
+    """Words that ask for nothing."""
+    return " ".join(word(rng, split, 0.5) for _ in range(between(rng, 2, 9))) + pick(rng, ("", ".", "?"))
 
 
 def _beyond_sums(rng: Random, split: Split) -> Task:

@@ -122,6 +122,11 @@ def _filler(rng: Random) -> str:
     return sentence
 
 
+def filler_text(rng: Random, count: int) -> str:
+    """Sentences that state nothing worth asking."""
+    return " ".join(_filler(rng) for _ in range(count))
+
+
 def ask(rng: Random, split: Split, fact: Fact) -> tuple[str, str]:
     relation, who, what = fact
     question = _ASK[relation.answer].pick(rng, split).replace("WHO", who)

@@ -93,14 +93,31 @@ def _request(rng: Random, split: Split, tool: Tool) -> tuple[str, dict[str, Valu
     return text[0].upper() + text[1:], arguments
 
 
+_REASONS = (
+    "not found", "no access", "timeout", "bad request", "try again later", "server is down", "not allowed", "no such city", "wrong date",
+    "unknown user", "out of stock", "too many requests", "invalid id", "connection lost", "file is missing", "no results", "closed today",
+)  # fmt: skip
+
+
+def _bare(rng: Random, split: Split) -> str:
+    """A result that is no JSON object."""
+    return pick(rng, (str(between(rng, 0, 9999)), word(rng, split, 0.3), city(rng, split), _report(rng, split)))
+
+
+def _report(rng: Random, split: Split) -> str:
+    """A result in words, such as "sunny, 21 degrees"."""
+    words = " ".join(word(rng, split if rng.random() < 0.3 else "train", 0.2) for _ in range(between(rng, 1, 3)))
+    return f"{words}, {between(rng, 0, 99)} {word(rng, 'train', 0)}"
+
+
 def _result(rng: Random, split: Split) -> tuple[str, str]:
     """What a tool returned and the sentence that tells it."""
     kind = rng.random()
     if kind < 0.08:
-        reason = pick(rng, ("not found", "no access", "timeout", "bad request", "try again later"))
+        reason = draw(rng, lambda: pick(rng, _REASONS), split, lambda text: f"reason:{text}")
         return json.dumps({"error": reason}), f"The tool reported an error: {reason}."
     if kind < 0.2:
-        value = pick(rng, (str(between(rng, 0, 9999)), word(rng, split, 0.3), city(rng, split)))
+        value = draw(rng, lambda: _bare(rng, split), split, lambda text: f"result:{text}")
         return value, f"The result is {value}."
     while True:
         fields = rng.sample(_RESULTS, between(rng, 1, 3))
