@@ -10,7 +10,9 @@ import typer
 
 from workstation.errors import ConfigError
 
-app = typer.Typer(no_args_is_help=True, help="Measure: throughput and latency in this process, serve over HTTP.")
+app = typer.Typer(
+    no_args_is_help=True, rich_markup_mode=None, help="Measure: throughput and latency in this process, serve over HTTP."
+)
 
 Model = Annotated[str, typer.Argument(help="Catalogue name, folder or hub id.")]
 Device = Annotated[str | None, typer.Option(help="auto, cuda, cuda:N or cpu.")]

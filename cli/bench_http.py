@@ -147,7 +147,9 @@ async def bench(
     """The whole benchmark against the server at `url`."""
     import httpx
 
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    from workstation.cli.servers import bearer
+
+    headers = bearer(key)
     limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
     async with httpx.AsyncClient(base_url=url, headers=headers, timeout=_TIMEOUT_S, limits=limits) as client:
         model, window = await served_model(client)

@@ -27,10 +27,11 @@ def command(
 ) -> None:
     """Chat with a running server."""
     import httpx
-    from workstation.cli.servers import find_server
+
+    from workstation.cli.servers import bearer, find_server
 
     base = find_server(url).url
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    headers = bearer(api_key)
     given = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     options = {name: value for name, value in given.items() if value is not None}
     with httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(10.0, read=None)) as client:

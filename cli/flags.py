@@ -33,7 +33,7 @@ def _parameter(name: str, kind: Any, option: Any) -> inspect.Parameter:
 
 def _option(setting: Setting) -> inspect.Parameter:
     options: dict[str, Any] = {
-        "help": setting.help + _suffix(setting), "rich_help_panel": setting.panel, "show_default": False,
+        "help": setting.help + _suffix(setting), "hidden": setting.only is not None, "show_default": False,
     }  # fmt: skip
     if setting.kind == "bool":
         no_form = f"--no-{setting.flag[2:]}"
@@ -44,8 +44,6 @@ def _option(setting: Setting) -> inspect.Parameter:
 
 
 def _suffix(setting: Setting) -> str:
-    if setting.only is not None:
-        return f" Only {setting.only[0]} works: {setting.why}." if setting.only[0] is not None else f" {setting.why}."
     return "" if setting.default in (None, ()) else f" [{str(setting.default).lower()}]"
 
 

@@ -13,11 +13,12 @@ from workstation.cli import bench, chat, evaluate, generate, models, processes, 
 from workstation.errors import WorkstationError
 
 app = typer.Typer(
-    name="ws", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode="rich",
+    name="ws", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain text shows whole flag names at any width, and rich need not be imported
     help="The LLM server for one big GPU: paged KV, continuous batching, an OpenAI-compatible API.",
     epilog="Settings come from flags, then WS_… variables (WS_MAX_MODEL_LEN), then models.toml, then defaults.",
 )  # fmt: skip
-app.command("serve", no_args_is_help=True)(serve.command)
+app.command("serve")(serve.command)
 app.command("chat")(chat.command)
 app.command("generate", no_args_is_help=True)(generate.command)
 app.command("ps")(processes.ps)

@@ -14,10 +14,10 @@ def load(model: str, flags: dict[str, Any], **engine: Any) -> Any:
     Args:
         flags: settings by name; None means "not typed".  engine: further arguments of `LLM`, such as skip_tokenizer_init.
     """
-    return load_launch(plan_launch(model, flags, os.environ), **engine)
+    return start(plan_launch(model, flags, os.environ), **engine)
 
 
-def load_launch(launch: Launch, **engine: Any) -> Any:
+def start(launch: Launch, **engine: Any) -> Any:
     """An `LLM` for a planned launch."""
     from workstation import LLM
 

@@ -21,17 +21,19 @@ _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What will run: the model's folder, the resolved settings and the engine's configuration."""
+    """What will run: the model as it was named, its folder, the resolved settings and the engine's configuration."""
 
+    asked: str
     model: ResolvedModel
     settings: Settings
     config: EngineConfig
 
     def llm_arguments(self) -> dict[str, Any]:
-        """The configuration as keyword arguments of `LLM`: what differs from the defaults, and the model."""
+        """The configuration as keyword arguments of `LLM`, which looks the model up by the name that was asked for."""
         defaults = {item.name: item.default for item in fields(EngineConfig)}
-        values = asdict(self.config)
-        return {name: value for name, value in values.items() if name == "model" or value != defaults[name]}
+        changed = {name: value for name, value in asdict(self.config).items() if value != defaults[name]}
+        where = {name: self.settings[name] for name in ("revision", "download_dir", "hf_token")}
+        return {**changed, **where, "model": self.asked}
 
 
 def note(text: str) -> None:
@@ -73,7 +75,7 @@ def plan_launch(model: str, flags: Mapping[str, Any], environment: Mapping[str, 
         model, load_catalogue(), revision=settings["revision"], token=settings["hf_token"],
         download_dir=settings["download_dir"], weights=settings["load_format"] != "dummy", say=note,
     )  # fmt: skip
-    return Launch(found, settings, engine_config(settings, str(found.folder), device))
+    return Launch(model, found, settings, engine_config(settings, str(found.folder), device))
 
 
 def engine_config(settings: Settings, folder: str, device: str) -> EngineConfig:

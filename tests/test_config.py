@@ -73,7 +73,7 @@ def test_lengths_take_the_forms_vllm_takes(text: str, value: int | None) -> None
         ("gpu_memory_utilization", "inf", "between 0.01 and 1"),
         ("gpu_memory_utilization", "90", "between 0.01 and 1"),
         ("seed", "-1", "between 0 and 9223372036854775807"),
-        ("port", "65536", "between 1 and 65535"),
+        ("port", "65536", "between 0 and 65535"),
         ("port", "http", "a whole number"),
         ("dtype", "bfloat61", "did you mean 'bfloat16'"),
         ("scheduling_policy", "lifo", "one of fcfs, priority"),

@@ -33,7 +33,7 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = ["model", "revision", "quantization", "context", "sampling", "serve", "notes", "needs"]
 _SAMPLING: dict[str, tuple[float, float]] = {
     "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, 2**31 - 1), "min_p": (0, 1), "repetition_penalty": (0, 100),
-    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "max_tokens": (1, 2**31 - 1),
+    "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
 }  # fmt: skip
 MAX_FILE_BYTES = 1 << 20
 
@@ -127,7 +127,7 @@ def _entry(name: str, table: object, path: Path) -> ModelEntry:
         revision=_text(table, "revision", label) or None,
         quantization=_text(table, "quantization", label),
         context=_context(table.get("context"), label),
-        sampling=_sampling(table.get("sampling", {}), label),
+        sampling=check_sampling(table.get("sampling", {}), f"{label}: sampling"),
         serve=_table(table.get("serve", {}), f"{label}: serve"),
         notes=_text(table, "notes", label),
         needs=_text(table, "needs", label),
@@ -165,17 +165,18 @@ def _table(value: object, label: str) -> dict[str, Any]:
     return dict(value)
 
 
-def _sampling(value: object, label: str) -> dict[str, float | int]:
-    sampling = _table(value, f"{label}: sampling")
+def check_sampling(value: object, label: str) -> dict[str, float | int]:
+    """Default sampling parameters, by name. Raises ConfigError naming `label`, the key, the value and its limits."""
+    sampling = _table(value, label)
     for key, number in sampling.items():
         if key not in _SAMPLING:
-            raise unknown_key(f"{label}: sampling.{key}", key, list(_SAMPLING))
+            raise unknown_key(f"{label}.{key}", key, list(_SAMPLING))
         low, high = _SAMPLING[key]
-        whole = key in ("top_k", "max_tokens")
+        whole = key == "top_k"
         proper = isinstance(number, int if whole else (int, float)) and not isinstance(number, bool)
         if not proper or not math.isfinite(number) or not low <= number <= high:
             raise ConfigError(
-                f"{label}: sampling.{key} must be a {'whole ' if whole else ''}number between {low:g} and {high:g}, "
+                f"{label}.{key} must be a {'whole ' if whole else ''}number between {low:g} and {high:g}, "
                 f"got {number!r}",
                 param=key,
             )

@@ -40,7 +40,6 @@ class Setting:
     kind: Kind
     default: Any
     help: str
-    panel: str = "Engine"
     short: tuple[str, ...] = ()
     choices: tuple[str, ...] = ()
     low: float = 0
