@@ -313,3 +313,17 @@ def test_a_restarted_engine_gives_the_same_tokens_for_the_same_seed(folder: Path
     params = SamplingParams(temperature=1.0, max_tokens=9)
     assert run(folder, PROMPTS[:3], params, seed=3) == run(folder, PROMPTS[:3], params, seed=3)
     assert run(folder, PROMPTS[:3], params, seed=3) != run(folder, PROMPTS[:3], params, seed=4)
+
+
+def test_one_sample_can_be_ended_while_its_siblings_go_on(folder: Path) -> None:
+    prompt = prompts_of(21, seed=4)
+    params = SamplingParams(temperature=1.0, seed=5, n=3, max_tokens=12)
+    expected = run(folder, prompt, params)
+    engine = make_engine(folder)
+    submit(engine, prompt, [params])
+    engine.step()
+    events = engine.abort("0", 1)
+    assert [(event.index, event.finish_reason, event.finished) for event in events] == [(1, "abort", False)]
+    answers = drain(engine)
+    assert [[expected[index][0], *answers["0", index].tokens] for index in (0, 2)] == [expected[0], expected[2]]
+    assert ("0", 1) not in answers and engine.stats().blocks_held == 0

@@ -247,19 +247,20 @@ class LLM:
             return
         if event.error is not None:
             raise EngineError(f"request {event.request_id}: {event.error}")
-        samples[event.index].take(event, self._name)
+        sample = samples[event.index]
+        sample.take(event, self._name)
+        if sample.output.finish_reason is not None and event.finish_reason is None:
+            self.engine.abort(event.request_id, event.index)  # a stop string: its siblings go on
         if event.cumulative_logprob is not None:
-            samples[event.index].output.cumulative_logprob = event.cumulative_logprob
+            sample.output.cumulative_logprob = event.cumulative_logprob
         output.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             output.prompt_logprobs = [None if row is None else _logprobs(row, self._name) for row in event.prompt_logprobs]
         if event.times is not None:
             output.metrics = event.times
-        if event.finished or all(sample.output.finish_reason is not None for sample in samples):
+        if event.finished or all(each.output.finish_reason is not None for each in samples):
             output.finished = True
             advance()
-            if not event.finished:
-                self.engine.abort(event.request_id)
 
     def _name(self, token: int) -> str | None:
         return None if self._tokenizer is None else self._tokenizer.decode([token])

@@ -39,8 +39,8 @@ class EngineClient(Protocol):
 
     def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]: ...
 
-    def abort(self, request_id: str) -> None:
-        """End a request; its blocks go back at the next step. Unknown ids are ignored."""
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        """End a request, or only one of its samples; its blocks go back at the next step. Unknown ids are ignored."""
         ...
 
     def health(self) -> Health: ...

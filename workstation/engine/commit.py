@@ -37,13 +37,17 @@ class Committer:
                 events.append(self._append(sample, result.tokens[place], result.logprobs[place]))
         return events
 
-    def abort(self, request_id: str, reason: FinishReason = "abort", error: str | None = None) -> list[TokenEvent]:
-        """End all samples of a request; nothing happens when it is not here."""
+    def abort(self, request_id: str, reason: FinishReason = "abort", error: str | None = None, *,
+              index: int | None = None) -> list[TokenEvent]:
+        """End all samples of a request, or the one with this index; nothing happens when it is not here."""
         request = self._scheduler.requests.get(request_id)
         if request is None:
             return []
-        self._beams.pop(request, None)
         live = self._scheduler.live(request)
+        if index is not None and request.request.beam is None:
+            live = [seq for seq in live if seq.index == index and seq.born]  # an unborn one would never end otherwise
+        else:
+            self._beams.pop(request, None)
         if request.request.beam is not None:
             for seq in live[1:]:
                 self._scheduler.drop(seq, reason)

@@ -44,9 +44,9 @@ class Engine:
             check_candidates(request.params, [*request.params.stop_token_ids, *eos])
         self._scheduler.add(request)
 
-    def abort(self, request_id: str) -> list[TokenEvent]:
-        """End a request now; its last events. Unknown ids give none."""
-        return self._committer.abort(request_id)
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """End a request, or one of its samples, now; its last events. Unknown ids give none."""
+        return self._committer.abort(request_id, index=index)
 
     def step(self) -> list[TokenEvent]:
         """One turn of the loop: the tokens of the newest finished step."""

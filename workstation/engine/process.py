@@ -117,7 +117,7 @@ class EngineLoop:
             if isinstance(message, wire.Submit):
                 self._submit(message)
             elif isinstance(message, wire.Abort):
-                events = [event for request_id in message.request_ids for event in self._engine.abort(request_id)]
+                events = self._engine.abort(message.request_id, message.index)
                 if events:
                     self._send(wire.Step(events))
             else:

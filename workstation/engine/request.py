@@ -200,7 +200,10 @@ class SamplingParams:
 
 @dataclass(slots=True)
 class BeamSearchParams:
-    """Beam search; score = cumulative log-probability / length ** length_penalty."""
+    """Beam search; score = cumulative log-probability / length ** length_penalty.
+
+    A temperature above 0 divides the logits before the log-probabilities are taken; 0 leaves them.
+    """
 
     beam_width: int
     max_tokens: int

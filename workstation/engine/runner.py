@@ -144,7 +144,8 @@ class ModelRunner:
             beam = sample.seq.request.request.beam
             if beam is not None:
                 count = min(2 * beam.beam_width, logits.shape[1])
-                step.beams[place] = top_logprobs(logits[place:place + 1], count)
+                scale = beam.temperature if beam.temperature > 0.0 else 1.0
+                step.beams[place] = top_logprobs(logits[place:place + 1] / scale, count)
         return step
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[_PromptRows]:

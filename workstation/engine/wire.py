@@ -16,7 +16,10 @@ class Submit(msgspec.Struct, tag="submit", array_like=True):
 
 
 class Abort(msgspec.Struct, tag="abort", array_like=True):
-    request_ids: list[str]
+    """End a request, or only one of its samples."""
+
+    request_id: str
+    index: int | None = None
 
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):

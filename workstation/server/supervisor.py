@@ -143,10 +143,10 @@ class EngineProcess:
             if not done:
                 self.abort(request.request_id)
 
-    def abort(self, request_id: str) -> None:
+    def abort(self, request_id: str, index: int | None = None) -> None:
         if self._state == "ready":
             with contextlib.suppress(zmq.ZMQError):
-                self._inbox.send(wire.encode(wire.Abort([request_id])), zmq.NOBLOCK)
+                self._inbox.send(wire.encode(wire.Abort(request_id, index)), zmq.NOBLOCK)
 
     def _admit(self, request: EngineRequest) -> None:
         if self._state != "ready":

@@ -1,0 +1,107 @@
+"""The engine on a GPU: equal to the CPU's in fp32, and in bf16 no further from fp32 than transformers is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engines import drain, make_engine, run, submit
+from test_engine import PROMPTS, RANDOM, greedy, prompts_of
+from tiny import write_tiny
+from transformers import AutoModelForCausalLM
+
+from workstation.catalog import demo_folder
+from workstation.engine.request import SamplingParams
+
+pytestmark = pytest.mark.gpu
+GPU: dict[str, Any] = {"device": "cuda", "dtype": "float32"}
+KINDS = ["llama", "mistral", "qwen2", "qwen3"]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("gpu")
+    extra = {"mistral": {"sliding_window": 20}}
+    return {kind: write_tiny(root / kind, kind, **extra.get(kind, {})) for kind in KINDS}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_tokens_in_fp32_equal_the_cpu_twins(folders: dict[str, Path], kind: str) -> None:
+    assert run(folders[kind], PROMPTS, greedy(), **GPU) == run(folders[kind], PROMPTS, greedy())
+
+
+@pytest.mark.parametrize("changes", [
+    {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"overlap": False}, {"enable_prefix_caching": False},
+    {"max_num_seqs": 2}, {"num_blocks": 12, "max_model_len": 128},
+], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_do_not_depend_on_the_schedule_in_fp32(folders: dict[str, Path], kind: str, changes: dict[str, Any]) -> None:
+    assert run(folders[kind], PROMPTS, RANDOM, **GPU, **changes) == run(folders[kind], PROMPTS, RANDOM, **GPU)
+
+
+def _teacher_forced(folder: Path, tokens: list[int], **changes: Any) -> torch.Tensor:
+    """Log-probability of each token after the first, through the engine."""
+    engine = make_engine(folder, **changes)
+    submit(engine, [tokens], [SamplingParams(max_tokens=1, prompt_logprobs=0)])
+    rows = drain(engine)["0", 0].prompt_logprobs
+    assert rows is not None
+    return torch.tensor([row.logprobs[0] for row in rows[1:] if row is not None])
+
+
+@torch.no_grad()
+def _transformers_gap(folder: Path, tokens: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    ids = torch.tensor([tokens], device="cuda")
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda()
+        logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+        found.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].cpu())
+    return found[0], found[1]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 13}], ids=["whole", "chunks"])
+def test_bf16_is_no_further_from_fp32_than_transformers(folders: dict[str, Path], kind: str, changes: dict[str, Any]) -> None:
+    tokens = prompts_of(200, seed=21)[0]
+    exact, theirs = _transformers_gap(folders[kind], tokens)
+    ours = _teacher_forced(folders[kind], tokens, device="cuda", dtype="bfloat16", **changes)
+    gap, their_gap = (ours - exact).abs(), (theirs - exact).abs()
+    print(f"{kind}: mean gap {gap.mean():.4f} (transformers {their_gap.mean():.4f}), "
+          f"max {gap.max():.4f} ({their_gap.max():.4f})")
+    assert gap.mean() <= 1.25 * their_gap.mean() and gap.max() <= 1.5 * their_gap.max()
+
+
+def test_the_demo_model_in_bf16_stays_near_its_fp32_twin() -> None:
+    tokens = prompts_of(300, seed=2)[0]
+    exact = _teacher_forced(demo_folder(), tokens)
+    ours = _teacher_forced(demo_folder(), tokens, device="cuda", dtype="bfloat16")
+    _, theirs = _transformers_gap(demo_folder(), tokens)
+    print(f"demo: mean gap {(ours - exact).abs().mean():.4f} (transformers {(theirs - exact).abs().mean():.4f})")
+    assert (ours - exact).abs().mean() <= 1.25 * (theirs - exact).abs().mean()
+
+
+def test_a_long_context_decodes_like_the_cpu_twin(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path / "long", "llama", max_position_embeddings=8192)
+    prompt = prompts_of(6000, seed=7)
+    settings = {"num_blocks": 600, "max_model_len": 8192}
+    assert run(folder, prompt, greedy(8), **GPU, **settings) == run(folder, prompt, greedy(8), **settings)
+
+
+def test_steps_do_not_wait_for_the_device(folders: dict[str, Path]) -> None:
+    engine = make_engine(folders["qwen3"], device="cuda", dtype="bfloat16")
+    submit(engine, prompts_of(30, 40), [greedy(40), SamplingParams(temperature=0.8, top_p=0.9, max_tokens=40, seed=1)])
+    for _ in range(6):
+        engine.step()  # kernels are compiled and lazily made buffers exist
+    launch = engine._runner.launch
+
+    def guarded(batch: Any) -> Any:
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            return launch(batch)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    engine._runner.launch = guarded  # type: ignore[method-assign]
+    drain(engine)
