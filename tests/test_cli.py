@@ -1,0 +1,407 @@
+"""The commands as a person meets them: what they print, refuse and hand over."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import httpx
+import pytest
+
+from workstation import runtime
+from workstation.cli import processes
+from workstation.cli.chat import Conversation, first_model, repl
+from workstation.cli.main import dashed, main
+from workstation.cli.models import state
+from workstation.cli.serve import ready_text, served_names
+from workstation.cli.serve_settings import REMOVED_FLAGS, SERVE_SETTINGS
+from workstation.cli.servers import bearer, find_server, root_of
+from workstation.errors import ConfigError, StartupError
+from workstation.runtime import RunningServer
+
+
+def run(*arguments: str) -> int:
+    """The exit code of `ws ARGUMENTS`."""
+    with pytest.raises(SystemExit) as caught:
+        main(list(arguments))
+    return int(caught.value.code or 0)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--help") == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in ("serve", "chat", "generate", "ps", "stop", "models", "eval", "bench"))
+
+
+def test_the_version_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == "ws 0.1.0\n"
+
+
+def test_serve_help_names_the_flags_that_work_in_full(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "--help") == 0
+    words = capsys.readouterr().out.split()
+    assert not [setting.flag for setting in SERVE_SETTINGS if setting.only is None and setting.flag not in words]
+
+
+def test_the_manual_names_every_setting_and_removed_flag() -> None:
+    text = (Path(__file__).parent.parent / "docs" / "cli.md").read_text()
+    named = [setting.flag for setting in SERVE_SETTINGS] + [flag.flag for flag in REMOVED_FLAGS]
+    assert not [flag for flag in named if f"| `{flag}`" not in text]
+    rows = [line for line in text.splitlines() if line.startswith("| `--")]
+    assert len(rows) == len(named)
+
+
+def test_underscores_in_flags_are_dashes() -> None:
+    given = ["serve", "--max_model_len=4_0", "--max_num_seqs", "a_b", "my_model", "--", "--as_is"]
+    assert dashed(given) == ["serve", "--max-model-len=4_0", "--max-num-seqs", "a_b", "my_model", "--", "--as_is"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["serve"], 2, "name a model"),
+        (["serve", "demo", "--model", "other"], 2, "two models are named"),
+        (["serve", "demo", "--quantization", "fp8"], 2, "--quantization=fp8 is not served yet"),
+        (["serve", "demo", "-tp", "2"], 2, "--tensor-parallel-size=2 is not served yet"),
+        (["serve", "demo", "--max_model_len", "many"], 2, "--max-model-len must be a whole number"),
+        (["serve", "demo", "--rope-theta", "1e6"], 2, "config.json; change it there"),
+        (["serve", "demo", "--enable-reasoning"], 2, "--enable-reasoning is gone from vLLM"),
+        (["serve", "demo", "--device", "gpu"], 2, "--device must be auto, cpu, cuda or cuda:N"),
+        (["serve", "demo", "--host", "no.such.host.invalid"], 2, "no.such.host.invalid"),
+        (["serve", "dmo", "--device", "cpu", "--port", "0"], 2, "did you mean 'demo'"),
+        (["serve", "llama-70b-fp8", "--device", "cpu", "--port", "0"], 2, "it needs FP8 weights"),
+        (["generate", "demo", "   "], 2, "the prompt is empty"),
+        (["generate", "demo", "hi", "--raw", "--system", "x"], 2, "--system needs the chat template"),
+        (["chat", "hi"], 1, "no server runs here"),
+        (["chat", "hi", "--url", "localhost:8000"], 2, "must begin with http://"),
+        (["stop"], 1, "no server runs here"),
+        (["eval", "demo", "--skill", "juggling"], 2, "'juggling' is not one of"),
+        (["bench", "serve"], 1, "no server runs here"),
+        (["bench", "throughput", "demo", "--against", "vllm"], 2, "--against knows transformers only"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else None,
+)
+def test_a_deliberate_error_is_one_line_and_an_exit_code(
+    arguments: list[str], code: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*arguments) == code
+    text = capsys.readouterr().err
+    assert said in text and text.startswith("ws: ") and text.count("\n") == 1
+
+
+def test_an_unknown_flag_exits_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("serve", "demo", "--max-modle-len", "5") == 2
+    assert "--max-modle-len" in capsys.readouterr().err
+
+
+def test_a_model_that_is_not_the_demo_needs_a_gpu_or_the_word(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workstation.gpu.has_usable_gpu", lambda: False)
+    monkeypatch.setattr("workstation.gpu.sample", lambda *a, **k: None)
+    assert run("serve", "qwen3-8b", "--port", "0") == 1
+    assert "no NVIDIA GPU was found" in capsys.readouterr().err
+
+
+def test_a_taken_port_is_told_before_anything_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("workstation.cli.serve.plan_launch", lambda *a: pytest.fail("loading began"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        assert run("serve", "demo", "--port", str(port)) == 1
+    assert f"port {port} on 127.0.0.1 is taken" in capsys.readouterr().err
+
+
+class Handed:
+    """What `ws serve` hands to the server, instead of serving."""
+
+    def __init__(self) -> None:
+        self.options: Any = None
+        self.engine: Any = None
+
+    def __call__(self, options: Any, engine: Any, load_model: Any, *, on_ready: Any) -> None:
+        self.options, self.engine = options, engine
+
+
+@pytest.fixture
+def handed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Handed:
+    caught = Handed()
+    monkeypatch.setattr("workstation.server.serve.run", caught)
+    folder = tmp_path / "some-model"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    return caught
+
+
+def test_flags_variables_and_the_catalogue_reach_engine_and_server(
+    handed: Handed, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    catalogue = tmp_path / "config" / "ws"
+    catalogue.mkdir(parents=True)
+    (catalogue / "models.toml").write_text(
+        f'[mine]\nmodel = "{tmp_path}/some-model"\nserve = {{ max_num_seqs = 7, max_model_len = "2k", seed = 5 }}\n'
+    )
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("WS_MAX_MODEL_LEN", "3k")
+    monkeypatch.setenv("WS_SEED", "6")
+    main_ends("serve", "mine", "--device", "cpu", "--seed", "9", "--port", "0", "--no-enable-prefix-caching")
+    config = handed.engine._config
+    assert (config.max_num_seqs, config.max_model_len, config.seed) == (7, 3000, 9)
+    assert (config.enable_prefix_caching, config.model) == (False, str(tmp_path / "some-model"))
+    assert (handed.options.host, handed.options.port, handed.options.api_keys) == ("127.0.0.1", 0, ())
+
+
+def main_ends(*arguments: str) -> None:
+    assert run(*arguments) == 0
+
+
+def test_a_bind_beyond_loopback_makes_and_prints_a_key(handed: Handed, capsys: pytest.CaptureFixture[str]) -> None:
+    main_ends("serve", "./some-model", "--device", "cpu", "--host", "0.0.0.0", "--port", "0")
+    (key,) = handed.options.api_keys
+    assert len(key) > 30 and key in capsys.readouterr().err
+
+
+def test_a_given_key_is_used_and_not_printed(
+    handed: Handed, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WS_API_KEY", "sk-quiet")
+    main_ends("serve", "./some-model", "--device", "cpu", "--host", "0.0.0.0", "--port", "0")
+    assert handed.options.api_keys == ("sk-quiet",)
+    assert "sk-quiet" not in "".join(capsys.readouterr())
+
+
+def test_harmless_removed_flags_are_answered_with_a_sentence(handed: Handed, capsys: pytest.CaptureFixture[str]) -> None:
+    main_ends("serve", "./some-model", "--device", "cpu", "--port", "0", "--swap-space", "4", "--disable-log-requests")
+    said = capsys.readouterr().err
+    assert "--swap-space is not needed" in said and "--disable-log-requests is not needed" in said
+
+
+def test_an_override_of_sampling_with_an_unknown_key_is_refused(handed: Handed, capsys: pytest.CaptureFixture[str]) -> None:
+    code = run("serve", "./some-model", "--device", "cpu", "--port", "0", "--override-generation-config", '{"topp": 1}')
+    assert code == 2 and "did you mean 'top_p'" in capsys.readouterr().err
+    assert handed.options is None
+
+
+def test_the_served_names_are_the_given_ones_or_the_catalogues_and_the_hubs() -> None:
+    entry = SimpleNamespace(model="owner/name", is_bundled=False)
+
+    def launch(names: tuple[str, ...], entry: Any) -> Any:
+        return SimpleNamespace(settings={"served_model_name": names}, model=SimpleNamespace(name="short", entry=entry))
+
+    assert served_names(launch(("a", "b"), entry)) == ("a", "b")
+    assert served_names(launch((), entry)) == ("short", "owner/name")
+    assert served_names(launch((), None)) == ("short",)
+
+
+def test_the_ready_text_holds_a_curl_that_can_be_pasted() -> None:
+    from workstation.engine.request import EngineInfo
+
+    info = EngineInfo(device_name="CPU", dtype="float32", num_blocks=100, kv_bytes=1 << 30, max_model_len=8192)
+    text = ready_text("http://127.0.0.1:8000", "demo", info, keyed=True)
+    words = shlex.split(text.splitlines()[2])
+    assert words[:2] == ["curl", "http://127.0.0.1:8000/v1/chat/completions"]
+    assert "Authorization: Bearer YOUR_KEY" in words
+    assert json.loads(words[-1])["model"] == "demo"
+    assert "1600 tokens of KV cache (1.00 GiB)" in text
+
+
+# ── chat ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def sse(*chunks: dict[str, Any]) -> bytes:
+    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
+
+
+def piece(text: str) -> dict[str, Any]:
+    return {"choices": [{"index": 0, "delta": {"content": text}}]}
+
+
+class FakeServer:
+    """Answers chat requests with prepared streams and keeps the bodies."""
+
+    def __init__(self, *answers: httpx.Response) -> None:
+        self.answers, self.bodies = list(answers), list[dict[str, Any]]()
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        if request.url.path == "/v1/models":
+            return httpx.Response(200, json={"data": [{"id": "m"}]})
+        self.bodies.append(json.loads(request.content))
+        return self.answers.pop(0)
+
+
+def talk_to(server: FakeServer, **options: Any) -> Conversation:
+    return Conversation(httpx.Client(transport=httpx.MockTransport(server), base_url="http://test"), "m", options)
+
+
+def test_an_answer_is_written_as_it_comes_and_the_next_turn_carries_it() -> None:
+    greeting, sum_ = sse(piece("Hel"), piece("lo"), {"choices": []}), sse(piece("4"))
+    server = FakeServer(httpx.Response(200, content=greeting), httpx.Response(200, content=sum_))
+    talk, out = talk_to(server, temperature=0), io.StringIO()
+    talk.set_system("Be brief.")
+    talk.say("hi", out)
+    talk.say("2+2?", out)
+    assert out.getvalue() == "Hello\n4\n"
+    assert [turn["content"] for turn in server.bodies[1]["messages"]] == ["Be brief.", "hi", "Hello", "2+2?"]
+    assert server.bodies[0]["stream"] is True and server.bodies[0]["temperature"] == 0
+
+
+def test_the_servers_refusal_is_shown_and_the_turn_taken_back() -> None:
+    talk = talk_to(FakeServer(httpx.Response(400, json={"error": {"message": "too long"}})))
+    with pytest.raises(StartupError, match="400: too long"):
+        talk.say("hi", io.StringIO())
+    assert talk.messages == []
+
+
+def test_an_error_event_in_the_stream_is_an_error() -> None:
+    broken = sse(piece("half"), {"error": {"message": "the engine died"}})
+    talk = talk_to(FakeServer(httpx.Response(200, content=broken)))
+    with pytest.raises(StartupError, match="the engine died"):
+        talk.say("hi", io.StringIO())
+
+
+class Interrupted(httpx.SyncByteStream):
+    """A stream during which somebody presses Ctrl-C; knows whether it was closed."""
+
+    closed = False
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield b"data: " + json.dumps(piece("half")).encode() + b"\n\n"
+        raise KeyboardInterrupt
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def test_ctrl_c_stops_the_answer_closes_the_stream_and_keeps_the_half() -> None:
+    stream = Interrupted()
+    talk, out = talk_to(FakeServer(httpx.Response(200, stream=stream))), io.StringIO()
+    talk.say("hi", out)
+    assert stream.closed
+    assert out.getvalue() == "half [stopped]\n"
+    assert talk.messages[-1] == {"role": "assistant", "content": "half"}
+
+
+def test_the_conversation_goes_on_after_an_error(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    refused = httpx.Response(503, json={"error": {"message": "busy"}})
+    talk = talk_to(FakeServer(refused, httpx.Response(200, content=sse(piece("yes")))))
+    lines = iter(["one", "/system Be kind.", "/what", "two", "/reset", "", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    repl(talk)
+    said = capsys.readouterr()
+    assert "503: busy" in said.err and "/reset forgets" in said.err
+    assert said.out == "yes\n"
+    assert talk.messages == [{"role": "system", "content": "Be kind."}]
+
+
+def test_the_model_is_the_servers_first_one() -> None:
+    assert first_model(talk_to(FakeServer()).client) == "m"
+
+
+@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
+def test_a_url_is_the_servers_root_whatever_was_typed(url: str) -> None:
+    assert root_of(url) == "http://h:1"
+
+
+def test_of_several_keys_a_client_sends_the_first() -> None:
+    assert bearer("a, b") == {"Authorization": "Bearer a"}
+    assert bearer(None) == {}
+
+
+# ── ps, stop ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def sleeper() -> Iterator[subprocess.Popen[bytes]]:
+    """A process that ends on SIGTERM, with a runtime file as a server leaves it."""
+    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
+    path = runtime.write(RunningServer(process.pid, "127.0.0.1", 1, "sleepy", "http://127.0.0.1:1", time.time()))
+    yield process
+    process.kill()
+    process.wait()
+    runtime.remove(path)
+
+
+def test_stop_ends_the_only_server_and_waits_for_it(
+    sleeper: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_ends("stop")
+    assert capsys.readouterr().out == f"stopped sleepy (pid {sleeper.pid})\n"
+    assert sleeper.wait(10) == -signal.SIGTERM
+
+
+def test_ps_shows_a_server_that_does_not_answer(
+    sleeper: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
+) -> None:
+    main_ends("ps", "--json")
+    (row,) = json.loads(capsys.readouterr().out)
+    assert (row["pid"], row["model"], row["state"]) == (sleeper.pid, "sleepy", "no answer")
+
+
+def test_the_running_server_is_found_without_a_url(sleeper: subprocess.Popen[bytes]) -> None:
+    assert find_server(None).url == "http://127.0.0.1:1"
+
+
+def server(pid: int, port: int, model: str) -> RunningServer:
+    return RunningServer(pid, "127.0.0.1", port, model, f"http://127.0.0.1:{port}", 0.0)
+
+
+def test_one_of_several_servers_is_named_by_model_port_or_pid() -> None:
+    both = [server(11, 8000, "demo"), server(12, 8001, "llama")]
+    assert processes.choose(both, "llama", False) == both[1:]
+    assert processes.choose(both, "8000", False) == both[:1]
+    assert processes.choose(both, "12", False) == both[1:]
+    assert processes.choose(both, None, True) == both
+
+
+@pytest.mark.parametrize("which", [None, "qwen", "demo"])
+def test_an_unclear_name_stops_nothing(which: str | None) -> None:
+    both = [server(11, 8000, "demo"), server(12, 8001, "demo")]
+    with pytest.raises(ConfigError, match="port 8000, pid 11"):
+        processes.choose(both, which, False)
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (61, "1m"), (3 * 3600 + 300, "3h05m"), (90000, "1d01h")])
+def test_durations_are_short(seconds: float, text: str) -> None:
+    assert processes.duration(seconds) == text
+
+
+# ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_models_lists_names_that_can_be_served(capsys: pytest.CaptureFixture[str]) -> None:
+    main_ends("models", "--json")
+    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
+    assert rows["demo"]["state"] == "bundled"
+    assert rows["llama-70b-fp8"]["state"] == "not yet: fp8"
+
+
+def test_a_downloaded_model_is_on_disk(tmp_path: Path) -> None:
+    from workstation.catalog import ModelEntry
+
+    entry, home = ModelEntry("m", "owner/name"), {"HF_HUB_CACHE": str(tmp_path)}
+    assert state(entry, home) == "not downloaded"
+    snapshot = tmp_path / "models--owner--name" / "snapshots" / "c0ffee"
+    snapshot.mkdir(parents=True)
+    (snapshot / "model.safetensors").touch()
+    assert state(entry, home) == "on disk"
+
+
+def test_a_reader_that_goes_away_is_no_error() -> None:
+    command = f"{sys.executable} -m workstation.cli.main models | head -c 5"
+    done = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stderr, done.stdout) == (0, "", "NAME ")
