@@ -11,7 +11,7 @@ from pathlib import Path
 
 import httpx
 from fastapi import FastAPI
-from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
@@ -29,40 +29,62 @@ CHAT_TEMPLATE = """{%- for message in messages %}
 {%- if tools %}{{ '<|im_start|>tools\\n' + (tools | tojson) + '<|im_end|>\\n' }}{% endif %}
 {%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
 {%- if enable_thinking %}{{ '<think>\\n' }}{% endif %}{% endif %}"""
-_CORPUS = ["The quick brown fox jumps over the lazy dog. ", "hello world, how are you today? ", "Grüße aus Köln, naïve café. ",
-           "日本語のテキスト ", "def add(a, b):\n    return a + b\n", "one two three four five six seven eight nine ten "] * 20
+_CORPUS = [
+    "The quick brown fox jumps over the lazy dog. ",
+    "hello world, how are you today? ",
+    "Grüße aus Köln, naïve café. ",
+    "日本語のテキスト ",
+    "def add(a, b):\n    return a + b\n",
+    "one two three four five six seven eight nine ten ",
+] * 20
 
 
-def write_byte_level_folder(path: Path, *, vocab_size: int = 600, chat_template: str | None = CHAT_TEMPLATE,
-                            **config: object) -> Path:
+def write_byte_level_folder(
+    path: Path, *, vocab_size: int = 600, chat_template: str | None = CHAT_TEMPLATE, **config: object
+) -> Path:
     """A byte-level BPE like Qwen's: any text can be encoded, control tokens and tags are added tokens."""
     path.mkdir(parents=True, exist_ok=True)
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.train_from_iterator(_CORPUS, trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=[AddedToken(text, normalized=False) for text in SPECIAL_TOKENS],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
+    tokenizer.train_from_iterator(
+        _CORPUS,
+        trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            special_tokens=[AddedToken(text, normalized=False) for text in SPECIAL_TOKENS],
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
     tokenizer.add_tokens([AddedToken(text, special=False, normalized=False) for text in TAG_TOKENS])
     tokenizer.save(str(path / "tokenizer.json"))
     _write_config(path, {"eos_token": "<|im_end|>", "chat_template": chat_template, **config})
     return path
 
 
-def write_sentencepiece_folder(path: Path, **config: object) -> Path:
+def write_sentencepiece_folder(path: Path, *, single: str = "<s> $A", **config: object) -> Path:
     """A BPE with byte fallback and space marks, as Llama 2 and Mistral have."""
     path.mkdir(parents=True, exist_ok=True)
     words = ["▁hello", "▁world", "▁the", "▁a", "lo", "wor", "▁caf", "é", "▁", *map(chr, range(33, 127))]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *dict.fromkeys(words)]
-    tokenizer = Tokenizer(models.BPE(vocab={piece: index for index, piece in enumerate(pieces)}, merges=[], unk_token="<unk>",
-                                     byte_fallback=True, fuse_unk=True))
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={piece: index for index, piece in enumerate(pieces)},
+            merges=[],
+            unk_token="<unk>",
+            byte_fallback=True,
+            fuse_unk=True,
+        )
+    )
     tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
-    tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
-                                           decoders.Strip(" ", 1, 0)])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     tokenizer.add_special_tokens([AddedToken(text, normalized=False) for text in ("<unk>", "<s>", "</s>")])
+    tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=[("<s>", 1), ("</s>", 2)])
     tokenizer.save(str(path / "tokenizer.json"))
-    _write_config(path, {"bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, **config})
+    _write_config(path, {"bos_token": "<s>", "eos_token": "</s>", **config})
     return path
 
 
@@ -107,16 +129,30 @@ class FakeEngine:
 
     @property
     def info(self) -> EngineInfo:
-        return EngineInfo(model="fake", max_model_len=self.window, logits_width=self.logits_width, num_blocks=64,
-                          max_num_seqs=256, dtype="float32", device="cpu")
+        return EngineInfo(
+            model="fake",
+            max_model_len=self.window,
+            logits_width=self.logits_width,
+            num_blocks=64,
+            max_num_seqs=256,
+            dtype="float32",
+            device="cpu",
+        )
 
     def health(self) -> Health:
         return Health(self.state, heartbeat_age=0.1)
 
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.active), blocks_free=48, blocks_cached=8, blocks_held=8, blocks_total=64,
-                           prompt_tokens=sum(len(request.prompt_token_ids) for request in self.seen),
-                           prefix_queries=10, prefix_hits=4)
+        return EngineStats(
+            running=len(self.active),
+            blocks_free=48,
+            blocks_cached=8,
+            blocks_held=8,
+            blocks_total=64,
+            prompt_tokens=sum(len(request.prompt_token_ids) for request in self.seen),
+            prefix_queries=10,
+            prefix_hits=4,
+        )
 
     async def start(self) -> None:
         self.state = "ready"
@@ -163,8 +199,10 @@ class FakeEngine:
                     yield event
                     return
                 if step == 0 and sample.index == 0 and request.params.prompt_logprobs is not None:
-                    event.prompt_logprobs = [None, *(_logprobs(token, request.params.prompt_logprobs)
-                                                     for token in request.prompt_token_ids[1:])]
+                    event.prompt_logprobs = [
+                        None,
+                        *(_logprobs(token, request.params.prompt_logprobs) for token in request.prompt_token_ids[1:]),
+                    ]
                 event.finished = all(other.finish_reason is not None for other in samples)
                 now = time.monotonic()
                 event.times = RequestTimes(request.arrival, started, started, now if event.finished else 0.0)
@@ -207,8 +245,12 @@ class _Sample:
 
 def served_model(folder: Path, **changes: object) -> ServedModel:
     tokenizer = WsTokenizer.from_folder(folder)
-    values: dict[str, object] = {"names": ("fake", "alias"), "tokenizer": tokenizer,
-                                 "eos_token_ids": (tokenizer.eos_token_id,), "window": 4096}
+    values: dict[str, object] = {
+        "names": ("fake", "alias"),
+        "tokenizer": tokenizer,
+        "eos_token_ids": (tokenizer.eos_token_id,),
+        "window": 4096,
+    }
     return ServedModel(**{**values, **changes})  # type: ignore[arg-type]
 
 

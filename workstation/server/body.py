@@ -18,6 +18,8 @@ from workstation.server.options import ServerOptions
 Model = TypeVar("Model", bound=pydantic.BaseModel)
 # Possessive, and a missing end is allowed, so that no body makes it look twice at a byte.
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
+_BRACKETS = bytes.maketrans(b"{}", b"[]")
+_NO_BRACKETS = bytes(set(range(256)) - set(b"[]{}"))
 
 
 async def read_body(request: Request, options: ServerOptions) -> bytes:
@@ -45,14 +47,14 @@ def parse_json(body: bytes, max_depth: int) -> dict[str, Any]:
 
 
 def _depth(body: bytes, enough: int) -> int:
-    """How deep brackets nest outside strings; stops counting once past `enough`."""
-    depth = deepest = 0
-    for char in _STRING.sub(b"", body).translate(None, delete=bytes(set(range(256)) - set(b"[]{}"))):
-        depth += 1 if char in b"[{" else -1
-        deepest = max(deepest, depth)
-        if deepest > enough:
-            break
-    return deepest
+    """How deep brackets nest outside strings, counted up to `enough` + 1: each pass takes the innermost pairs away."""
+    brackets = _STRING.sub(b"", body).translate(_BRACKETS, delete=_NO_BRACKETS)
+    for passes in range(enough + 1):
+        inner = brackets.replace(b"[]", b"")
+        if inner == brackets:
+            return passes + brackets.count(b"[")  # what is left does not match: no JSON, or nothing
+        brackets = inner
+    return enough + 1
 
 
 def _kind(value: Any) -> str:

@@ -57,23 +57,25 @@ def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:
         items: list[Any] = [prompt]
     elif isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
         items = prompt
+        other = next((item for item in items if type(item) is not type(prompt[0])), None)
+        if other is not None:
+            raise InvalidRequestError(f"prompt mixes kinds: {show(prompt)} begins with {show(prompt[0])} and holds {show(other)}",
+                                      param="prompt")
     elif isinstance(prompt, list) and prompt:
         items = [prompt]
     else:
         raise InvalidRequestError("prompt must be a non-empty string, list of strings, list of token ids, or list of lists of "
                                   f"token ids, got {show(prompt)}", param="prompt")
     prepare.check_fan_out(service, max(body.n or 1, 1), len(items))
-    return [_prompt(service, body, item, prompt) for item in items]
+    return [_prompt(service, body, item) for item in items]
 
 
-def _prompt(service: Service, body: CompletionRequest, item: Any, whole: Any) -> list[int]:
+def _prompt(service: Service, body: CompletionRequest, item: str | list[Any]) -> list[int]:
     if isinstance(item, str):
         service.check_text(len(item), "prompt")
         add_special = body.add_special_tokens is not False
         ids = service.model.tokenizer.encode(item, add_special_tokens=add_special)
         return service.check_ids(ids, "prompt")
-    if not isinstance(item, list):
-        raise InvalidRequestError(f"prompt mixes kinds: {show(whole)} holds {show(item)}", param="prompt")
     return service.check_ids(item, "prompt")
 
 

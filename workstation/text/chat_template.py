@@ -9,9 +9,10 @@ output, string repetition and `center` are capped; recursion ends in Python's ow
 from __future__ import annotations
 
 import json
+import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from typing import Any
 
@@ -27,6 +28,7 @@ MAX_RENDER_SECONDS = 2.0
 MAX_OUTPUT_CHARS = 64 * 1024 * 1024
 MAX_REPEATED_CHARS = 1024 * 1024
 _TICK = "_ws_tick"
+_WIDE_FORMAT = re.compile(r"\d{5}|%[^a-zA-Z%]*\*|\{[^{}]*\{")
 RESERVED_NAMES = frozenset({
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token", "pad_token", "unk_token",
     "raise_exception", "strftime_now", "namespace", "dict", "range", "lipsum", "cycler", "joiner", _TICK,
@@ -64,6 +66,7 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         self._deadline = deadline
         self.filters["tojson"] = _to_json
         self.filters["center"] = _center
+        self.filters["format"] = _format
         self.globals["raise_exception"] = _raise_exception
         self.globals["strftime_now"] = _strftime_now
         self.globals[_TICK] = self._tick
@@ -81,15 +84,21 @@ class _Environment(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return tree
 
     def is_safe_attribute(self, obj: Any, attr: str, value: Any) -> bool:
-        if isinstance(obj, str) and attr in {"ljust", "rjust", "center", "zfill", "expandtabs", "format", "format_map"}:
+        if isinstance(obj, str) and attr in {"ljust", "rjust", "center", "zfill", "expandtabs"}:
             return False
         return super().is_safe_attribute(obj, attr, value)
+
+    def wrap_str_format(self, value: Any) -> Callable[..., str] | None:
+        wrapped = super().wrap_str_format(value)
+        if wrapped is not None:
+            _check_widths(value.__self__)
+        return wrapped
 
     def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
         if operator == "**":
             raise jinja2.TemplateRuntimeError("a chat template may not use **")
         if operator == "%" and isinstance(left, (str, bytes)):
-            raise jinja2.TemplateRuntimeError("a chat template may not format strings with %")
+            _check_widths(left)
         if operator == "*":
             _check_repetition(left, right)
         return super().call_binop(context, operator, left, right)
@@ -104,6 +113,17 @@ def _check_repetition(left: Any, right: Any) -> None:
         if (isinstance(sequence, (str, bytes, list, tuple)) and isinstance(times, int)
                 and len(sequence) * times > MAX_REPEATED_CHARS):
             raise jinja2.TemplateRuntimeError(f"a repetition of more than {MAX_REPEATED_CHARS} elements")
+
+
+def _check_widths(pattern: Any) -> None:
+    """A format string may pad to any width; wide ones, and widths given as values, are refused."""
+    if not isinstance(pattern, str) or _WIDE_FORMAT.search(pattern):
+        raise jinja2.TemplateRuntimeError("a format string with a wide or computed width")
+
+
+def _format(pattern: Any, *values: Any, **named: Any) -> str:
+    _check_widths(str(pattern))
+    return str(str(pattern) % (named or values))
 
 
 def _center(value: Any, width: int = 80) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from workstation.errors import ModelFolderError
 from workstation.model_folder import file_in_folder, has_file, model_folder, read_json_object
@@ -31,14 +31,17 @@ class TokenizerFiles:
 
 
 def read_folder(path: Path) -> TokenizerFiles:
-    """Read a model folder. Raises ModelFolderError naming the file that is missing, broken or unsafe."""
+    """Read a model folder. Raises ModelFolderError naming the file that is missing, broken or unsafe.
+
+    bos and eos are added to a text where tokenizer.json's post-processor says so; add_bos_token and add_eos_token in
+    tokenizer_config.json count for nothing beside that file, as in transformers 5.
+    """
     root = model_folder(path)
     config = _read_json(root, "tokenizer_config.json")
     named = _named_tokens(root, config)
     if has_file(root, "tokenizer.json"):
         backend = _read_backend(root)
         _add_missing_tokens(backend, config, named)
-        _set_bos_eos(backend, config, named)
     else:
         backend = _backend_from_transformers(root)
     backend.no_truncation()
@@ -87,18 +90,6 @@ def _add_missing_tokens(backend: Any, config: dict[str, Any], named: dict[str, s
                 known.add(text)
     missing = [text for text in dict.fromkeys(named.values()) if text not in known]
     backend.add_tokens([AddedToken(text, special=True, normalized=False) for text in missing])
-
-
-def _set_bos_eos(backend: Any, config: dict[str, Any], named: dict[str, str]) -> None:
-    """An explicit add_bos_token / add_eos_token replaces tokenizer.json's post-processor; else that file decides."""
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    bos = named.get("bos_token") if config.get("add_bos_token") else None
-    eos = named.get("eos_token") if config.get("add_eos_token") else None
-    single = " ".join([*([f"{bos}:0"] if bos else []), "$A:0", *([f"{eos}:0"] if eos else [])])
-    pair = " ".join([single, *([f"{bos}:1"] if bos else []), "$B:1", *([f"{eos}:1"] if eos else [])])
-    tokens = [(text, backend.token_to_id(text)) for text in dict.fromkeys((bos, eos)) if text]
-    backend.post_processor = processors.TemplateProcessing(single=single, pair=pair, special_tokens=tokens)
 
 
 def _chat_template(path: Path, config: dict[str, Any]) -> str | None:

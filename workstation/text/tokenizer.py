@@ -115,9 +115,15 @@ class Tokenizer:
         with self._lock:
             encoder = self._sealed.prepared()
         ids = encoder.encode(text, mark=marks[0])
-        if add_special_tokens and self.bos_token_id is not None and ids[:1] != [self.bos_token_id] and self.encode(""):
-            ids = [index for index in self.encode("") if index == self.bos_token_id] + ids
-        return ids
+        head, tail = self._frame() if add_special_tokens else ([], [])
+        return [*head, *ids, *tail]
+
+    def _frame(self) -> tuple[list[int], list[int]]:
+        """What the post-processor puts before and after a text."""
+        bare = self.encode("a", add_special_tokens=False)
+        full = self.encode("a")
+        start = next(start for start in range(len(full)) if full[start:start + len(bare)] == bare)
+        return full[:start], full[start + len(bare):]
 
     def _render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, add_generation_prompt: bool,
                 continue_final_message: bool, template_kwargs: dict[str, Any] | None, marks: list[str] | None,
