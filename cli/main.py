@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from typing import Annotated
@@ -57,15 +58,19 @@ def dashed(arguments: Sequence[str]) -> list[str]:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A deliberate error becomes one line on stderr and its exit code."""
     try:
-        app(args=dashed(sys.argv[1:] if arguments is None else arguments))
+        try:
+            app(args=dashed(sys.argv[1:] if arguments is None else arguments))
+        finally:
+            sys.stdout.flush()
     except WorkstationError as error:
         print(f"ws: {error.message}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
     except KeyboardInterrupt:
         raise SystemExit(130) from None
     except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output went away: `ws models | head -1`
-        raise SystemExit(0) from None
+        # The reader of our output went away (`ws models | head -1`); the interpreter's last flush must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 if __name__ == "__main__":

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from workstation.cli.later_settings import LATER_SETTINGS
 from workstation.settings import Setting
 
-_ONE_GPU = "this version runs one engine on one GPU"
-
-SERVE_SETTINGS: tuple[Setting, ...] = (
+_WORKING: tuple[Setting, ...] = (
     Setting("served_model_name", "list", (), "Names the API answers to; repeat or separate by commas."),
     Setting("revision", "text", None, "Branch, tag or commit on the hub."),
     Setting("download_dir", "text", None, "Where downloads go; Hugging Face's cache unless given."),
@@ -30,7 +29,6 @@ SERVE_SETTINGS: tuple[Setting, ...] = (
     Setting("kv_cache_memory_bytes", "length", None, "Exact size of the KV pool (8G = 8 GiB); overrides the share.",
             low=1, high=2**50),
     Setting("num_gpu_blocks_override", "int", None, "Exact number of KV blocks; overrides the share.", low=2),
-    Setting("block_size", "int", 16, "Tokens a KV block holds.", only=(16,), why="blocks hold 16 tokens"),
     Setting("enable_prefix_caching", "bool", True, "Keep finished blocks and share equal prefixes."),
     Setting("max_num_seqs", "int", 256, "Sequences that run at once.", low=1, high=4096),
     Setting("max_num_batched_tokens", "length", None, "Token budget of a step.", low=1, high=2**20),
@@ -48,36 +46,12 @@ SERVE_SETTINGS: tuple[Setting, ...] = (
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),
     Setting("access_log", "bool", False, "Log a line for each HTTP request."),
-    # Known names whose feature has not landed: one value works, any other is refused.
-    Setting("quantization", "text", None, "Form of the weights.", ("-q",), only=(None,),
-            why="this version loads 16- and 32-bit weights only"),
-    Setting("kv_cache_dtype", "text", "auto", "Form of the KV cache.", only=("auto",),
-            why="the KV cache has the model's dtype"),
-    Setting("tensor_parallel_size", "int", 1, "GPUs a layer is split over.", ("-tp",), only=(1,), why=_ONE_GPU),
-    Setting("pipeline_parallel_size", "int", 1, "GPUs the layers are spread over.", ("-pp",), only=(1,), why=_ONE_GPU),
-    Setting("data_parallel_size", "int", 1, "Engines side by side.", ("-dp",), only=(1,), why=_ONE_GPU),
-    Setting("tokenizer", "text", None, "Another folder's tokenizer.", only=(None,),
-            why="the tokenizer comes from the model's folder"),
-    Setting("trust_remote_code", "bool", False, "Run Python from a model's repository.", only=(False,),
-            why="ws never runs code from a model folder"),
-    Setting("cpu_offload_gb", "float", 0.0, "GiB of weights kept in host memory.", only=(0.0,),
-            why="all weights live on the device"),
-    Setting("enable_lora", "bool", False, "Serve adapters.", only=(False,), why="adapters have not landed"),
-    Setting("speculative_config", "json", None, "Speculative decoding.", only=(None,),
-            why="speculative decoding has not landed"),
-    Setting("enable_auto_tool_choice", "bool", False, "Parse tool calls.", only=(False,),
-            why="tool-call parsing has not landed"),
-    Setting("tool_call_parser", "text", None, "How tool calls are parsed.", only=(None,),
-            why="tool-call parsing has not landed"),
-    Setting("reasoning_parser", "text", None, "How thinking is split from the answer.", only=(None,),
-            why="the answer's text holds the thinking marks as the model wrote them"),
-    Setting("dashboard", "bool", False, "Show the terminal dashboard.", only=(False,),
-            why="the dashboard has not landed; `ws ps` and /metrics say what the server does"),
-    Setting("uds", "text", None, "Listen on a Unix socket.", only=(None,), why="the API listens on TCP"),
-    Setting("ssl_keyfile", "text", None, "TLS key.", only=(None,), why="put a TLS proxy in front"),
-    Setting("ssl_certfile", "text", None, "TLS certificate.", only=(None,), why="put a TLS proxy in front"),
     Setting("enforce_eager", "bool", False, "Run without CUDA graphs: what this version always does."),
+    Setting("enable_prompt_tokens_details", "bool", True, "Report cached prompt tokens.", only=(True,),
+            why="cached tokens are always reported"),
+    Setting("disable_log_stats", "bool", False, "Log no figures: what this version always does; /metrics has them."),
 )  # fmt: skip
+SERVE_SETTINGS = _WORKING + LATER_SETTINGS
 
 
 @dataclass(frozen=True, slots=True)
