@@ -39,7 +39,6 @@ SNIPPETS = (
     "for {a} in «{b}»:\n    print({a}, len({b}))\n",
     "for «{a}» in {b}:\n    print({a})\n",
     "for {a} in range({n}):\n    print(«{a}»)\n",
-    "for index, {a} in «enumerate({b})»:\n    print(index, {a})\n",
     "{b} = []\nfor {a} in range({n}):\n    «{b}.append({a})»\n",
     "{b} = []\n{b}.«append»({n})\nprint({b})\n",
     "{b} = 0\nfor {a} in {c}:\n    {b} += «{a}»\nprint({b})\n",
