@@ -9,13 +9,16 @@ Formula: online softmax (arXiv:1805.02867, arXiv:2205.14135) in base 2; a tile l
 lse = max + log2(sum); the whole is sum_i 2^(lse_i - m) o_i / sum_i 2^(lse_i - m).
 """
 
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import triton
 import triton.language as tl
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count", "limit", "window"])
 def plan_tiles_kernel(
     lengths,
     header,
@@ -103,9 +106,7 @@ def decode_kernel(
         table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
 
         head = kv_head * GROUP + member
-        query = tl.load(
-            q + sequence * q_token_stride + head[:, None] * q_head_stride + dim[None, :], mask=real, other=0.0
-        )
+        query = tl.load(q + sequence * q_token_stride + head[:, None] * q_head_stride + dim[None, :], mask=real, other=0.0)
         source = kv + kv_head * kv_head_stride
         highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)

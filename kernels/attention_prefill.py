@@ -5,6 +5,9 @@ the keys through the block table. Keys fall in up to three ranges: those some ro
 rows see (no mask), and those around the diagonal. What no row sees is never loaded.
 """
 
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import triton
@@ -67,7 +70,7 @@ def _attend(
     return acc, total, highest
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_sequence", "num_sequences"])
 def prefill_kernel(
     q,
     kv,
@@ -127,9 +130,7 @@ def prefill_kernel(
         dim = tl.arange(0, DIM_PAD)
         real = ((row < QUERY_TOKENS * GROUP) & (token < queries))[:, None] & (dim < HEAD_DIM)[None, :]
         where = (start + token).to(tl.int64)
-        query = tl.load(
-            q + (where * q_token_stride + head * q_head_stride)[:, None] + dim[None, :], mask=real, other=0.0
-        )
+        query = tl.load(q + (where * q_token_stride + head * q_head_stride)[:, None] + dim[None, :], mask=real, other=0.0)
 
         lowest = past + first_query
         stop = tl.minimum(lowest + QUERY_TOKENS, length)

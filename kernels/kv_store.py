@@ -1,5 +1,8 @@
 """New keys and values into their slots, with what precedes the write: QK-norm and rotary embedding. And block copies."""
 
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
 from __future__ import annotations
 
 import triton
@@ -84,14 +87,15 @@ def rope_and_cache_kernel(
     tl.store(query + ROTARY + tail[None, :], rest.to(dtype), mask=spare & is_query[:, None])
 
     slot = tl.load(slots + token)
-    stored = ((head >= NUM_HEADS) & (slot >= 0))[:, None]
-    kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
-    place = slot // BLOCK_SIZE * kv_block_stride + slot % BLOCK_SIZE * kv_token_stride
-    target = kv + place + (is_value.to(tl.int32) * kv_side_stride + kv_head * kv_head_stride)[:, None]
-    kept: tl.constexpr = kv.dtype.element_ty
-    tl.store(target + at[None, :], turned_first.to(kept), mask=pair & stored)
-    tl.store(target + half + at[None, :], turned_second.to(kept), mask=pair & stored)
-    tl.store(target + ROTARY + tail[None, :], rest.to(kept), mask=spare & stored)
+    if slot >= 0:
+        stored = (head >= NUM_HEADS)[:, None]
+        kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)
+        place = slot // BLOCK_SIZE * kv_block_stride + slot % BLOCK_SIZE * kv_token_stride
+        target = kv + place + (is_value.to(tl.int64) * kv_side_stride + kv_head * kv_head_stride)[:, None]
+        kept: tl.constexpr = kv.dtype.element_ty
+        tl.store(target + at[None, :], turned_first.to(kept), mask=pair & stored)
+        tl.store(target + half + at[None, :], turned_second.to(kept), mask=pair & stored)
+        tl.store(target + ROTARY + tail[None, :], rest.to(kept), mask=spare & stored)
 
 
 @triton.jit

@@ -18,7 +18,8 @@ from workstation.kernels.paging import AttentionPlan
 LOG2_E = 1.4426950408889634
 SHORTEST_TILE = 128  # keys of a decode tile, at least: below, a tile's fixed cost outweighs its keys
 TILE_HEADS = 4096  # (tile, KV head) pairs a decode step is cut into, about: some rounds of every SM
-PROGRAMS_PER_SM = 4
+PROGRAMS_PER_SM = 3  # what stays resident of the decode kernel at head dim 128: a fourth would wait and run alone
+PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
 COMBINE_TILES = 32
 
 
@@ -43,9 +44,7 @@ def add_rms_norm(
     rows = x.numel() // width
     if rows:
         block = triton.next_power_of_2(width)
-        add_rms_norm_kernel[(rows,)](
-            x, residual, weight, out, width, eps, BLOCK=block, num_warps=_row_warps(block)
-        )
+        add_rms_norm_kernel[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=_row_warps(block))
     return out, residual
 
 
@@ -124,27 +123,25 @@ def _plan_tiles(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, ke
     limit = max(2 * count, TILE_HEADS // kv_heads)
     bound = min(limit, count * max(1, triton.cdiv(seen, SHORTEST_TILE)))
     split = seen > SHORTEST_TILE
-    ints = torch.empty(2 + count + 1 + bound, dtype=torch.int32, device=q.device)
-    header, first, tile_sequence = ints[:2], ints[2 : 3 + count], ints[3 + count :]
+    padded = -(-bound // 4) * 4  # 16-byte starts, whatever the batch: a pointer's alignment is part of what is compiled
+    ints = torch.empty(4 + padded + count + 1, dtype=torch.int32, device=q.device)
+    header, tile_sequence, first = ints[:2], ints[4 : 4 + bound], ints[4 + padded :]
     rows = bound * q.shape[1] if split else 0
     floats = torch.empty(rows * (q.shape[2] + 1), dtype=torch.float32, device=q.device)
     plan_tiles_kernel[(1,)](
         plan.context_lens, header, first, tile_sequence, count, limit, plan.window,
-        SHORTEST=SHORTEST_TILE, ALIGN=keys, PAD=triton.next_power_of_2(count), num_warps=4,
+        SHORTEST=SHORTEST_TILE, ALIGN=keys, PAD=max(PLAN_LANES, triton.next_power_of_2(count)), num_warps=4,
     )  # fmt: skip
     programs = min(bound * kv_heads, PROGRAMS_PER_SM * _multiprocessors(q.device))
     partial, lse = floats[: rows * q.shape[2]], floats[rows * q.shape[2] :]
     return DecodeTiles(header, first, tile_sequence, partial, lse, programs, split)
 
 
-def _attend_decodes(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor
-) -> None:
+def _attend_decodes(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor) -> None:
     _, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_layer.shape[2:4]
     dim_pad = triton.next_power_of_2(head_dim)
-    wide = dim_pad * q.element_size() > 256  # a tile of 64 keys would leave too little shared memory for the pipeline
-    keys = 32 if wide else 64
+    keys = _decode_keys(q)
     tiles: DecodeTiles | None = plan.scratch.get("decode_tiles")
     if tiles is None:
         tiles = _plan_tiles(q, kv_layer, plan, keys)
@@ -165,17 +162,12 @@ def _attend_decodes(
         )  # fmt: skip
 
 
-def _attend_prefills(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor
-) -> None:
+def _attend_prefills(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor) -> None:
     tokens, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_layer.shape[2:4]
     group = num_heads // kv_heads
-    dim_pad = triton.next_power_of_2(head_dim)
-    wide = dim_pad * q.element_size() > 256
-    rows = 64 if wide or plan.max_query_len * group <= 64 else 128
-    rows = max(rows, triton.next_power_of_2(group))
-    keys = 32 if wide else 64
+    tile = _prefill_tile(q, plan.max_query_len * group)
+    rows = max(tile.rows, triton.next_power_of_2(group))
     query_tokens = rows // group
     sequences = plan.context_lens.shape[0]
     prefills = sequences - plan.num_decodes
@@ -184,9 +176,31 @@ def _attend_prefills(
     prefill_kernel[grid](
         q, kv_layer, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, sequences,
         scale * LOG2_E, q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=rows, QUERY_TOKENS=query_tokens, HEAD_DIM=head_dim, DIM_PAD=dim_pad,
-        BLOCK_SIZE=block_size, KEYS=keys, PRECISION=_precision(q), num_warps=8 if rows > 64 else 4, num_stages=3,
+        KV_HEADS=kv_heads, GROUP=group, ROWS=rows, QUERY_TOKENS=query_tokens, HEAD_DIM=head_dim,
+        DIM_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=tile.keys, PRECISION=_precision(q),
+        num_warps=tile.warps, num_stages=3,
     )  # fmt: skip
+
+
+class PrefillTile(NamedTuple):
+    rows: int
+    keys: int
+    warps: int
+
+
+def _prefill_tile(q: torch.Tensor, longest: int) -> PrefillTile:
+    """Tile sizes that compile without spills for compute capability 9.0. `longest`: query rows of the longest chunk."""
+    if q.dtype == torch.float32:  # no tensor cores: small tiles, for exactness rather than speed
+        return PrefillTile(32, 16, 8)
+    if q.shape[2] > 128:
+        return PrefillTile(64 if longest <= 64 else 128, 32, 8)
+    return PrefillTile(64, 64, 4) if longest <= 64 else PrefillTile(128, 64, 8)
+
+
+def _decode_keys(q: torch.Tensor) -> int:
+    """Keys a pipeline stage loads, without spills for compute capability 9.0: K and V take 16 KiB each at most."""
+    row_bytes = triton.next_power_of_2(q.shape[2]) * q.element_size()
+    return 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
 
 
 def _precision(q: torch.Tensor) -> str:

@@ -98,9 +98,7 @@ def rope_and_cache(
         return _triton().rope_and_cache(  # type: ignore[no-any-return]
             qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads
         )
-    return reference.rope_and_cache(
-        qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads
-    )
+    return reference.rope_and_cache(qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads)
 
 
 def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
@@ -110,7 +108,8 @@ def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scal
     before its window, never reaches the result, NaN included. A sequence of length 0 (padding) gives zeros.
 
     Args:
-        q: [T, Hq, D], D a multiple of 16; head h reads key head h // (Hq / Hkv).
+        q: [T, Hq, D], D a multiple of 16 up to 256; head h reads key head h // (Hq / Hkv). Tokens behind the last
+            sequence are padding, and their result is undefined.
         kv_layer: [blocks, 2, Hkv, BS, D], already holding this step's keys and values.
         plan: the step's lengths and block tables; its scratch is filled by the first layer and reused by the others.
         scale: factor on the scores, as a rule D ** -0.5.
@@ -120,7 +119,7 @@ def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scal
     _check(q.dim() == 3 and q.shape[2] == kv_layer.shape[4], "q", q, "must be [T, Hq, D] with the cache's D")
     _check(q.shape[1] % kv_layer.shape[2] == 0, "q", q, "must have a multiple of the cache's heads")
     _check(kv_layer.shape[3] == plan.block_size, "kv_layer", kv_layer, "must have the plan's block size")
-    _check(q.shape[2] % 16 == 0, "q", q, "needs a head dim that is a multiple of 16")
+    _check(q.shape[2] % 16 == 0 and q.shape[2] <= 256, "q", q, "needs a head dim that is a multiple of 16, at most 256")
     if q.is_cuda or FORCE_TRITON:
         return _triton().attention(q, kv_layer, plan, scale)  # type: ignore[no-any-return]
     return reference.attention(q, kv_layer, plan, scale)

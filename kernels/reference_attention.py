@@ -106,9 +106,7 @@ def _step_index(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) ->
     return step
 
 
-def _make_step(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, geometry: tuple[object, ...]
-) -> _Step:
+def _make_step(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, geometry: tuple[object, ...]) -> _Step:
     starts: list[int] = plan.query_start.tolist()
     lengths: list[int] = plan.context_lens.tolist()
     if max(lengths, default=0) > plan.tables.shape[1] * plan.block_size:
@@ -249,9 +247,7 @@ def _staircase(longest: int, window: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.zeros(hidden.shape, dtype=dtype).masked_fill_(hidden, -torch.inf)
 
 
-def _prefill(
-    q: torch.Tensor, kv_layer: torch.Tensor, chunk: _Chunk, step: _Step, scale: float, out: torch.Tensor
-) -> None:
+def _prefill(q: torch.Tensor, kv_layer: torch.Tensor, chunk: _Chunk, step: _Step, scale: float, out: torch.Tensor) -> None:
     """Fill out[start:stop]. The group's query heads become heads of a batch of key heads: K and V expand at no cost."""
     _, _, kv_heads, _, head_dim = chunk.shape
     gathered = flat_rows(kv_layer, kv_layer.stride(2)).index_select(0, chunk.rows).view(chunk.shape)
