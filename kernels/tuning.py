@@ -1,0 +1,188 @@
+"""Which tile sizes a matrix product runs with: measured ones for the GPUs in `tuned/`, computed ones elsewhere.
+
+Pure Python. A tuned file is named after the GPU, as its driver calls it, blanks as underscores, and holds
+`{"gpu": ..., "origin": how it was measured, "rows": [[scheme, output, n, k, m, kind, block_n, block_m, block_k, splits,
+warps, stages, pdl], ...]}`: the configuration for up to m rows of activations on a weight [n, k]. `benchmarks/gemm.py`
+writes such files.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import astuple, dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+Scheme = Literal["16bit", "fp8", "fp8_weight"]  # bf16 or fp16; FP8 weights and activations; FP8 weights only
+Output = Literal["linear", "partials", "silu_mul"]
+Kind = Literal["dot", "gemv", "library"]
+
+MAX_ROWS = 256  # beyond, the library's large tiles win
+TUNED = Path(__file__).parent / "tuned"
+KIB = 1024
+FP8_CAPABILITY = 89  # the first with e4m3fn conversions and products
+
+
+@dataclass(frozen=True)
+class Device:
+    """What a choice depends on. `shared_bytes`: shared memory one program may ask for; `capability`: 90 for 9.0."""
+
+    name: str
+    processors: int
+    shared_bytes: int
+    capability: int
+
+
+@dataclass(frozen=True)
+class Problem:
+    """x [m, k] times a weight [n, k]; for `silu_mul` n counts gate and up rows together."""
+
+    scheme: Scheme
+    output: Output
+    m: int
+    n: int
+    k: int
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes a weight element takes."""
+        return 2 if self.scheme == "16bit" else 1
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes an activation element takes."""
+        return 1 if self.scheme == "fp8" else 2
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """`dot`: tensor cores; `gemv`: CUDA cores, one row only; `library`: torch, and the sizes mean nothing.
+
+    block_n: output channels a program computes (of gate and of up each, when it fuses SiLU); block_m: activation rows;
+    block_k: the step along K; splits: chunks of K, at most (a short K has fewer); pdl: programmatic dependent launch.
+    """
+
+    kind: Kind
+    block_n: int = 64
+    block_m: int = 16
+    block_k: int = 128
+    splits: int = 1
+    warps: int = 4
+    stages: int = 3
+    pdl: bool = False
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Kind):
+            raise ValueError(f"kind is {self.kind!r}; one of {', '.join(get_args(Kind))} is needed")
+        for name in ("block_n", "block_m", "block_k", "warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} is {value}; a power of two is needed")
+        if self.splits < 1 or self.stages < 1:
+            raise ValueError(f"splits is {self.splits} and stages {self.stages}; both must be at least 1")
+
+
+LIBRARY = GemmConfig("library")
+
+
+def fuses_silu(problem: Problem, config: GemmConfig) -> bool:
+    """Whether the product itself applies SiLU·mul: with K in one chunk. Otherwise the sum over the chunks does."""
+    return problem.output == "silu_mul" and config.splits == 1
+
+
+def shared_bytes(problem: Problem, config: GemmConfig) -> int:
+    """Shared memory a program takes, in bytes: `stages` tiles of weights and activations, at most.
+
+    The result's tile passes through the same memory on its way out, in float32 (`tests/test_compile.py` holds this
+    against what the compiler says).
+    """
+    if config.kind == "library":
+        return 0
+    tiles = 2 if fuses_silu(problem, config) else 1
+    if config.kind == "gemv":
+        return config.stages * config.block_k * (tiles * config.block_n * problem.weight_bytes + problem.row_bytes) + KIB
+    stage = config.block_k * (tiles * config.block_n * problem.weight_bytes + config.block_m * problem.row_bytes)
+    return max(config.stages * stage, config.block_n * config.block_m * 4) + KIB
+
+
+def choose(problem: Problem, device: Device) -> GemmConfig:
+    """The measured configuration of this GPU and weight shape for the next number of rows, or a computed one."""
+    if problem.m > MAX_ROWS:
+        return LIBRARY
+    rows = tuned(device.name).get((problem.scheme, problem.output, problem.n, problem.k), ())
+    for most, config in rows:
+        if problem.m <= most and (config.kind != "gemv" or problem.m == 1):
+            return config
+    return default_config(problem, device)
+
+
+@cache
+def tuned(gpu: str) -> dict[tuple[str, str, int, int], tuple[tuple[int, GemmConfig], ...]]:
+    """The tuned file of a GPU, {(scheme, output, n, k): ((most rows, configuration), ...) by rows}; empty without one."""
+    path = TUNED / (gpu.replace(" ", "_") + ".json")
+    if not path.is_file():
+        return {}
+    table: dict[tuple[str, str, int, int], list[tuple[int, GemmConfig]]] = {}
+    for row in json.loads(path.read_text())["rows"]:
+        problem, config = parse_row(row)
+        table.setdefault((problem.scheme, problem.output, problem.n, problem.k), []).append((problem.m, config))
+    return {key: tuple(sorted(found, key=lambda pair: pair[0])) for key, found in table.items()}
+
+
+def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
+    """One row of a tuned file; ValueError if a field has a value that no kernel serves."""
+    scheme, output, n, k, m, *config = row
+    if scheme not in get_args(Scheme) or output not in get_args(Output):
+        raise ValueError(f"a tuned row names scheme {scheme!r} and output {output!r}, which do not exist")
+    return Problem(scheme, output, m, n, k), GemmConfig(*config)
+
+
+def make_row(problem: Problem, config: GemmConfig) -> list[Any]:
+    """`parse_row`'s inverse."""
+    return [problem.scheme, problem.output, problem.n, problem.k, problem.m, *astuple(config)]
+
+
+def default_config(problem: Problem, device: Device) -> GemmConfig:
+    """Tile sizes from the device's multiprocessors and shared memory alone; they compile and fit wherever Triton does.
+
+    Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
+    them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
+    """
+    block_m = _block_m(problem.m, device)
+    block_n = 128 if block_m >= 64 and problem.output != "silu_mul" else 64
+    channels = problem.n // 2 if problem.output == "silu_mul" else problem.n
+    tiles = -(-channels // block_n) * -(-problem.m // block_m)
+    # A wider weight tile needs its accumulators spread over two warpgroups.
+    warps = 8 if block_n * block_m >= 128 * 64 else 4
+    widest = max(problem.weight_bytes, problem.row_bytes)
+    block_k = (256 if block_m <= 32 else 128) // widest
+    splits = 1 if problem.output == "silu_mul" else _splits(problem, device, tiles, block_k)
+    budget = device.shared_bytes if block_m >= 128 else device.shared_bytes // 2
+    while True:
+        config = GemmConfig("dot", block_n, block_m, block_k, splits, warps, 4)
+        fitting = [s for s in (5, 4, 3, 2) if shared_bytes(problem, _with_stages(config, s)) <= budget]
+        if fitting and (fitting[0] >= 3 or block_k * widest <= 64):
+            return _with_stages(config, fitting[0])
+        if block_k * widest > 64:
+            block_k //= 2
+        elif block_n > 64:
+            block_n //= 2
+        else:
+            block_m //= 2
+
+
+def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
+    return GemmConfig(config.kind, config.block_n, config.block_m, config.block_k, config.splits, config.warps, stages)
+
+
+def _block_m(m: int, device: Device) -> int:
+    most = 128 if device.shared_bytes > 128 * KIB else 64
+    return min(most, max(16, 1 << (m - 1).bit_length()))
+
+
+def _splits(problem: Problem, device: Device, tiles: int, block_k: int) -> int:
+    wanted = round(2.3 * device.processors / tiles)
+    steps = problem.k // (4 * block_k)  # at least four steps a chunk, or the pipeline never fills
+    affordable = problem.k * problem.weight_bytes // (8 * problem.m)
+    return max(1, min(wanted, steps, affordable, 16))
