@@ -1,15 +1,15 @@
 """Which tile sizes a matrix product runs with: measured ones for the GPUs in `tuned/`, computed ones elsewhere.
 
 Pure Python. A tuned file is named after the GPU, as its driver calls it, blanks as underscores, and holds
-`{"gpu": ..., "origin": how it was measured, "rows": [[scheme, output, n, k, m, kind, block_n, block_m, block_k, splits,
-warps, stages, pdl], ...]}`: the configuration for up to m rows of activations on a weight [n, k]. `benchmarks/gemm.py`
-writes such files.
+`{"device": the fields of Device, "origin": how it was measured, "rows": [[scheme, output, n, k, m, kind, block_n, block_m,
+block_k, splits, warps, stages, pdl], ...]}`: the configuration for up to m rows of activations on a weight [n, k].
+`benchmarks/gemm.py` writes such files.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -22,6 +22,9 @@ MAX_ROWS = 256  # beyond, the library's large tiles win
 TUNED = Path(__file__).parent / "tuned"
 KIB = 1024
 FP8_CAPABILITY = 89  # the first with e4m3fn conversions and products
+# Without a measurement the library gets what lies above: its FP8 products are slow at few rows, its 16-bit ones less so,
+# and FP8 weights with 16-bit activations it cannot read at all.
+LIBRARY_ABOVE: dict[Scheme, int] = {"16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS}
 
 
 @dataclass(frozen=True)
@@ -112,9 +115,9 @@ def choose(problem: Problem, device: Device) -> GemmConfig:
         return LIBRARY
     rows = tuned(device.name).get((problem.scheme, problem.output, problem.n, problem.k), ())
     for most, config in rows:
-        if problem.m <= most and (config.kind != "gemv" or problem.m == 1):
+        if problem.m <= most:
             return config
-    return default_config(problem, device)
+    return LIBRARY if problem.m > LIBRARY_ABOVE[problem.scheme] else default_config(problem, device)
 
 
 @cache
@@ -135,7 +138,10 @@ def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
     scheme, output, n, k, m, *config = row
     if scheme not in get_args(Scheme) or output not in get_args(Output):
         raise ValueError(f"a tuned row names scheme {scheme!r} and output {output!r}, which do not exist")
-    return Problem(scheme, output, m, n, k), GemmConfig(*config)
+    found = GemmConfig(*config)
+    if found.kind == "gemv" and m != 1:
+        raise ValueError(f"a tuned row gives m={m} rows to the gemv kernel, which computes one")
+    return Problem(scheme, output, m, n, k), found
 
 
 def make_row(problem: Problem, config: GemmConfig) -> list[Any]:
@@ -149,21 +155,30 @@ def default_config(problem: Problem, device: Device) -> GemmConfig:
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
+    tile = _tile(problem, device)
+    if problem.output == "silu_mul":
+        return tile  # fused: K in one chunk
+    tiles = -(-problem.n // tile.block_n) * -(-problem.m // tile.block_m)
+    wanted = round(2.3 * device.processors / tiles)
+    filling = problem.k // (4 * tile.block_k)  # at least four steps a chunk, or the pipeline never fills
+    affordable = problem.k * problem.weight_bytes // (8 * problem.m)
+    return replace(tile, splits=max(1, min(wanted, filling, affordable, 16)))
+
+
+def _tile(problem: Problem, device: Device) -> GemmConfig:
+    """The largest tile whose pipeline fits; it shrinks along K first, then in channels, then in rows."""
     block_m = _block_m(problem.m, device)
     block_n = 128 if block_m >= 64 and problem.output != "silu_mul" else 64
-    channels = problem.n // 2 if problem.output == "silu_mul" else problem.n
-    tiles = -(-channels // block_n) * -(-problem.m // block_m)
-    # A wider weight tile needs its accumulators spread over two warpgroups.
-    warps = 8 if block_n * block_m >= 128 * 64 else 4
     widest = max(problem.weight_bytes, problem.row_bytes)
     block_k = (256 if block_m <= 32 else 128) // widest
-    splits = 1 if problem.output == "silu_mul" else _splits(problem, device, tiles, block_k)
     budget = device.shared_bytes if block_m >= 128 else device.shared_bytes // 2
     while True:
-        config = GemmConfig("dot", block_n, block_m, block_k, splits, warps, 4)
-        fitting = [s for s in (5, 4, 3, 2) if shared_bytes(problem, _with_stages(config, s)) <= budget]
-        if fitting and (fitting[0] >= 3 or block_k * widest <= 64):
-            return _with_stages(config, fitting[0])
+        warps = 8 if block_n * block_m >= 128 * 64 else 4  # large accumulators spread over two warpgroups
+        for stages in (5, 4, 3, 2):
+            config = GemmConfig("dot", block_n, block_m, block_k, 1, warps, stages)
+            deep_enough = stages >= 3 or block_k * widest <= 64
+            if deep_enough and shared_bytes(problem, config) <= budget:
+                return config
         if block_k * widest > 64:
             block_k //= 2
         elif block_n > 64:
@@ -172,17 +187,6 @@ def default_config(problem: Problem, device: Device) -> GemmConfig:
             block_m //= 2
 
 
-def _with_stages(config: GemmConfig, stages: int) -> GemmConfig:
-    return GemmConfig(config.kind, config.block_n, config.block_m, config.block_k, config.splits, config.warps, stages)
-
-
 def _block_m(m: int, device: Device) -> int:
     most = 128 if device.shared_bytes > 128 * KIB else 64
     return min(most, max(16, 1 << (m - 1).bit_length()))
-
-
-def _splits(problem: Problem, device: Device, tiles: int, block_k: int) -> int:
-    wanted = round(2.3 * device.processors / tiles)
-    steps = problem.k // (4 * block_k)  # at least four steps a chunk, or the pipeline never fills
-    affordable = problem.k * problem.weight_bytes // (8 * problem.m)
-    return max(1, min(wanted, steps, affordable, 16))

@@ -1,0 +1,119 @@
+"""Every shipped configuration compiles for the GPUs it may meet, fits their shared memory and spills no register.
+
+Triton compiles for a GPU that is not here; nothing is run. Without `-m long` only a few of the configurations are tried.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+
+import pytest
+from gemm_compiled import compile_for, fingerprint, resources_of
+from test_tuning import A100, B200, DEVICES, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
+
+from workstation.kernels import tuning
+from workstation.kernels.tuning import Device, GemmConfig, Problem, default_config
+
+
+@pytest.fixture(autouse=True)
+def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9 warns until multiply-add fusion, which we want, is asked for by name."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+Product = tuple[Problem, GemmConfig, Device]
+
+
+def computed(device: Device) -> list[Product]:
+    """One product for each kernel that the computed configurations need on a device."""
+    found = {}
+    for scheme, output, m, (n, k) in itertools.product(SCHEMES, OUTPUTS, ROWS, WEIGHTS):
+        if scheme == "fp8" and device.capability < tuning.FP8_CAPABILITY:
+            continue  # goes to the library: no FP8 products there
+        problem = Problem(scheme, output, m, n, k)
+        config = default_config(problem, device)
+        found.setdefault(fingerprint(problem, config, device), (problem, config, device))
+    return list(found.values())
+
+
+def measured() -> list[Product]:
+    """One product for each kernel that the tuned files need."""
+    found = {}
+    for path in sorted(tuning.TUNED.glob("*.json")):
+        content = json.loads(path.read_text())
+        device = Device(**content["device"])
+        for problem, config in map(tuning.parse_row, content["rows"]):
+            if config.kind != "library":
+                found.setdefault(fingerprint(problem, config, device), (problem, config, device))
+    return list(found.values())
+
+
+def name(product: Product) -> str:
+    problem, config, device = product
+    tile = f"{config.kind}{config.block_n}x{config.block_m}x{config.block_k}"
+    return f"sm{device.capability}-{problem.scheme}-{problem.output}-{problem.n}x{problem.k}-m{problem.m}-{tile}"
+
+
+def check(product: Product) -> None:
+    problem, config, device = product
+    needed = resources_of(*product)
+    assert needed.shared <= device.shared_bytes
+    assert needed.shared <= tuning.shared_bytes(problem, config)
+    assert needed.stack == 0
+    assert needed.registers <= 255
+
+
+ARCHITECTURES = [A100, L40S, H200, B200, PRO_6000]
+BASIC = [
+    (Problem(scheme, output, m, 6144, 4096), device)
+    for device in ARCHITECTURES
+    for scheme, output, m in (("fp8_weight", "linear", 16), ("16bit", "silu_mul", 64))
+]
+
+
+@pytest.mark.parametrize(("problem", "device"), BASIC, ids=lambda part: getattr(part, "name", getattr(part, "scheme", None)))
+def test_a_computed_configuration_compiles_and_fits(problem: Problem, device: Device) -> None:
+    check((problem, default_config(problem, device), device))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
+    problem = Problem(scheme, "linear", 8, 6144, 4096)
+    assembly = compile_for(problem, default_config(problem, H200), H200).asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n16" in assembly
+    assert "mma.sync" not in assembly
+
+
+@pytest.mark.parametrize("kind", ["dot", "gemv"])
+def test_programmatic_launch_prefetches_before_it_waits(kind: tuning.Kind) -> None:
+    problem = Problem("fp8", "linear", 1, 6144, 4096)
+    compiled = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3, pdl=True), H200)
+    assembly = compiled.asm["ptx"]
+    order = [assembly.index(word) for word in ("prefetch.global.L2", "griddepcontrol.wait", "cp.async")]
+    assert order == sorted(order)
+    assert compiled.metadata.launch_pdl
+    plain = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3), H200)
+    assert "griddepcontrol" not in plain.asm["ptx"]
+
+
+def test_sums_over_n_and_k_share_one_kernel() -> None:
+    config = GemmConfig("dot", 64, 16, 256, 1, 4, 3)
+    kernels = {
+        fingerprint(Problem("fp8", "linear", m, n, k), config, H200)
+        for m in (1, 7, 16)
+        for n, k in ((6144, 4096), (4096, 14336), (48, 512))
+    }
+    assert len(kernels) == 1
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("product", [p for device in DEVICES for p in computed(device)], ids=name)
+def test_every_computed_configuration_compiles_and_fits(product: Product) -> None:
+    check(product)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("product", measured(), ids=name)
+def test_every_measured_configuration_compiles_and_fits(product: Product) -> None:
+    check(product)
