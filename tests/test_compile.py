@@ -9,10 +9,11 @@ import itertools
 import json
 
 import pytest
-from gemm_compiled import compile_for, fingerprint, resources_of
 from test_tuning import A100, B200, DEVICES, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
 
 from workstation.kernels import tuning
+from workstation.kernels.gemm_compile import compile_for, fingerprint
+from workstation.kernels.offline import resources
 from workstation.kernels.tuning import Device, GemmConfig, Problem, default_config
 
 
@@ -33,7 +34,7 @@ def computed(device: Device) -> list[Product]:
             continue  # goes to the library: no FP8 products there
         problem = Problem(scheme, output, m, n, k)
         config = default_config(problem, device)
-        found.setdefault(fingerprint(problem, config, device), (problem, config, device))
+        found.setdefault(fingerprint(problem, config, device.capability), (problem, config, device))
     return list(found.values())
 
 
@@ -45,7 +46,7 @@ def measured() -> list[Product]:
         device = Device(**content["device"])
         for problem, config in map(tuning.parse_row, content["rows"]):
             if config.kind != "library":
-                found.setdefault(fingerprint(problem, config, device), (problem, config, device))
+                found.setdefault(fingerprint(problem, config, device.capability), (problem, config, device))
     return list(found.values())
 
 
@@ -57,7 +58,7 @@ def name(product: Product) -> str:
 
 def check(product: Product) -> None:
     problem, config, device = product
-    needed = resources_of(*product)
+    needed = resources(compile_for(problem, config, device.capability))
     assert needed.shared <= device.shared_bytes
     assert needed.shared <= tuning.shared_bytes(problem, config)
     assert needed.stack == 0
@@ -80,7 +81,7 @@ def test_a_computed_configuration_compiles_and_fits(problem: Problem, device: De
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
     problem = Problem(scheme, "linear", 8, 6144, 4096)
-    assembly = compile_for(problem, default_config(problem, H200), H200).asm["ptx"]
+    assembly = compile_for(problem, default_config(problem, H200), H200.capability).asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n16" in assembly
     assert "mma.sync" not in assembly
 
@@ -88,19 +89,19 @@ def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
 @pytest.mark.parametrize("kind", ["dot", "gemv"])
 def test_programmatic_launch_prefetches_before_it_waits(kind: tuning.Kind) -> None:
     problem = Problem("fp8", "linear", 1, 6144, 4096)
-    compiled = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3, pdl=True), H200)
+    compiled = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3, pdl=True), H200.capability)
     assembly = compiled.asm["ptx"]
     order = [assembly.index(word) for word in ("prefetch.global.L2", "griddepcontrol.wait", "cp.async")]
     assert order == sorted(order)
     assert compiled.metadata.launch_pdl
-    plain = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3), H200)
+    plain = compile_for(problem, GemmConfig(kind, 64, 16, 256, 1, 4, 3), H200.capability)
     assert "griddepcontrol" not in plain.asm["ptx"]
 
 
 def test_sums_over_n_and_k_share_one_kernel() -> None:
     config = GemmConfig("dot", 64, 16, 256, 1, 4, 3)
     kernels = {
-        fingerprint(Problem("fp8", "linear", m, n, k), config, H200)
+        fingerprint(Problem("fp8", "linear", m, n, k), config, H200.capability)
         for m in (1, 7, 16)
         for n, k in ((6144, 4096), (4096, 14336), (48, 512))
     }

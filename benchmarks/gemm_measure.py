@@ -1,0 +1,159 @@
+"""Inputs, oracles and clocks for `gemm.py`: fresh random inputs, poisoned outputs, CUDA graphs over rotating weights."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn import functional as F
+
+from workstation.kernels import gemm_launch, ops
+from workstation.kernels.gemm_launch import FP8, Operands
+from workstation.kernels.tuning import GemmConfig, Problem
+
+Launch = Callable[[], object]
+
+
+class Weights:
+    """One long random buffer a dtype; a weight matrix is a window into it, and successive windows outrun the L2."""
+
+    def __init__(self, l2_bytes: int, most_elements: int) -> None:
+        self.l2_bytes = l2_bytes
+        room = torch.cuda.mem_get_info()[0] // 6
+        elements = min(most_elements + most_elements // 8, room)
+        self.wide = torch.empty(elements, dtype=torch.bfloat16, device="cuda")
+        self.narrow = torch.empty(elements, dtype=FP8, device="cuda")
+        for at in range(0, elements, 1 << 27):
+            part = torch.randn(min(1 << 27, elements - at), device="cuda")
+            self.wide[at : at + part.numel()] = part.to(torch.bfloat16)
+            self.narrow[at : at + part.numel()] = part.to(FP8)
+        self.scales = torch.rand(1 << 18, device="cuda") + 0.5
+
+    def fits(self, problem: Problem) -> bool:
+        return problem.n * problem.k <= self.wide.numel()
+
+    def windows(self, problem: Problem) -> list[torch.Tensor]:
+        """Different [n, k] matrices, together at least three times the L2 where the buffer is long enough."""
+        size = problem.n * problem.k
+        buffer = self.wide if problem.scheme == "16bit" else self.narrow
+        wanted = max(2, -(-3 * self.l2_bytes // (size * problem.weight_bytes)))
+        count = min(wanted, buffer.numel() // size)
+        return [buffer[i * size : (i + 1) * size].view(problem.n, problem.k) for i in range(count)]
+
+
+@dataclass
+class Bench:
+    """One problem's inputs and what they must give, `expected` being for the first of the weights."""
+
+    problem: Problem
+    inputs: list[Operands]
+    expected: torch.Tensor
+
+    @property
+    def silu(self) -> bool:
+        return self.problem.output == "silu_mul"
+
+
+def make_bench(problem: Problem, weights: Weights, first: int = 0) -> Bench:
+    """Fresh random activations, scaled for results of about 1; `first` picks the weight that is checked."""
+    windows = weights.windows(problem)
+    first %= len(windows)
+    windows = windows[first:] + windows[:first]
+    x = torch.randn(problem.m, problem.k, device="cuda")
+    shrink = problem.k**-0.5
+    x_scale = None
+    if problem.scheme == "fp8":
+        x, x_scale = x.to(FP8), (torch.rand(problem.m, device="cuda") + 0.5) * shrink
+    else:
+        x = (x * shrink).to(torch.bfloat16)
+    scale = None if problem.scheme == "16bit" else weights.scales[: problem.n]
+    inputs = [Operands(x, weight, scale, x_scale) for weight in windows]
+    return Bench(problem, inputs, _expected(inputs[0], problem))
+
+
+def _expected(operands: Operands, problem: Problem) -> torch.Tensor:
+    """float32 products without TF32, a slice of the channels at a time."""
+    parts = [operands.x.float() @ part.float().t() for part in operands.weight.split(1 << 14)]
+    y = torch.cat(parts, 1)
+    if operands.weight_scale is not None:
+        y = y * operands.weight_scale
+    if operands.x_scale is not None:
+        y = y * operands.x_scale[:, None]
+    if problem.output != "silu_mul":
+        return y
+    gate, up = y.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def relative_error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float(((out.float() - expected).norm() / expected.norm()).nan_to_num(torch.inf))
+
+
+def error_of(bench: Bench, config: GemmConfig) -> float:
+    """||out - expected|| / ||expected|| with every buffer the kernels write poisoned before."""
+    launches, out = launches_of(bench, bench.inputs[0], config)
+    for launch in launches:
+        launch.launch()
+    return relative_error(out, bench.expected)
+
+
+def launches_of(bench: Bench, operands: Operands, config: GemmConfig) -> tuple[list[gemm_launch.Call], torch.Tensor]:
+    """The product's kernels into buffers full of NaN: the product itself, then the sum of its parts if K is split."""
+    m, k = bench.problem.m, bench.problem.k
+    width = bench.problem.n // 2 if bench.silu else bench.problem.n
+    out = torch.full((m, width), torch.nan, dtype=torch.bfloat16, device="cuda")
+    splits = gemm_launch.split_count(k, config)
+    if splits == 1:
+        return [gemm_launch.gemm_call(operands, config, out, m, width, k, silu=bench.silu)], out
+    partial = torch.full((splits, m, bench.problem.n), torch.nan, device="cuda")
+    product = gemm_launch.gemm_call(operands, config, partial, m, bench.problem.n, k, silu=False)
+    return [product, gemm_launch.reduce_call(partial, out, None, silu=bench.silu, pdl=config.pdl)], out
+
+
+def time_config(bench: Bench, config: GemmConfig, repeats: int, *, parts_only: bool = False) -> float:
+    """Microseconds a product, its reduction included unless `parts_only`; outputs are shared, weights rotate."""
+    calls: list[Launch] = []
+    shared, _ = launches_of(bench, bench.inputs[0], config)
+    for operands in bench.inputs:
+        product = shared[0]._replace(arguments=(operands.x, operands.weight, *shared[0].arguments[2:]))
+        calls += [product.launch] + [call.launch for call in shared[1:] if not parts_only]
+    return time_graph(calls, repeats) / len(bench.inputs)
+
+
+def time_library(bench: Bench, repeats: int) -> float | None:
+    """Microseconds of torch's own product (and our SiLU·mul behind it); None where torch has none for the dtypes."""
+    if bench.problem.scheme == "fp8_weight":
+        return None
+
+    def product(operands: Operands) -> torch.Tensor:
+        inputs = (operands.x, operands.weight, operands.weight_scale, operands.x_scale)
+        y = gemm_launch.library_linear(*inputs, None, None, torch.bfloat16)
+        return ops.silu_mul(y) if bench.silu else y
+
+    calls: list[Launch] = [lambda operands=operands: product(operands) for operands in bench.inputs]
+    return time_graph(calls, repeats) / len(calls)
+
+
+def time_graph(calls: list[Launch], repeats: int) -> float:
+    """Median microseconds of one replay of all calls, captured as a CUDA graph, after a warm-up outside and inside it."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        calls[0]()
+        calls[-1]()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    graph.replay()
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks[0].record()
+    for mark in marks[1:]:
+        graph.replay()
+        mark.record()
+    torch.cuda.synchronize()
+    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) * 1e3

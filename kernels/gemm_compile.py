@@ -1,0 +1,40 @@
+"""Small matrix products compiled ahead: which kernel a configuration needs, on a GPU that need not be here."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from workstation.kernels.gemm_launch import FP8, Call, Operands, gemm_call
+from workstation.kernels.offline import targeting
+from workstation.kernels.tuning import FP8_CAPABILITY, GemmConfig, Problem, fuses_silu
+
+
+def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
+    """The product's launch for bfloat16 results without bias or residual; dtypes stand for the tensors."""
+    x = FP8 if problem.scheme == "fp8" else torch.bfloat16
+    weight: Any = torch.bfloat16
+    if problem.scheme != "16bit":
+        weight = FP8 if capability >= FP8_CAPABILITY else torch.uint8
+    scale = None if problem.scheme == "16bit" else torch.float32
+    x_scale = torch.float32 if problem.scheme == "fp8" else None
+    silu = fuses_silu(problem, config)
+    out = torch.bfloat16 if config.splits == 1 and problem.output != "partials" else torch.float32
+    n = problem.n // 2 if silu else problem.n
+    return gemm_call(Operands(x, weight, scale, x_scale), config, out, problem.m, n, problem.k, silu=silu)
+
+
+def fingerprint(problem: Problem, config: GemmConfig, capability: int) -> tuple[Any, ...]:
+    """Equal for products that run the same compiled kernel on one kind of device."""
+    call = call_of(problem, replace(config, splits=min(config.splits, 2)), capability)
+    kinds = [str(value) if isinstance(value, torch.dtype) else None for value in call.arguments[:6]]
+    return capability, call.kernel.__name__, *kinds, *sorted(call.options.items())
+
+
+def compile_for(problem: Problem, config: GemmConfig, capability: int) -> Any:
+    """Triton's compiled kernel, with `asm` and `metadata`; it is in Triton's cache from then on."""
+    call = call_of(problem, config, capability)
+    with targeting(capability):
+        return call.kernel.warmup(*call.arguments, grid=call.grid, **call.options)
