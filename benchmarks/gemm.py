@@ -84,7 +84,8 @@ def candidates(problem: Problem, device: Device) -> list[GemmConfig]:
     widest = max(problem.weight_bytes, problem.row_bytes)
     for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), (128, 256), (3, 4, 5, 6)):
         for warps in (4, 8):
-            if (warps == 8) != (block_n * block_m >= 128 * 32) and not (block_n == 128 and block_m <= 32):
+            accumulators = block_n * block_m // (warps * 32)
+            if accumulators > 64 if warps == 4 else block_n < 128 and accumulators < 16:
                 continue
             tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
             found += _with_splits(problem, tile, device)
@@ -107,7 +108,7 @@ def _fits(problem: Problem, config: GemmConfig, device: Device) -> bool:
     accumulators = fused * config.block_n * config.block_m // (config.warps * 32)
     if config.kind == "gemv":
         accumulators = fused * config.block_n * config.block_k // (config.warps * 32)
-    return shared_bytes(problem, config) <= device.shared_bytes and accumulators <= 128
+    return shared_bytes(problem, config, device.capability) <= device.shared_bytes and accumulators <= 128
 
 
 def _compile(problem: Problem, config: GemmConfig, capability: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ MAX_ROWS = 256  # beyond, the library's large tiles win
 TUNED = Path(__file__).parent / "tuned"
 KIB = 1024
 FP8_CAPABILITY = 89  # the first with e4m3fn conversions and products
+READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands from shared memory: wgmma, tcgen05
 # Without a measurement the library gets what lies above: its FP8 products are slow at few rows, its 16-bit ones less so,
 # and FP8 weights with 16-bit activations it cannot read at all.
 LIBRARY_ABOVE: dict[Scheme, int] = {"16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS}
@@ -94,19 +95,20 @@ def fuses_silu(problem: Problem, config: GemmConfig) -> bool:
     return problem.output == "silu_mul" and config.splits == 1
 
 
-def shared_bytes(problem: Problem, config: GemmConfig) -> int:
-    """Shared memory a program takes, in bytes: `stages` tiles of weights and activations, at most.
+def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
+    """Shared memory a program takes, in bytes, at most: its pipeline's tiles of weights and activations.
 
-    The result's tile passes through the same memory on its way out, in float32 (`tests/test_compile.py` holds this
-    against what the compiler says).
+    wgmma and its successor read them there while the next ones arrive, `stages` in all; mma.sync takes them through
+    registers and needs one less. The result's tile passes through the same memory on its way out, in float32.
+    `tests/test_compile.py` holds this against what the compiler says.
     """
     if config.kind == "library":
         return 0
     tiles = 2 if fuses_silu(problem, config) else 1
-    if config.kind == "gemv":
-        return config.stages * config.block_k * (tiles * config.block_n * problem.weight_bytes + problem.row_bytes) + KIB
-    stage = config.block_k * (tiles * config.block_n * problem.weight_bytes + config.block_m * problem.row_bytes)
-    return max(config.stages * stage, config.block_n * config.block_m * 4) + KIB
+    columns = 1 if config.kind == "gemv" else config.block_m
+    stage = config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes)
+    buffers = config.stages if config.kind == "gemv" or capability // 10 in READS_SHARED else config.stages - 1
+    return max(buffers * stage, config.block_n * columns * 4) + KIB
 
 
 def choose(problem: Problem, device: Device) -> GemmConfig:
@@ -168,16 +170,17 @@ def default_config(problem: Problem, device: Device) -> GemmConfig:
 def _tile(problem: Problem, device: Device) -> GemmConfig:
     """The largest tile whose pipeline fits; it shrinks along K first, then in channels, then in rows."""
     block_m = _block_m(problem.m, device)
-    block_n = 128 if block_m >= 64 and problem.output != "silu_mul" else 64
+    fused = 2 if problem.output == "silu_mul" else 1
+    block_n = 128 // fused if block_m >= 64 else 64
     widest = max(problem.weight_bytes, problem.row_bytes)
     block_k = (256 if block_m <= 32 else 128) // widest
     budget = device.shared_bytes if block_m >= 128 else device.shared_bytes // 2
     while True:
-        warps = 8 if block_n * block_m >= 128 * 64 else 4  # large accumulators spread over two warpgroups
+        warps = 8 if fused * block_n * block_m >= 128 * 64 else 4  # large accumulators spread over two warpgroups
         for stages in (5, 4, 3, 2):
             config = GemmConfig("dot", block_n, block_m, block_k, 1, warps, stages)
             deep_enough = stages >= 3 or block_k * widest <= 64
-            if deep_enough and shared_bytes(problem, config) <= budget:
+            if deep_enough and shared_bytes(problem, config, device.capability) <= budget:
                 return config
         if block_k * widest > 64:
             block_k //= 2

@@ -68,7 +68,7 @@ def test_a_computed_configuration_fits_any_device(device: Device, scheme: Scheme
     for m, (n, k) in itertools.product(ROWS, WEIGHTS):
         problem = Problem(scheme, output, m, n, k)
         config = default_config(problem, device)
-        assert tuning.shared_bytes(problem, config) <= device.shared_bytes, problem
+        assert tuning.shared_bytes(problem, config, device.capability) <= device.shared_bytes, problem
         assert config.block_n * config.block_m <= config.warps * 32 * 128, problem  # accumulators leave room in registers
         assert config.block_m >= 16 and config.block_k >= 32 and config.stages >= 2, problem
         assert config.splits == 1 or config.splits * 4 * config.block_k <= k, problem
@@ -95,7 +95,7 @@ def test_a_shipped_file_is_whole(path: Path) -> None:
         assert problem not in seen
         seen.add(problem)
         assert choose(problem, device) == config
-        assert tuning.shared_bytes(problem, config) <= device.shared_bytes
+        assert tuning.shared_bytes(problem, config, device.capability) <= device.shared_bytes
         assert problem.n % 16 == 0 and problem.k % 16 == 0 and problem.m <= tuning.MAX_ROWS
 
 
