@@ -92,8 +92,11 @@ def candidates(problem: Problem, device: Device) -> list[GemmConfig]:
     if problem.m == 1:
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
             found += _with_splits(problem, GemmConfig("gemv", block_n, 1, block_k, 1, 4, stages), device)
-    unique = {(replace(config, splits=1), split_count(problem.k, config)): config for config in reversed(found)}
-    return [config for config in reversed(unique.values()) if _fits(problem, config, device)]
+    unique: dict[tuple[GemmConfig, int], GemmConfig] = {}
+    for config in found:
+        if _fits(problem, config, device):
+            unique.setdefault((replace(config, splits=1), split_count(problem.k, config)), config)
+    return list(unique.values())
 
 
 def _with_splits(problem: Problem, tile: GemmConfig, device: Device) -> list[GemmConfig]:

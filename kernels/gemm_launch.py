@@ -224,6 +224,8 @@ def scheme_of(x: torch.dtype, weight: torch.dtype) -> Scheme:
 def _choose(x: torch.Tensor, weight: torch.Tensor, output: Output) -> GemmConfig:
     """The library for what the kernels cannot read: float32, widths off 16, rows off 16 elements or bytes."""
     (m, k), n = x.shape, weight.shape[0]
+    if m == 0:
+        return GemmConfig("dot")  # nothing will be launched
     if m > MAX_ROWS or k % 16 or n % 16 or x.stride(0) % 16 or weight.stride(0) % 16 or _misplaced(x, weight):
         return LIBRARY
     if x.is_cuda and (x.dtype == torch.float32 or (x.dtype == FP8 and device_of(x.device).capability < FP8_CAPABILITY)):

@@ -125,3 +125,6 @@ def test_a_step_without_rows_gives_no_rows() -> None:
     config = GemmConfig("dot", 64, 16, 32, 2)
     assert gemm_launch.run_linear(case.operands, config, F16).shape == (0, 64)
     assert gemm_launch.run_partials(case.operands, config).shape == (2, 0, 64)
+    assert gemm.linear(case.x, case.weight).shape == (0, 64)
+    assert gemm.linear_silu_mul(case.x, case.weight).shape == (0, 32)
+    assert gemm.linear_partials(case.x, case.weight).shape[1:] == (0, 64)
