@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -16,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, OverloadedError
-from workstation.server.options import ServedModel
+from workstation.server.app import create_app
+from workstation.server.options import ServedModel, ServerOptions
 from workstation.text.tokenizer import Tokenizer as WsTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -258,3 +260,21 @@ def api_client(app: FastAPI, **options: object) -> httpx.AsyncClient:
     """A client that talks to the app in-process, as a browserless program on this machine would."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", **options)  # type: ignore[arg-type]
+
+
+def post(path: str, engine: FakeEngine, model: ServedModel, body: Any, options: ServerOptions | None = None,
+         headers: dict[str, str] | None = None) -> httpx.Response:
+    """One POST to an app made for it."""
+
+    async def go() -> httpx.Response:
+        async with api_client(create_app(engine, model, options)) as client:
+            return await client.post(path, json=body, headers=headers or {})
+
+    return asyncio.run(go())
+
+
+def sse_events(text: str) -> list[dict[str, Any]]:
+    """The JSON of every server-sent event; the stream must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]
