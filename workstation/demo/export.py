@@ -30,6 +30,15 @@ def export(network: Network, tokenizer: Any, tokenizer_folder: Path, folder: Pat
             shutil.copyfile(tokenizer_folder / name, folder / name)
 
 
+def load(network: Network, folder: Path) -> None:
+    """Copies an exported folder's weights into `network`. Raises KeyError for a missing tensor, RuntimeError for a misshapen one."""
+    from safetensors.torch import load_file
+
+    saved = load_file(folder / "model.safetensors")
+    for name, value in named_tensors(network).items():
+        value.copy_(saved[name])
+
+
 def named_tensors(network: Network) -> dict[str, torch.Tensor]:
     """Every weight under its Hugging Face name. The output head is the embedding (tied) and is not saved twice."""
     stacked = {

@@ -6,7 +6,7 @@ from random import Random
 
 from workstation.demo.tasks import SKILLS, Task, generate, recall
 from workstation.demo.tasks.about_facts import DEFINITIONS, QUESTIONS
-from workstation.demo.tasks.base import Message, between, pick
+from workstation.demo.tasks.base import Message, between, casual, pick
 from workstation.demo.tasks.conversation import mixed
 from workstation.demo.tasks.greeting import WHAT_I_AM
 from workstation.demo.tasks.tool_pool import invented_tool
@@ -48,10 +48,11 @@ def short_task(rng: Random) -> Task:
 def long_task(rng: Random) -> Task:
     """A long document, 500 to about 6,000 tokens: many questions on one passage, or a conversation of many turns."""
     if rng.random() < 0.65:
-        count = int(30 * 10 ** rng.random())
-        return recall.questioned(rng, "train", count, between(rng, 8, 30))
-    task = mixed(rng, "train", between(rng, 12, 90), _LONG_KINDS)
-    _with_system(rng, task)
+        task = recall.questioned(rng, "train", int(30 * 10 ** rng.random()), between(rng, 8, 30))
+    else:
+        task = mixed(rng, "train", between(rng, 12, 90), _LONG_KINDS)
+        _with_system(rng, task)
+    casual(rng, task)
     return task
 
 

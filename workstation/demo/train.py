@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from workstation.demo import evaluate, packing
-from workstation.demo.export import export
+from workstation.demo.export import export, load
 from workstation.demo.muon import Muon
 from workstation.demo.network import Network, Size, packed_attention
 
@@ -110,8 +110,10 @@ def rate(done: float) -> float:
 class Trainer:
     """The network with its optimisers: one `step` takes the packs of a step."""
 
-    def __init__(self, size: Size, device: torch.device, seed: int) -> None:
+    def __init__(self, size: Size, device: torch.device, seed: int, peak: float = 1.0) -> None:
+        """`peak` scales the highest learning rates."""
         torch.manual_seed(seed)
+        self._peak = peak
         self.network = Network(size).to(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if device.type == "cuda":
@@ -131,7 +133,7 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.others(), 1.0)
         for optimizer, peak in ((self._muon, MUON_RATE), (self._adam, ADAM_RATE)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * share
+                group["lr"] = peak * self._peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return total
@@ -163,7 +165,9 @@ def train(options: argparse.Namespace) -> None:
     feed = Feed(options.tokenizer / "tokenizer.json", options.pack_tokens, options.seed, options.workers, device)
     if device.type == "cuda":
         check_attention(device)
-    trainer = Trainer(size, device, options.seed)
+    trainer = Trainer(size, device, options.seed, options.peak)
+    if options.resume:
+        load(trainer.network, options.resume)
     print(f"{sum(p.numel() for p in trainer.network.parameters()):,} parameters, {options.workers} workers", flush=True)
     log = Log(options, feed)
     budget, batches, step, saved = options.minutes * 60, iter(feed), 0, 0
@@ -225,6 +229,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--minutes", type=float, default=8.4, help="training's budget, compilation included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a folder with weights to go on from, in place of random ones")
+    parser.add_argument("--peak", type=float, default=1.0, help="factor on the highest learning rates; below 1 to go on from good weights")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=15, help="generating processes")
     parser.add_argument("--pack-tokens", type=int, default=65536, help="tokens a micro-batch; three make a step")

@@ -51,6 +51,11 @@ DEFINITIONS: dict[str, str] = {
     "a kernel": "A kernel is a function that runs on the GPU.",
     "a twin": "A twin is the plain torch version of a Triton kernel.",
     "grouped-query attention": "In grouped-query attention several query heads share one key and value head.",
+    "paged attention": "Paged attention reads keys and values from blocks, through a block table.",
+    "a token": "A token is a piece of text with a number of its own.",
+    "quantization": "Quantization stores weights in fewer bits.",
+    "throughput": "Throughput is the number of tokens per second.",
+    "latency": "Latency is the time a user waits.",
     "a tool call": "A tool call is JSON that names a function and its arguments.",
 }
 

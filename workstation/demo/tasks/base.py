@@ -127,6 +127,17 @@ def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def casual(rng: Random, task: Task) -> None:
+    """People often start in lower case: so does one user turn in five, unless its first word is part of an answer."""
+    answers = task.answer + "".join(message["content"] for message in task.messages if message["role"] == "assistant")
+    for message in task.messages:
+        text = message["content"]
+        if message["role"] == "user" and text[:1].isalpha() and rng.random() < 0.2:
+            first = text.split(None, 1)[0].strip(".,:!?")
+            if first not in answers:
+                message["content"] = text[0].lower() + text[1:]
+
+
 ORDER_OPENINGS = (
     "", "", "please ", "can you ", "could you please ", "hey, ", "now ", "ok, ", "quick task: ", "would you ", "hi, please ",
     "your task: ", "I need you to ", "I would like you to ",

@@ -26,6 +26,12 @@ _COPY = Wordings(
     (": TEXT", ': "TEXT"', ":\nTEXT", ": 'TEXT'"),
 )  # fmt: skip
 
+_SAY = Wordings(
+    ORDER_OPENINGS,
+    ("say", "just say", "repeat the words", "say the words", "write the words", "echo", "repeat", "only say"),
+    (" TEXT", ' "TEXT"', " 'TEXT'"),
+)
+
 
 def spelling(rng: Random, split: Split) -> Task:
     """The letters of one word, set apart by spaces: "plum" is "p l u m"."""
@@ -38,7 +44,7 @@ def spelling(rng: Random, split: Split) -> Task:
 def copying(rng: Random, split: Split) -> Task:
     """Three to twenty words, names, numbers and codes, repeated exactly."""
     text = draw(rng, lambda: _text(rng, split), split, lambda made: f"copy:{made}")
-    question = _COPY.pick(rng, split).replace("TEXT", text)
+    question = (_COPY if rng.random() < 0.8 else _SAY).pick(rng, split).replace("TEXT", text)
     return Task("copying", user(question), text, thought=f"I repeat {len(text.split())} words.")
 
 

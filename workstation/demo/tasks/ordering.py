@@ -48,6 +48,7 @@ _COUNT_UP = Wordings(
     ("count from {a} to {b}", "count up from {a} to {b}", "list the numbers from {a} to {b}", "write the numbers from {a} to {b}", "say all numbers from {a} to {b}"),
     (".", "", ", please.", " for me."),
 )
+_COUNT_TO = Wordings(ORDER_OPENINGS, ("count to {b}", "count up to {b}", "count until {b}"), (".", "", ", please.", " for me.", "!"))
 _COUNT_DOWN = Wordings(ORDER_OPENINGS, ("count down from {b} to {a}", "count backwards from {b} to {a}"), (".", "", ", please.", " for me."))
 
 
@@ -110,7 +111,8 @@ def _count_range(rng: Random, split: Split) -> Task:
     low, high = draw(rng, lambda: _range(rng, long), split, lambda ends: f"range:{ends}")
     steps = [str(number) for number in range(low, high + 1)]
     down = rng.random() < 0.35
-    question = (_COUNT_DOWN if down else _COUNT_UP).pick(rng, split).replace("{a}", str(low)).replace("{b}", str(high))
+    wordings = _COUNT_DOWN if down else _COUNT_TO if low == 1 and rng.random() < 0.5 else _COUNT_UP
+    question = wordings.pick(rng, split).replace("{a}", str(low)).replace("{b}", str(high))
     answer = ", ".join(reversed(steps) if down else steps)
     return Task("counting", user(question), answer, thought=f"I count {len(steps)} numbers.")
 
