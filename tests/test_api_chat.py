@@ -160,11 +160,20 @@ def test_n_samples_come_with_their_own_index(model: ServedModel) -> None:
     assert list(texts.values()) == words
 
 
-def test_one_stopped_sample_does_not_end_its_siblings(model: ServedModel) -> None:
-    words = ["a.b", "abcdef"]
+@pytest.mark.parametrize("stream", [False, True])
+def test_one_stopped_sample_ends_alone(model: ServedModel, stream: bool) -> None:
+    words = ["a.bbbbbbbbbb", "abcdefghijkl"]
     engine = FakeEngine(reply=lambda request, index: [*model.tokenizer.encode(words[index]), model.eos_token_ids[0]])
-    body = chat(engine, model, n=2, stop=["."]).json()
-    assert [choice["message"]["content"] for choice in body["choices"]] == ["a", "abcdef"]
+    reply = chat(engine, model, n=2, stop=["."], stream=stream)
+    if stream:
+        texts = ["", ""]
+        for chunk in sse_events(reply.text):
+            texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["delta"].get("content", "")
+    else:
+        texts = [choice["message"]["content"] for choice in reply.json()["choices"]]
+    assert texts == ["a", "abcdefghijkl"]
+    assert engine.dropped == {(engine.seen[0].request_id, 0)}
+    assert engine.aborted == []
 
 
 def test_logprobs_name_token_bytes_and_alternatives(model: ServedModel) -> None:

@@ -188,6 +188,18 @@ def test_a_cut_tells_everyone_in_flight(model: ServedModel, stream: bool) -> Non
     asyncio.run(go())
 
 
+def test_who_comes_after_the_cut_is_told_the_same(model: ServedModel) -> None:
+    async def go() -> None:
+        app = create_app(FakeEngine(), model)
+        app.state.api.gate.cut(EngineDeadError("over"))
+        for stream in (False, True):
+            client = Client(app, {"messages": HI, "stream": stream})
+            await client.until(client.task.done)
+            assert (client.status, "over" in client.text) == (503, True)
+
+    asyncio.run(go())
+
+
 def test_health_answers_while_a_huge_prompt_is_tokenised(model: ServedModel) -> None:
     async def go() -> None:
         app = create_app(FakeEngine(window=100_000), model)
