@@ -79,7 +79,7 @@ def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) ->
 
 
 class _Angles(NamedTuple):
-    """cos [T, 1, rotary_dim] (both halves alike) and sin [T, 1, rotary_dim / 2] for `positions` of `table`."""
+    """cos and sin [T, 1, rotary_dim] for `positions` of `table`: cos twice, and -sin | sin."""
 
     table: weakref.ref[torch.Tensor]
     positions: torch.Tensor
@@ -109,7 +109,7 @@ def _angles_of_step(table: torch.Tensor, positions: torch.Tensor) -> _Angles:
     if last is not None and last.table() is table and torch.equal(last.positions, positions):
         return last
     cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, -1)
-    last = _Angles(weakref.ref(table), positions.clone(), torch.cat((cos, cos), -1), sin.contiguous())
+    last = _Angles(weakref.ref(table), positions.clone(), torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
     _last_angles = last
     return last
 
@@ -117,12 +117,9 @@ def _angles_of_step(table: torch.Tensor, positions: torch.Tensor) -> _Angles:
 def _rotate(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
     """x [T, heads, D] → a new tensor with the first rotary_dim components of each head rotated."""
     rotary = angles.cos.shape[-1]
-    half = rotary // 2
     x32 = x if x.dtype == torch.float32 else x.float()
     part = x32 if rotary == x.shape[-1] else x32[..., :rotary]
-    turned = part * angles.cos
-    turned[..., :half].addcmul_(part[..., half:], angles.sin, value=-1)
-    turned[..., half:].addcmul_(part[..., :half], angles.sin)
+    turned = torch.addcmul(part * angles.cos, part.roll(rotary // 2, -1), angles.sin)  # rolling swaps the halves
     if rotary != x.shape[-1]:
         turned = torch.cat((turned, x32[..., rotary:]), -1)
     return turned if x.dtype == torch.float32 else turned.to(x.dtype)
