@@ -21,6 +21,7 @@ class EngineConfig:
         gpu_memory_utilization: share of the device's memory the engine may use, 0…1.
         kv_cache_memory_bytes / num_blocks: exact size of the KV pool, in bytes or blocks; overrides the share.
         overlap: schedule step N+1 while step N runs; None means "on a GPU".
+        enforce_eager: launch kernel by kernel, without CUDA graphs.
     """
 
     model: str
@@ -40,5 +41,6 @@ class EngineConfig:
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_queued_reqs: int = 2048
     overlap: bool | None = None
+    enforce_eager: bool = False
     seed: int = 0
     num_threads: int | None = None
