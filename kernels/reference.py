@@ -18,6 +18,7 @@ __all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cac
 
 # Up to here two passes of layer_norm's one kernel are cheaper than the seven small calls behind torch's rms_norm.
 MIRRORED_NORM_ELEMENTS = 2048
+ROLLED_ELEMENTS = 16384  # likewise: one call and a copy instead of two calls on halves
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -119,7 +120,13 @@ def _rotate(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
     rotary = angles.cos.shape[-1]
     x32 = x if x.dtype == torch.float32 else x.float()
     part = x32 if rotary == x.shape[-1] else x32[..., :rotary]
-    turned = torch.addcmul(part * angles.cos, part.roll(rotary // 2, -1), angles.sin)  # rolling swaps the halves
+    half = rotary // 2
+    turned = part * angles.cos
+    if part.numel() <= ROLLED_ELEMENTS:
+        turned.addcmul_(part.roll(half, -1), angles.sin)  # rolling swaps the halves
+    else:
+        turned[..., :half].addcmul_(part[..., half:], angles.sin[..., :half])
+        turned[..., half:].addcmul_(part[..., :half], angles.sin[..., half:])
     if rotary != x.shape[-1]:
         turned = torch.cat((turned, x32[..., rotary:]), -1)
     return turned if x.dtype == torch.float32 else turned.to(x.dtype)

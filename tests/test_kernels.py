@@ -74,6 +74,10 @@ def test_rope_turns_pairs_and_writes_only_the_steps_slots(
     check_rope_and_cache(tokens, heads, rotary_dim, normed, dtype, "cpu")
 
 
+def test_rope_of_a_long_chunk_is_rope() -> None:
+    check_rope_and_cache(100, Heads(6, 2, 64), 64, False, torch.float32, "cpu")
+
+
 def test_buffers_refilled_in_place_are_seen_by_the_next_step() -> None:
     table = cos_sin_table(50, 16)
     positions, slots = torch.tensor([3, 4]), torch.tensor([16, 17])
