@@ -41,7 +41,10 @@ class TransformersRunner:
     def __init__(self, folder: Path, device: str) -> None:
         import torch
         from transformers import AutoModelForCausalLM
+        from transformers.utils import logging
 
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
         self.torch, self.device = torch, device
         model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         self.model = model.to(device).eval()
@@ -73,18 +76,22 @@ def best_rate(jobs: Sequence[Job], run: Callable[[], Generated], repeats: int = 
 
 
 def compare(
-    ours: Callable[[Sequence[Job]], Generated], theirs: TransformersRunner, vocabulary: Sequence[int], seed: int
-) -> Comparison:
-    """Run the three workloads on both sides; each side warms up first."""
+    ours: Callable[[Sequence[Job]], Generated], theirs: TransformersRunner, vocabulary: Sequence[int], seed: int,
+    say: Callable[[str], None],
+) -> Comparison:  # fmt: skip
+    """Run the three workloads on both sides; each side warms up first. `say` is told what begins."""
     jobs = uniform_jobs(BATCH, INPUTS, OUTPUTS, vocabulary, seed)
     single = uniform_jobs(1, (128, 128), (128, 128), vocabulary, seed + 1)
     warm = uniform_jobs(2, (16, 32), (4, 8), vocabulary, seed + 2)
     ours(warm)
     theirs.generate(warm)
+    say("one request")
     ours_single, our_tokens = best_rate(single, lambda: ours(single))
     theirs_single, their_tokens = best_rate(single, lambda: theirs.generate(single))
+    say(f"{len(jobs)} requests together")
     ours_batch, our_batch_tokens = best_rate(jobs, lambda: ours(jobs))
     theirs_batch, _ = best_rate(jobs, lambda: theirs.generate(jobs), 2)
+    say(f"the {len(jobs)} requests one by one, transformers only: the longest part")
     alone, their_batch_tokens = best_rate(jobs, lambda: [theirs.generate([job])[0] for job in jobs], 1)
     pairs = list(zip([*our_tokens, *our_batch_tokens], [*their_tokens, *their_batch_tokens], strict=True))
     equal = sum(mine == other for mine, other in pairs)
@@ -93,7 +100,7 @@ def compare(
 
 def report(result: Comparison, threads: int) -> None:
     """The comparison as three small tables."""
-    print(f"float32, {threads} threads, greedy, tokens/s (best of {REPEATS})")
+    print(f"float32, {threads} threads, greedy, tokens/s (ws: best of {REPEATS})")
     for title, ours, theirs in (
         ("one request, 128 tokens in, 128 out", result.ours_single, result.theirs_single),
         (f"{BATCH} requests of 20-300 in, 20-200 out; transformers: one padded batch", result.ours_batch,
