@@ -46,7 +46,7 @@ _WORKING: tuple[Setting, ...] = (
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),
     Setting("access_log", "bool", False, "Log a line for each HTTP request."),
-    Setting("enforce_eager", "bool", False, "Run without CUDA graphs: what this version always does."),
+    Setting("enforce_eager", "bool", False, "Launch kernel by kernel, without CUDA graphs."),
     Setting("enable_prompt_tokens_details", "bool", True, "Report cached prompt tokens.", only=(True,),
             why="cached tokens are always reported"),
     Setting("disable_log_stats", "bool", False, "Log no figures: what this version always does; /metrics has them."),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -160,6 +161,19 @@ def test_the_engine_gets_the_settings_in_its_own_names() -> None:
 
 def test_defaults_of_the_command_line_are_the_engines() -> None:
     assert engine_config(resolve(SERVE_SETTINGS, {}, {}), "f", "auto") == EngineConfig(model="f")
+
+
+def test_every_field_of_the_engine_follows_a_setting() -> None:
+    flags = {
+        "dtype": "float32", "load_format": "dummy", "max_model_len": "9", "max_num_seqs": "9", "max_num_batched_tokens": "9",
+        "gpu_memory_utilization": "0.5", "kv_cache_memory_bytes": "9", "num_gpu_blocks_override": "9", "seed": "9",
+        "enable_prefix_caching": False, "enable_chunked_prefill": False, "scheduling_policy": "priority",
+        "max_num_queued_reqs": "9", "async_scheduling": True, "enforce_eager": True, "num_threads": "9",
+    }  # fmt: skip
+    changed = engine_config(resolve(SERVE_SETTINGS, flags, {}), "folder", "cpu")
+    default = EngineConfig(model="")
+    same = {item.name for item in fields(EngineConfig) if getattr(changed, item.name) == getattr(default, item.name)}
+    assert same == {"block_size", "kv_cache_dtype"}, "these have one value; every other field needs a setting"
 
 
 def test_two_sizes_for_the_pool_are_one_too_many() -> None:
