@@ -64,7 +64,7 @@ class Task:
             return thought is not None and text[thought.end() :].strip() == self._visible_answer()
         if self.check == "text":
             return text.strip() == self.answer.strip()
-        return _parsed(text, self.check) == _parsed(self.answer, self.check)
+        return bool(_parsed(text, self.check) == _parsed(self.answer, self.check))
 
     def _visible_answer(self) -> str:
         return _THOUGHT.sub("", self.answer, count=1).strip()
@@ -139,12 +139,35 @@ def casual(rng: Random, task: Task) -> None:
 
 
 ORDER_OPENINGS = (
-    "", "", "please ", "can you ", "could you please ", "hey, ", "now ", "ok, ", "quick task: ", "would you ", "hi, please ",
-    "your task: ", "I need you to ", "I would like you to ",
-)  # fmt: skip
-QUESTION_OPENINGS = ("", "", "tell me: ", "quick question: ", "hey, ", "ok, ", "hi, ", "please tell me, ", "I wonder, ", "one question: ")
+    "",
+    "",
+    "please ",
+    "can you ",
+    "could you please ",
+    "hey, ",
+    "now ",
+    "ok, ",
+    "quick task: ",
+    "would you ",
+    "hi, please ",
+    "your task: ",
+    "I need you to ",
+    "I would like you to ",
+)
+QUESTION_OPENINGS = (
+    "",
+    "",
+    "tell me: ",
+    "quick question: ",
+    "hey, ",
+    "ok, ",
+    "hi, ",
+    "please tell me, ",
+    "I wonder, ",
+    "one question: ",
+)
 
 
 def joined(items: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

@@ -21,10 +21,22 @@ _SPELL = (
 )
 _COPY = Wordings(
     ORDER_OPENINGS,
-    ("repeat after me", "repeat this", "repeat this text exactly", "copy this", "copy this text", "echo this", "say this",
-     "write exactly this", "say exactly this", "repeat the following", "copy the following text", "repeat"),
+    (
+        "repeat after me",
+        "repeat this",
+        "repeat this text exactly",
+        "copy this",
+        "copy this text",
+        "echo this",
+        "say this",
+        "write exactly this",
+        "say exactly this",
+        "repeat the following",
+        "copy the following text",
+        "repeat",
+    ),
     (": TEXT", ': "TEXT"', ":\nTEXT", ": 'TEXT'"),
-)  # fmt: skip
+)
 
 _SAY = Wordings(
     ORDER_OPENINGS,
