@@ -42,7 +42,7 @@ class SkillScore:
 
 
 def held_out(skill: str, n: int, seed: int = 0) -> list[Task]:
-    """`n` tasks of a skill from the side that training never drew from; the same for the same seed. KeyError for an unknown skill."""
+    """`n` tasks of a skill from the side that training never drew from; fixed by the seed. KeyError for an unknown skill."""
     rng = Random(f"{skill}:{seed}")
     return [generate(skill, rng, "held_out") for _ in range(n)]
 
@@ -73,7 +73,8 @@ def evaluate(
 
     Args:
         encode: prompt text → token ids, in which the template's special tokens are recognised.
-        generate_text: token-id prompts → texts, greedy, at most MAX_NEW_TOKENS, special tokens skipped, <think> and <tool_call> kept.
+        generate_text: token-id prompts → texts, greedy, at most MAX_NEW_TOKENS, without special tokens but with
+            <think> and <tool_call>.
     """
     tasks = [task for skill in skills for task in held_out(skill, n, seed)]
     return score(tasks, generate_text([encode(prompt_text(task)) for task in tasks]))

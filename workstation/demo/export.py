@@ -1,4 +1,4 @@
-"""Writes the trained network as a Hugging Face folder: config.json, generation_config.json, model.safetensors, tokenizer files."""
+"""Writes the trained network as a Hugging Face folder: configuration, weights in safetensors, tokenizer files."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def export(network: Network, tokenizer: Any, tokenizer_folder: Path, folder: Pat
 
 
 def load(network: Network, folder: Path) -> None:
-    """Copies an exported folder's weights into `network`. Raises KeyError for a missing tensor, RuntimeError for a misshapen one."""
+    """Copies an exported folder's weights into `network`. KeyError: a tensor is missing; RuntimeError: it is misshapen."""
     from safetensors.torch import load_file
 
     saved = load_file(folder / "model.safetensors")

@@ -1,4 +1,4 @@
-"""Muon: momentum whose direction is orthogonalised, for stacks of weight matrices (Jordan et al. 2024; scale of Liu et al. 2025)."""
+"""Muon: momentum whose direction is orthogonalised, for stacks of matrices (Jordan et al. 2024; scale of Liu et al. 2025)."""
 
 from __future__ import annotations
 

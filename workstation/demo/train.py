@@ -144,7 +144,7 @@ class Trainer:
 
 
 def check_attention(device: torch.device) -> None:
-    """Compares the packed kernel, values and gradients, with plain attention on the CPU. Raises RuntimeError when they differ."""
+    """Compares the packed kernel, values and gradients, with plain attention. Raises RuntimeError when they differ."""
     torch.manual_seed(1)
     inputs = [torch.randn(300, heads, 64) for heads in (4, 2, 2)]
     starts, found = torch.tensor([0, 7, 140, 300], dtype=torch.int32), []

@@ -43,7 +43,7 @@ class Task:
         tools: tool schemas in OpenAI's shape, for the chat template.
         raw: prompt text instead of messages (filling in the middle), special tokens as text.
         thinking: the template's `enable_thinking`.
-        check: "text" compares exactly; "json" and "tool_call" compare the parsed value; "thinking" wants a thought, then the text.
+        check: "text" compares exactly; "json" and "tool_call" compare parsed values; "thinking" wants a thought, then the text.
         untrained_turns: assistant turns in `messages` that training gives no loss (they stand there without their thoughts).
     """
 

@@ -28,7 +28,7 @@ def _sides(values: list[str], kind: str) -> dict[Split, list[str]]:
     }
 
 
-# Other text makes these words tokens of their own. A token whose letters were never shown cannot be spelled, so they are trained.
+# Other text makes these words tokens of their own; a token whose letters were never shown cannot be spelled: always trained.
 _COMMON = {"berry", "dry", "fast", "lock", "number", "office", "phone", "plain", "saw"}
 _WORDS = _sides(WORDS, "word")
 _WORDS["held_out"] = [value for value in _WORDS["held_out"] if value not in _COMMON]
