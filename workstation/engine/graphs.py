@@ -2,7 +2,8 @@
 
 A captured graph reads and writes fixed addresses, so each size owns a static input buffer; a batch is padded to the next
 size by rows that write nothing and attend to nothing. Everything else that changes (block tables, last tokens) lives in rows,
-whose addresses stay. Grids follow host bounds (`max_model_len`), real lengths are read on the device. Sampling follows outside the graph.
+whose addresses stay. Grids follow host bounds (`max_model_len`), real lengths are read on the device. Sampling follows
+outside the graph.
 """
 
 from __future__ import annotations

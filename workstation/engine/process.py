@@ -6,6 +6,7 @@ One thread runs the engine; a second one only beats. The process dies with its p
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import logging
 import os
 import signal
@@ -20,6 +21,7 @@ import zmq
 
 from workstation.config import EngineConfig
 from workstation.engine import wire
+from workstation.engine.host import server_threads
 from workstation.engine.request import EngineStats
 from workstation.errors import StartupError, WorkstationError
 
@@ -144,6 +146,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = msgspec.json.decode((Path(directory) / "config.json").read_bytes(), type=EngineConfig)
+    if config.num_threads is None and config.device == "cpu":
+        config = dataclasses.replace(config, num_threads=server_threads())
     return EngineLoop(directory, config).run()
 
 

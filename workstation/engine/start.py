@@ -13,6 +13,7 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.config import EngineConfig
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
+from workstation.engine.host import keep_large_buffers
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
 from workstation.engine.scheduler import Scheduler, SchedulerLimits
@@ -67,6 +68,8 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         torch.set_num_threads(config.num_threads)
     shape = read_shape(config.model)
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_large_buffers()
     dtype = choose_dtype(config, shape, device)
     memory = device_memory(device)
     plan = plan_memory(shape, config, shape.num_parameters * dtype.itemsize, memory, dtype_bytes=dtype.itemsize)
