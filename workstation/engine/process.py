@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -21,7 +22,7 @@ import zmq
 
 from workstation.config import EngineConfig
 from workstation.engine import wire
-from workstation.engine.host import server_threads
+from workstation.engine.host import calm_collector, server_threads
 from workstation.engine.request import EngineStats
 from workstation.errors import StartupError, WorkstationError
 
@@ -78,8 +79,11 @@ class EngineLoop:
             self._send(wire.StartFailed(type(error).__name__, error.message, error.param))
             return error.exit_code
         self._send(wire.Ready(self._engine.info))
+        gc.collect()
+        gc.freeze()  # what loading left behind lives for ever
         try:
-            self._serve()
+            with calm_collector():
+                self._serve()
         except Exception as error:
             log.exception("the engine failed")
             self._send(wire.Crashed(f"{type(error).__name__}: {error}"))
