@@ -33,7 +33,7 @@ def linear_fp8(
         return reference_fp8.linear_fp8(x, weight, scale, bias)
     # The scaled product writes bfloat16 and wants multiples of 16; float32 is asked for when exactness matters.
     fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
-    if quantized and fits and x.is_cuda and x.shape[0]:
+    if quantized and fits and x.is_cuda and x.shape[0] and scales_rows(x.device):
         return _scaled_product(x, weight, scale, bias, bound)
     return _weight_only(x, weight, scale, bias)
 
@@ -65,6 +65,19 @@ def _weight_only(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bia
         num_stages=1 if x.dtype == torch.float32 else 2,
     )  # fmt: skip
     return out
+
+
+@cache
+def scales_rows(device: torch.device) -> bool:
+    """Whether torch multiplies FP8 with a scale a row on this device; asked once, before any graph is captured."""
+    left = torch.zeros(16, 32, dtype=torch.float8_e4m3fn, device=device)
+    ones = torch.ones(16, dtype=torch.float32, device=device)
+    try:
+        torch._scaled_mm(left, left.t(), scale_a=ones[:, None], scale_b=ones[None, :], out_dtype=torch.bfloat16,
+                         use_fast_accum=True)
+    except RuntimeError:
+        return False
+    return True
 
 
 @cache

@@ -12,13 +12,16 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from engines import make_engine, run
 from paged import PagedModel
 from quantised import FORMATS, SINGLE, SIZES, Weights, describe, linears, write_quantised
 from safetensors.torch import load_file, save_file
 from tiny import edit_config, write_tiny
 
 from workstation.architecture import ModelShape, read_shape
+from workstation.engine.request import SamplingParams
 from workstation.errors import ConfigError, ModelFolderError
+from workstation.llm import LLM
 from workstation.model.linear import SplitLinear
 from workstation.model.linear_forms import pieces
 from workstation.model.linear_fp8 import Fp8BlockLinear, Fp8ChannelLinear, Fp8Linear
@@ -489,3 +492,33 @@ def test_reading_forms_needs_no_torch(tmp_path: Path) -> None:
             f"s = read_shape({str(fp8)!r}); f = weight_forms(s, read_checkpoint({str(fp8)!r})); "
             "assert weight_bytes(s, 2, f) > 0; sys.exit('torch' in sys.modules)")
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+# ── the whole engine ────────────────────────────────────────────────────────────────────────────────────────────────
+
+PROMPTS = [[5, 9, 77, 12], PROMPT[:33], PROMPT[3:20]]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
+
+
+@pytest.mark.parametrize("name", ["ct_channel", "hf_block"])
+def test_the_engine_writes_what_the_dequantised_twin_writes_in_transformers(name: str, tmp_path: Path) -> None:
+    fp8, plain = write_quantised(tmp_path, name)
+    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
+    for prompt, tokens in zip(PROMPTS, run(fp8, PROMPTS, GREEDY, max_num_batched_tokens=16), strict=True):
+        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False,
+                                eos_token_id=None, pad_token_id=0)
+        assert tokens == theirs[0, len(prompt):].tolist()
+
+
+def test_the_engine_plans_for_fp8_and_quantises_while_loading(tmp_path: Path) -> None:
+    fp8, _ = write_quantised(tmp_path, "ct_channel")
+    plain = write_tiny(tmp_path / "again", **SIZES)
+    whole, small = make_engine(plain), make_engine(plain, quantization="fp8")
+    assert small.info.weight_bytes == make_engine(fp8).info.weight_bytes < whole.info.weight_bytes
+    assert run(plain, PROMPTS, GREEDY, quantization="fp8") == run(fp8, PROMPTS, GREEDY)
+
+
+@pytest.mark.parametrize("value", ["awq", "int4", "FP8"])
+def test_llm_refuses_another_quantization_by_name(value: str, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=f"quantization must be fp8 or absent, got '{value}'"):
+        LLM(str(write_tiny(tmp_path)), quantization=value, skip_tokenizer_init=True, device="cpu")
