@@ -71,9 +71,9 @@ def test_no_tokens_give_no_rows() -> None:
 def test_a_misshapen_argument_is_refused_by_name() -> None:
     weight, scale = random_layer(32, 16, False, "cpu")
     x = torch.zeros(2, 16)
-    with pytest.raises(ValueError, match="x .*must be"):
+    with pytest.raises(ValueError, match=r"x .*must be"):
         ops.linear_fp8(torch.zeros(2, 15), weight, scale)
-    with pytest.raises(ValueError, match="weight .*e4m3"):
+    with pytest.raises(ValueError, match=r"weight .*e4m3"):
         ops.linear_fp8(x, weight.float(), scale)
     with pytest.raises(ValueError, match="scale "):
         ops.linear_fp8(x, weight, scale[:5])

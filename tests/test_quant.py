@@ -1,73 +1,26 @@
-"""FP8 checkpoints: every format means what its numbers say, every contradiction is named, and sizes are known in advance."""
+"""FP8 checkpoints: every format means what its numbers say, and every contradiction is an error that names it."""
 
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers
-from engines import make_engine, run
-from paged import PagedModel
-from quantised import FORMATS, SINGLE, SIZES, Weights, describe, linears, write_quantised
-from safetensors.torch import load_file, save_file
-from tiny import edit_config, write_tiny
+from quant_models import EVERY_FORMAT, large, load, logits, refusal, rewrite, transformers_logits
+from quantised import FORMATS, SINGLE, Weights, describe, linears, write_quantised
+from safetensors.torch import load_file
+from tiny import edit_config
 
-from workstation.architecture import ModelShape, read_shape
-from workstation.engine.request import SamplingParams
-from workstation.errors import ConfigError, ModelFolderError
-from workstation.llm import LLM
+from workstation.architecture import read_shape
+from workstation.errors import ModelFolderError
 from workstation.model.linear import SplitLinear
 from workstation.model.linear_forms import pieces
 from workstation.model.linear_fp8 import Fp8BlockLinear, Fp8ChannelLinear, Fp8Linear
-from workstation.model.loader import load_model, read_forms
-from workstation.model.transformer import Decoder
-from workstation.quant.forms import Form, WeightForms, weight_bytes
-from workstation.quant.quantise import quantise_rows
-from workstation.safetensors_header import checkpoint_bytes
-
-CPU = torch.device("cpu")
-PROMPT = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(3)).tolist()
-EVERY_FORMAT = pytest.mark.parametrize("name", FORMATS)
-LLAMA_8B: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 128256,
-    "max_position_embeddings": 131072, "rms_norm_eps": 1e-5, "dtype": "bfloat16"}
-
-
-def load(folder: Path, dtype: torch.dtype = torch.float32, *, quantization: str | None = None, **options: Any) -> Decoder:
-    shape = read_shape(folder)
-    forms = read_forms(folder, shape, load_format=options.get("load_format", "auto"), quantization=quantization)
-    return load_model(folder, shape, dtype=dtype, device=CPU, max_model_len=64, forms=forms, **options)
-
-
-def logits(decoder: Decoder, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    return PagedModel(decoder, 1, 64, dtype=dtype).step({0: PROMPT})[0].log_softmax(-1)
-
-
-def transformers_logits(folder: Path, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").eval()
-    with torch.inference_mode():
-        return model(torch.tensor([PROMPT])).logits[0].float().log_softmax(-1)
-
-
-def refusal(folder: Path, **options: Any) -> str:
-    with pytest.raises(ModelFolderError) as caught:
-        load(folder, **options)
-    return caught.value.message
-
-
-def rewrite(folder: Path, change: Callable[[Weights], object]) -> Path:
-    weights = load_file(folder / SINGLE)
-    change(weights)
-    save_file(weights, folder / SINGLE, metadata={"format": "pt"})
-    return folder
-
+from workstation.model.loader import read_forms
+from workstation.quant.forms import Form, weight_bytes
 
 # ── what the numbers mean ───────────────────────────────────────────────────────────────────────────────────────────
 
@@ -324,6 +277,32 @@ def test_a_description_that_is_not_served_names_field_and_value(
     assert all(word in caught.value.message for word in words), caught.value.message
 
 
+JUNK: tuple[Any, ...] = (None, True, 0, -1, 1e300, "", "x", "re:[", [], [[]], [None], {}, {"": {}}, {"a": [{}]}, 1 << 80)
+
+
+def paths(value: Any, at: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every field in a description."""
+    inner = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path for key, item in inner for path in [(*at, key), *paths(item, (*at, key))]]
+
+
+@EVERY_FORMAT
+def test_any_value_in_a_description_gives_forms_or_a_named_error(name: str) -> None:
+    description = FORMATS[name][0]
+    for path in paths(description):
+        for junk in JUNK:
+            made = json.loads(json.dumps(description))
+            inner = made
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = junk
+            try:
+                shape, forms = large(made, num_hidden_layers=1)
+                assert weight_bytes(shape, 2, forms) > 0
+            except ModelFolderError as error:
+                assert len(error.message) > 20
+
+
 @pytest.fixture(scope="module")
 def quantised_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     made: dict[str, Path] = {}
@@ -346,179 +325,3 @@ def test_a_description_without_fp8_tensors_is_refused(tmp_path: Path) -> None:
     fp8, plain = write_quantised(tmp_path, "ct_channel")
     (fp8 / SINGLE).write_bytes((plain / SINGLE).read_bytes())
     assert "remove quantization_config" in refusal(fp8)
-
-
-# ── quantising while loading ────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-def test_plain_weights_become_fp8_with_a_scale_a_row(stored: torch.dtype, tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path, "qwen2", dtype=stored, **SIZES)
-    weights = load_file(folder / SINGLE)
-    decoder = load(folder, quantization="fp8")
-    qkv = decoder.layers[1].attention.qkv
-    assert isinstance(qkv, Fp8ChannelLinear)
-    plain = torch.cat([weights[f"model.layers.1.self_attn.{name}_proj.weight"] for name in "qkv"]).float()
-    scale = plain.abs().amax(1) / 448
-    assert torch.equal(qkv.scale, scale)
-    assert torch.equal(qkv.weight.view(torch.uint8), (plain / scale[:, None]).to(torch.float8_e4m3fn).view(torch.uint8))
-    assert torch.equal(decoder.embedding, weights["model.embed_tokens.weight"].float())
-    assert not isinstance(decoder.head, Fp8Linear)
-
-
-def test_quantising_while_loading_equals_the_same_checkpoint_quantised_before(tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, "ct_channel")
-    plain = write_tiny(tmp_path / "again", **SIZES)
-    assert torch.equal(logits(load(plain, quantization="fp8")), logits(load(fp8)))
-
-
-def test_an_fp8_checkpoint_stays_as_it_is_when_fp8_is_asked_for(tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, "hf_block")
-    assert read_forms(fp8, read_shape(fp8), quantization="fp8") == read_forms(fp8, read_shape(fp8))
-
-
-def test_another_quantization_is_refused_by_name(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path)
-    with pytest.raises(ConfigError, match="quantization must be fp8 or absent, got 'int4'"):
-        load(folder, quantization="int4")
-
-
-def test_a_weight_that_is_not_finite_cannot_be_quantised(tmp_path: Path) -> None:
-    folder = write_tiny(tmp_path, **SIZES)
-    rewrite(folder, lambda w: w[f"{Q}.weight"][3].fill_(torch.inf))
-    assert f"{Q}.weight" in refusal(folder, quantization="fp8")
-
-
-def test_rows_are_quantised_alike_whatever_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight = torch.randn(37, 48, generator=torch.Generator().manual_seed(0))
-    weight[5], weight[6] = 0.0, 1e-44
-    results = []
-    for chunk in (1, 100, 1 << 22):
-        monkeypatch.setattr("workstation.quant.quantise.CHUNK_ELEMENTS", chunk)
-        quantised, scale = torch.empty(37, 48, dtype=torch.float8_e4m3fn), torch.empty(37)
-        quantise_rows(weight, quantised, scale)
-        results.append((quantised.view(torch.uint8), scale))
-        assert scale[5] == 1.0 and scale.isfinite().all() and (scale > 0).all()
-        kept = torch.arange(37) > 6
-        error = (quantised.float() * scale[:, None] - weight).abs()
-        assert (error[kept] <= weight.abs().amax(1, keepdim=True)[kept] / 448 * 16 + 1e-9).all()
-    assert all(torch.equal(*pair) for other in results[1:] for pair in zip(results[0], other, strict=True))
-
-
-def test_the_buffer_for_quantising_is_one_tensor(tmp_path: Path) -> None:
-    from workstation.model.loader import checked_entries
-    from workstation.model.targets import Scratch
-    from workstation.model.tensor_names import targets
-
-    folder = write_tiny(tmp_path, **SIZES)
-    shape = read_shape(folder)
-    forms = read_forms(folder, shape, quantization="fp8")
-    entries = checked_entries(folder, shape, forms)
-    decoder = load(folder, quantization="fp8")
-    assert Scratch(targets(Decoder(shape, dtype=torch.float32, device=CPU, max_model_len=8, forms=forms)), entries,
-                   CPU).take(1 << 30).nbytes == 192 * 320 * 4
-    assert decoder.weight_bytes < checkpoint_bytes(folder)
-
-
-# ── sizes and dummy weights ─────────────────────────────────────────────────────────────────────────────────────────
-
-
-@EVERY_FORMAT
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_the_planned_bytes_are_those_of_the_loaded_weights(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, name, "qwen2")
-    decoder = load(fp8, dtype)
-    assert decoder.weight_bytes - decoder.cos_sin.nbytes == weight_bytes(decoder.shape, dtype.itemsize, decoder.forms)
-
-
-@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
-@pytest.mark.parametrize("tied", [False, True])
-def test_without_forms_the_bytes_are_those_of_all_parameters(kind: str, tied: bool, tmp_path: Path) -> None:
-    shape = read_shape(write_tiny(tmp_path, kind, tie_word_embeddings=tied))
-    assert weight_bytes(shape, 2) == 2 * shape.num_parameters
-    forms = read_forms(tmp_path, shape, quantization="fp8")
-    decoder = Decoder(shape, dtype=torch.bfloat16, device=CPU, max_model_len=64, forms=forms)
-    assert decoder.weight_bytes - decoder.cos_sin.nbytes == weight_bytes(shape, 2, forms) < weight_bytes(shape, 2)
-
-
-def large(description: dict[str, Any], **more: Any) -> tuple[ModelShape, WeightForms]:
-    shape = read_shape({**LLAMA_8B, **more, "quantization_config": description})
-    return shape, read_forms("/nowhere", shape, load_format="dummy")
-
-
-@pytest.mark.parametrize("name", ["ct_channel", "hf_block", "modelopt"])
-def test_the_plan_of_a_large_model_is_within_one_percent_of_its_file(name: str) -> None:
-    """8B: every linear layer a byte a weight, embedding and head two, norms two; scales are all that may differ."""
-    shape, forms = large(FORMATS[name][0])
-    linear = 32 * (4096 * 6144 + 4096 * 4096 + 3 * 4096 * 14336)
-    stored = linear + 2 * (2 * 128256 * 4096 + 65 * 4096)
-    assert stored <= weight_bytes(shape, 2, forms) < 1.01 * stored
-
-
-def test_a_large_decoder_says_exactly_what_was_planned() -> None:
-    """On the meta device: shapes without memory."""
-    for name in ("ct_channel", "hf_block"):
-        shape, forms = large(FORMATS[name][0], num_hidden_layers=3)
-        decoder = Decoder(shape, dtype=torch.bfloat16, device=torch.device("meta"), max_model_len=16, forms=forms)
-        assert decoder.weight_bytes - decoder.cos_sin.nbytes == weight_bytes(shape, 2, forms)
-
-
-@pytest.mark.parametrize("name", ["ct_channel", "hf_block"])
-def test_dummy_weights_are_finite_follow_the_seed_and_keep_activations_in_range(name: str, tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, name)
-    first, again, other = (load(fp8, torch.bfloat16, load_format="dummy", seed=seed) for seed in (1, 1, 2))
-    down = [decoder.layers[0].down for decoder in (first, again, other)]
-    assert all(isinstance(linear, Fp8Linear) for linear in down)
-    bits = [linear.weight.view(torch.uint8) for linear in down if isinstance(linear, Fp8Linear)]
-    assert torch.equal(bits[0], bits[1]) and not torch.equal(bits[0], bits[2])
-    wide = down[0](torch.eye(320).bfloat16()).float()  # the weights themselves, transposed
-    assert wide.isfinite().all() and abs(wide.square().mean().sqrt() * 320**0.5 - 1) < 0.05
-    assert logits(first, torch.bfloat16).isfinite().all()
-
-
-def test_quantising_dummy_weights_needs_no_folder() -> None:
-    shape = read_shape({**LLAMA_8B, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "vocab_size": 64,
-                        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16})
-    forms = read_forms("/nowhere", shape, load_format="dummy", quantization="fp8")
-    decoder = load_model("/nowhere", shape, dtype=torch.bfloat16, device=CPU, max_model_len=64, load_format="dummy",
-                         forms=forms)
-    assert all(isinstance(linear, Fp8ChannelLinear) for linear in decoder.linears() if linear is not decoder.head)
-
-
-def test_reading_forms_needs_no_torch(tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, "ct_channel")
-    code = ("import sys; from workstation.architecture import read_shape; from workstation.quant.detect import weight_forms; "
-            "from workstation.quant.forms import weight_bytes; from workstation.safetensors_header import read_checkpoint; "
-            f"s = read_shape({str(fp8)!r}); f = weight_forms(s, read_checkpoint({str(fp8)!r})); "
-            "assert weight_bytes(s, 2, f) > 0; sys.exit('torch' in sys.modules)")
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-
-
-# ── the whole engine ────────────────────────────────────────────────────────────────────────────────────────────────
-
-PROMPTS = [[5, 9, 77, 12], PROMPT[:33], PROMPT[3:20]]
-GREEDY = SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True)
-
-
-@pytest.mark.parametrize("name", ["ct_channel", "hf_block"])
-def test_the_engine_writes_what_the_dequantised_twin_writes_in_transformers(name: str, tmp_path: Path) -> None:
-    fp8, plain = write_quantised(tmp_path, name)
-    model = transformers.AutoModelForCausalLM.from_pretrained(plain, dtype=torch.float32)
-    for prompt, tokens in zip(PROMPTS, run(fp8, PROMPTS, GREEDY, max_num_batched_tokens=16), strict=True):
-        theirs = model.generate(torch.tensor([prompt]), max_new_tokens=8, min_new_tokens=8, do_sample=False,
-                                eos_token_id=None, pad_token_id=0)
-        assert tokens == theirs[0, len(prompt):].tolist()
-
-
-def test_the_engine_plans_for_fp8_and_quantises_while_loading(tmp_path: Path) -> None:
-    fp8, _ = write_quantised(tmp_path, "ct_channel")
-    plain = write_tiny(tmp_path / "again", **SIZES)
-    whole, small = make_engine(plain), make_engine(plain, quantization="fp8")
-    assert small.info.weight_bytes == make_engine(fp8).info.weight_bytes < whole.info.weight_bytes
-    assert run(plain, PROMPTS, GREEDY, quantization="fp8") == run(fp8, PROMPTS, GREEDY)
-
-
-@pytest.mark.parametrize("value", ["awq", "int4", "FP8"])
-def test_llm_refuses_another_quantization_by_name(value: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"quantization must be fp8 or absent, got '{value}'"):
-        LLM(str(write_tiny(tmp_path)), quantization=value, skip_tokenizer_init=True, device="cpu")

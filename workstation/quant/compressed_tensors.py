@@ -3,7 +3,7 @@
     strategy tensor    one number           strategy channel    [N, 1]           strategy block    [⌈N/128⌉, ⌈K/128⌉]
 
 What a group's `weights` and `input_activations` say decides, not the preset's name. Static activation scales
-(X.input_scale) are not used: each token is scaled by its own largest value, which is at least as exact.
+(X.input_scale) are not used: each token is scaled by its own largest value, so that nothing is clipped.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     per block    X.weight F8_E4M3 [N, K], X.weight_scale_inv [⌈N/128⌉, ⌈K/128⌉]
 
 Every scale is a multiplier, whatever its name says. A static activation scale is not used: each token is scaled by its own
-largest value, which is at least as exact.
+largest value, so that nothing is clipped.
 """
 
 from __future__ import annotations

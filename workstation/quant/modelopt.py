@@ -41,7 +41,7 @@ def describe(config: Fields) -> Description:
     kept = (HEAD_MODULE, *names_in(config, "exclude_modules"), *names_in(config, "ignore"))
     for name in kept:
         if name.count("*") + name.count("?") > MAX_REPEATS:
-            where = "exclude_modules" if name in config.values.get("exclude_modules", ()) else "ignore"
+            where = "exclude_modules" if name in (config.values.get("exclude_modules") or ()) else "ignore"
             raise config.refuse(where, f"names with at most {MAX_REPEATS} wildcards")
     return Description(METHOD, (scheme,), lambda module: None if any(_matches(module, name) for name in kept) else scheme,
                        tuple(config.unasked()))
