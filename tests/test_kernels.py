@@ -30,7 +30,8 @@ TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_triton_kernels_hold_in_the_interpreter() -> None:
     """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py",
+               "interpreted_fp8.py"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 

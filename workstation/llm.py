@@ -32,7 +32,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((1,), "one GPU is used"),
     "pipeline_parallel_size": ((1,), "one GPU is used"),
     "trust_remote_code": ((False,), "code from model folders is never run"),
-    "quantization": ((None,), "quantised weights have not landed"),
     "disable_log_stats": ((True, False), ""),
     "tokenizer_mode": (("auto",), "there is one tokenizer mode"),
     "cpu_offload_gb": ((0, 0.0), "weights stay on the device"),
