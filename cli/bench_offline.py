@@ -12,7 +12,7 @@ from typing import Any
 from workstation.cli import bench_transformers
 from workstation.cli.bench_workload import Job, kv_waste, make_jobs, percentile
 from workstation.cli.offline import start
-from workstation.cli.plan import Launch, plan_launch
+from workstation.cli.plan import Launch, note, plan_launch
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def against_transformers(model: str, flags: dict[str, Any], seed: int, *, as_jso
         llm.reset_prefix_cache()  # a repeated run must not find the run before in the cache
         return run_jobs(llm, jobs)
 
-    result = bench_transformers.compare(ours, theirs, ordinary_ids(llm), seed)
+    result = bench_transformers.compare(ours, theirs, ordinary_ids(llm), seed, note)
     if as_json:
         print(json.dumps(asdict(result)))
     else:

@@ -16,15 +16,14 @@ _LORA = "adapters have not landed"
 _SPECULATIVE = "speculative decoding has not landed"
 _TOOLS = "tool-call parsing has not landed"
 _FOLDER = "the tokenizer comes from the model's folder"
-_GRAPHS = "this version captures no CUDA graphs and compiles nothing"
+_GRAPHS = "graphs are captured for a fixed ladder of batch sizes and nothing is compiled; --enforce-eager turns them off"
 _TLS = "put a TLS proxy in front"
 _OFFLOAD = "the KV cache lives on the device"
 _LOGGING = "requests are not logged; /metrics has the figures"
 
 LATER_SETTINGS: tuple[Setting, ...] = (
     _later("block_size", "int", 16, "blocks hold 16 tokens"),
-    _later("quantization", "text", None, "this version loads 16- and 32-bit weights only", "-q"),
-    _later("quantization_config", "text", None, "this version loads 16- and 32-bit weights only"),
+    _later("quantization_config", "text", None, "a checkpoint's format is read from its folder, and fp8 has no options"),
     _later("kv_cache_dtype", "text", "auto", "the KV cache has the model's dtype"),
     _later("tensor_parallel_size", "int", 1, _ONE_GPU, "-tp"),
     _later("pipeline_parallel_size", "int", 1, _ONE_GPU, "-pp"),

@@ -16,6 +16,8 @@ _WORKING: tuple[Setting, ...] = (
             choices=("auto", "safetensors", "dummy")),
     Setting("dtype", "text", "auto", "Of weights and activations; auto is the checkpoint's (float32 on the CPU).",
             choices=("auto", "bfloat16", "float16", "float32", "half", "float")),
+    Setting("quantization", "text", None, "fp8 quantises 16-bit weights while loading; a quantised checkpoint needs no flag.",
+            ("-q",), choices=("fp8",)),
     Setting("max_model_len", "length", None, "Tokens of prompt and output a sequence may hold (32k = 32,000; 32K = 32,768; "
             "auto: the model's window, shrunk to fit).", low=1),
     Setting("generation_config", "text", "auto", "Where default sampling comes from: auto (the model's folder) or vllm "
@@ -46,7 +48,7 @@ _WORKING: tuple[Setting, ...] = (
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),
     Setting("access_log", "bool", False, "Log a line for each HTTP request."),
-    Setting("enforce_eager", "bool", False, "Run without CUDA graphs: what this version always does."),
+    Setting("enforce_eager", "bool", False, "Launch kernel by kernel, without CUDA graphs."),
     Setting("enable_prompt_tokens_details", "bool", True, "Report cached prompt tokens.", only=(True,),
             why="cached tokens are always reported"),
     Setting("disable_log_stats", "bool", False, "Log no figures: what this version always does; /metrics has them."),

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workstation.kernels import reference
+from workstation.kernels import reference, reference_fp8
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan
@@ -28,6 +28,13 @@ def _triton() -> Any:
     from workstation.kernels import launch
 
     return launch
+
+
+@cache
+def _fp8() -> Any:
+    from workstation.kernels import launch_fp8
+
+    return launch_fp8
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -138,6 +145,48 @@ def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) ->
         _triton().copy_blocks(kv, source, target)
     else:
         reference.copy_blocks(kv, source, target)
+
+
+def quantize_fp8_per_token(x: torch.Tensor, bound: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations to FP8 with one scale a token: `x ≈ x8 * scale[:, None]`, scale = max |x| / 448.
+
+    x: [T, K], rows contiguous. bound: the largest value a scale is made from; what lies beyond it saturates.
+    Returns (x8 [T, K] float8_e4m3fn, scale [T] float32). A row of zeros has the scale 1 / 448.
+    """
+    _check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    limit = float("inf") if bound is None else bound
+    if x.is_cuda or FORCE_TRITON:
+        return _fp8().quantize_fp8_per_token(x, limit)  # type: ignore[no-any-return]
+    return reference_fp8.quantize_fp8_per_token(x, limit)
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *,
+    quantized_activations: bool = True, bound: float | None = None,
+) -> torch.Tensor:
+    """`y = x · Wᵀ + b` with FP8 weights: W[n, k] = weight[n, k] * scale[n], or * scale[n // 128, k // 128].
+
+    With a scale a row, `quantized_activations` rounds x to FP8 per token where the GPU multiplies FP8 (compute capability
+    8.9 and above) and x is 16-bit. Everywhere else the weights are widened and x keeps its dtype.
+
+    Args:
+        x: [T, K].  weight: [N, K] float8_e4m3fn.  scale: [N] or [⌈N/128⌉, ⌈K/128⌉] float32.  bias: [N] of x's dtype.
+        bound: see `quantize_fp8_per_token`.
+    Returns:
+        [T, N] of x's dtype.
+    """
+    rows, columns = weight.shape
+    _check(x.dim() == 2 and x.shape[1] == columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    _check(weight.dtype == torch.float8_e4m3fn and weight.is_contiguous(), "weight", weight, "must be contiguous e4m3")
+    grid = (-(-rows // 128), -(-columns // 128))
+    _check(scale.shape in ((rows,), grid) and scale.dtype == torch.float32, "scale", scale, "must be [N] or a block's each")
+    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    if x.is_cuda or FORCE_TRITON:
+        limit = float("inf") if bound is None else bound
+        return _fp8().linear_fp8(  # type: ignore[no-any-return]
+            x, weight, scale, bias, quantized=quantized_activations, bound=limit
+        )
+    return reference_fp8.linear_fp8(x, weight, scale, bias)
 
 
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch.nn import functional as F
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from workstation.kernels.reference_attention import attention, flat_rows, row_strides
 
@@ -18,6 +19,7 @@ __all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cac
 
 # Up to here two passes of layer_norm's one kernel are cheaper than the seven small calls behind torch's rms_norm.
 MIRRORED_NORM_ELEMENTS = 2048
+ROLLED_ELEMENTS = 16384  # likewise: one call and a copy instead of two calls on halves
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -25,10 +27,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
         return F.rms_norm(x.float(), weight.shape, None, eps).to(x.dtype) * weight
     if x.numel() > MIRRORED_NORM_ELEMENTS:
         return F.rms_norm(x, weight.shape, weight, eps)
-    # (x | -x) has mean zero, so its layer norm is x's RMS norm.
+    return _mirrored_norm(x, eps) * weight
+
+
+def _mirrored_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMS norm without a weight: (x | -x) has mean zero, so its layer norm is x's RMS norm."""
     width = x.shape[-1]
-    mirrored = torch.layer_norm(torch.cat((x, -x), -1), (2 * width,), None, None, eps)
-    return mirrored[..., :width] * weight
+    return torch.layer_norm(torch.cat((x, -x), -1), (2 * width,), None, None, eps)[..., :width]
 
 
 def add_rms_norm(
@@ -60,7 +65,7 @@ def rope_and_cache(
     heads = qkv.view(qkv.shape[0], rotated_heads + num_kv_heads, head_dim)
     qk, value = heads[:, :rotated_heads], heads[:, rotated_heads:]
     if q_norm is not None and k_norm is not None:
-        qk = torch.cat((rms_norm(qk[:, :num_heads], q_norm, eps), rms_norm(qk[:, num_heads:], k_norm, eps)), 1)
+        qk = _norm_heads(qk, q_norm, k_norm, num_heads, eps)
     qk = _rotate(qk, _angles_of_step(cos_sin, positions))
     key = qk[:, num_heads:]
     rows = _rows_of_step(slots, kv_layer)
@@ -74,12 +79,30 @@ def rope_and_cache(
     return qk[:, :num_heads]
 
 
+def _norm_heads(
+    qk: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, num_heads: int, eps: float
+) -> torch.Tensor:
+    """RMSNorm of query heads and key heads [T, Hq + Hkv, D], each side with its own weight [D]."""
+    if qk.dtype == torch.float32 and qk.numel() <= MIRRORED_NORM_ELEMENTS:
+        return _mirrored_norm(qk, eps).mul_(_head_weights(q_norm, k_norm, num_heads, qk.shape[1]))
+    return torch.cat((rms_norm(qk[:, :num_heads], q_norm, eps), rms_norm(qk[:, num_heads:], k_norm, eps)), 1)
+
+
+def _head_weights(q_norm: torch.Tensor, k_norm: torch.Tensor, num_heads: int, heads: int) -> torch.Tensor:
+    """[heads, D]: a layer's norm weights, one row a head; made once a layer."""
+    found: torch.Tensor | None = _weights_by_layer.get(q_norm)  # type: ignore[no-untyped-call]
+    if found is None or found.shape[0] != heads:
+        found = torch.cat((q_norm.expand(num_heads, -1), k_norm.expand(heads - num_heads, -1)))
+        _weights_by_layer[q_norm] = found
+    return found
+
+
 def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     kv.index_copy_(0, target, kv.index_select(0, source))
 
 
 class _Angles(NamedTuple):
-    """cos [T, 1, rotary_dim] (both halves alike) and sin [T, 1, rotary_dim / 2] for `positions` of `table`."""
+    """cos and sin [T, 1, rotary_dim] for `positions` of `table`: cos twice, and -sin | sin."""
 
     table: weakref.ref[torch.Tensor]
     positions: torch.Tensor
@@ -97,6 +120,7 @@ class _Rows(NamedTuple):
     kept: torch.Tensor | None
 
 
+_weights_by_layer = WeakTensorKeyDictionary()
 # The last steps' index work. Entries are compared by content, since callers refill their buffers in place.
 _last_angles: _Angles | None = None
 _last_rows: tuple[_Rows, ...] = ()
@@ -109,7 +133,7 @@ def _angles_of_step(table: torch.Tensor, positions: torch.Tensor) -> _Angles:
     if last is not None and last.table() is table and torch.equal(last.positions, positions):
         return last
     cos, sin = table.index_select(0, positions).unsqueeze(1).chunk(2, -1)
-    last = _Angles(weakref.ref(table), positions.clone(), torch.cat((cos, cos), -1), sin.contiguous())
+    last = _Angles(weakref.ref(table), positions.clone(), torch.cat((cos, cos), -1), torch.cat((-sin, sin), -1))
     _last_angles = last
     return last
 
@@ -117,12 +141,15 @@ def _angles_of_step(table: torch.Tensor, positions: torch.Tensor) -> _Angles:
 def _rotate(x: torch.Tensor, angles: _Angles) -> torch.Tensor:
     """x [T, heads, D] → a new tensor with the first rotary_dim components of each head rotated."""
     rotary = angles.cos.shape[-1]
-    half = rotary // 2
     x32 = x if x.dtype == torch.float32 else x.float()
     part = x32 if rotary == x.shape[-1] else x32[..., :rotary]
+    half = rotary // 2
     turned = part * angles.cos
-    turned[..., :half].addcmul_(part[..., half:], angles.sin, value=-1)
-    turned[..., half:].addcmul_(part[..., :half], angles.sin)
+    if part.numel() <= ROLLED_ELEMENTS:
+        turned.addcmul_(part.roll(half, -1), angles.sin)  # rolling swaps the halves
+    else:
+        turned[..., :half].addcmul_(part[..., half:], angles.sin[..., :half])
+        turned[..., half:].addcmul_(part[..., :half], angles.sin[..., half:])
     if rotary != x.shape[-1]:
         turned = torch.cat((turned, x32[..., rotary:]), -1)
     return turned if x.dtype == torch.float32 else turned.to(x.dtype)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from workstation.kernels.paging import AttentionPlan
 
 QUERY_TILE = 256  # queries that share one mask when a prompt's chunk has a past
-GROUP_BYTES = 8 << 20  # K and V gathered at once: more would leave the caches before attention reads it
+GROUP_BYTES = 4 << 20  # K and V gathered at once: more would leave the caches before attention reads it
 WASTE_BYTES = 768 << 10  # padding that costs as much as the calls of one more group
 
 
@@ -24,11 +24,11 @@ def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scal
     """See `ops.attention`. Reads the plan's tensors on the host: they must lie in CPU memory."""
     step = _step_index(q, kv_layer, plan)
     if len(step.decodes) == 1 and not step.prefills:
-        return _decode(q, kv_layer, step.decodes[0], scale)
+        return _decode(q, kv_layer, step.decodes[0], step, scale)
     out = torch.empty(q.shape, dtype=q.dtype)
     if step.decodes:
         ordered = q if step.order is None else q.index_select(0, step.order)
-        parts = [_decode(ordered[group.start : group.stop], kv_layer, group, scale) for group in step.decodes]
+        parts = [_decode(ordered[group.start : group.stop], kv_layer, group, step, scale) for group in step.decodes]
         if step.order is None:
             out[: plan.num_decodes] = parts[0]
         else:
@@ -95,6 +95,7 @@ class _Step(NamedTuple):
     prefills: list[_Chunk]
     staircase: torch.Tensor | None
     window: int
+    gathered: torch.Tensor  # [most rows of any gather, BS * D]: fresh memory for each gather would cost as much again
 
 
 def _step_index(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> _Step:
@@ -121,7 +122,17 @@ def _make_step(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, geo
     staircase = None
     if any(_needs_mask(chunk, plan.window) for chunk in prefills):
         staircase = _staircase(max(chunk.keys for chunk in prefills), plan.window, q.dtype)
-    return _Step(geometry, order, decodes, prefills, staircase, plan.window)
+    parts: list[_Decodes | _Chunk] = [*decodes, *prefills]
+    most = max((part.rows.numel() for part in parts), default=0)
+    gathered = torch.empty(most, kv_layer.stride(2), dtype=kv_layer.dtype)
+    return _Step(geometry, order, decodes, prefills, staircase, plan.window, gathered)
+
+
+def _gather(kv_layer: torch.Tensor, part: _Decodes | _Chunk, step: _Step) -> torch.Tensor:
+    """K and V of a group or a chunk, [2, G, Hkv, W * BS, D]; valid until the step's next gather."""
+    room = step.gathered[: part.rows.numel()]
+    torch.index_select(flat_rows(kv_layer, room.shape[1]), 0, part.rows, out=room)
+    return room.view(part.shape)
 
 
 def _blocks_seen(length: int, queries: int, plan: AttentionPlan) -> tuple[int, int]:
@@ -206,13 +217,13 @@ def _rows_to_clear(hidden: torch.Tensor, heads: int) -> torch.Tensor | None:
     return ((lanes + sequence * heads) * keys + key).flatten()
 
 
-def _decode(q: torch.Tensor, kv_layer: torch.Tensor, group: _Decodes, scale: float) -> torch.Tensor:
+def _decode(q: torch.Tensor, kv_layer: torch.Tensor, group: _Decodes, step: _Step, scale: float) -> torch.Tensor:
     """q [G, Hq, D] → [G, Hq, D]."""
     _, sequences, kv_heads, _, head_dim = group.shape
-    gathered = flat_rows(kv_layer, kv_layer.stride(2)).index_select(0, group.rows)
+    gathered = _gather(kv_layer, group, step)
     if group.unseen is not None:
         gathered.view(-1, head_dim).index_fill_(0, group.unseen, 0.0)
-    key, value = gathered.view(group.shape).narrow(3, group.first, group.keys).to(q.dtype).unbind(0)
+    key, value = gathered.narrow(3, group.first, group.keys).to(q.dtype).unbind(0)
     packed = q.reshape(sequences, kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(packed, key, value, group.bias, scale=scale)
     return out.reshape(q.shape)
@@ -250,8 +261,7 @@ def _staircase(longest: int, window: int, dtype: torch.dtype) -> torch.Tensor:
 def _prefill(q: torch.Tensor, kv_layer: torch.Tensor, chunk: _Chunk, step: _Step, scale: float, out: torch.Tensor) -> None:
     """Fill out[start:stop]. The group's query heads become heads of a batch of key heads: K and V expand at no cost."""
     _, _, kv_heads, _, head_dim = chunk.shape
-    gathered = flat_rows(kv_layer, kv_layer.stride(2)).index_select(0, chunk.rows).view(chunk.shape)
-    seen = gathered[:, 0, :, chunk.first : chunk.first + chunk.keys].to(q.dtype)
+    seen = _gather(kv_layer, chunk, step)[:, 0, :, chunk.first : chunk.first + chunk.keys].to(q.dtype)
     group = q.shape[1] // kv_heads
     queries = chunk.stop - chunk.start
     packed = q[chunk.start : chunk.stop].reshape(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)

@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import httpx
 from fastapi import FastAPI
@@ -16,7 +17,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, OverloadedError
-from workstation.server.options import ServedModel
+from workstation.server.app import create_app
+from workstation.server.options import ServedModel, ServerOptions
 from workstation.text.tokenizer import Tokenizer as WsTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -110,6 +112,7 @@ class FakeEngine:
         error_after: end with an error event after so many steps.  overloaded: refuse every request.
         tokens_per_step: how many tokens an event carries.
         seen: every request, in order.  aborted: ids of requests left early or aborted.  active: ids running now.
+        dropped: (request id, sample index) of samples ended one by one.
     """
 
     window: int = 4096
@@ -126,6 +129,7 @@ class FakeEngine:
     seen: list[EngineRequest] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
+    dropped: set[tuple[str, int]] = field(default_factory=set)
 
     @property
     def info(self) -> EngineInfo:
@@ -160,8 +164,10 @@ class FakeEngine:
     async def stop(self) -> None:
         self.state = "dead"
 
-    def abort(self, request_id: str) -> None:
-        if request_id in self.active:
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if index is not None:
+            self.dropped.add((request_id, index))
+        elif request_id in self.active:
             self.active.discard(request_id)
             self.aborted.append(request_id)
 
@@ -192,7 +198,8 @@ class FakeEngine:
                 self.active.discard(request.request_id)
                 raise EngineDeadError("the engine process died with this request in flight")
             for sample in [sample for sample in samples if sample.finish_reason is None]:
-                event = sample.step(self.tokens_per_step)
+                dropped = (request.request_id, sample.index) in self.dropped
+                event = sample.drop() if dropped else sample.step(self.tokens_per_step)
                 event.num_cached_tokens = self.num_cached_tokens
                 if self.error_after is not None and step >= self.error_after:
                     event = TokenEvent(request.request_id, finish_reason="error", finished=True, error="logits were not finite")
@@ -221,6 +228,10 @@ class _Sample:
         self.request, self.index, self.ids, self.limit = request, index, ids[:limit], limit
         self.position = 0
         self.finish_reason: str | None = None
+
+    def drop(self) -> TokenEvent:
+        self.finish_reason = "abort"
+        return TokenEvent(self.request.request_id, index=self.index, finish_reason="abort")
 
     def step(self, count: int) -> TokenEvent:
         params = self.request.params
@@ -258,3 +269,21 @@ def api_client(app: FastAPI, **options: object) -> httpx.AsyncClient:
     """A client that talks to the app in-process, as a browserless program on this machine would."""
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     return httpx.AsyncClient(transport=transport, base_url="http://localhost:8000", **options)  # type: ignore[arg-type]
+
+
+def post(path: str, engine: FakeEngine, model: ServedModel, body: Any, options: ServerOptions | None = None,
+         headers: dict[str, str] | None = None) -> httpx.Response:
+    """One POST to an app made for it."""
+
+    async def go() -> httpx.Response:
+        async with api_client(create_app(engine, model, options)) as client:
+            return await client.post(path, json=body, headers=headers or {})
+
+    return asyncio.run(go())
+
+
+def sse_events(text: str) -> list[dict[str, Any]]:
+    """The JSON of every server-sent event; the stream must end with [DONE]."""
+    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
+    assert lines[-1] == "[DONE]"
+    return [json.loads(line) for line in lines[:-1]]

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
-import json
 from typing import Any
 
 import pytest
-from fakes import FakeEngine, api_client, served_model, write_byte_level_folder
+from fakes import FakeEngine, post, served_model, sse_events, write_byte_level_folder
 
-from workstation.server.app import create_app
 from workstation.server.options import ServedModel, ServerOptions
 
 
@@ -18,22 +15,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
     return served_model(write_byte_level_folder(tmp_path_factory.mktemp("completions")))
 
 
-def post(path: str, engine: FakeEngine, model: ServedModel, body: Any, options: ServerOptions | None = None) -> Any:
-    async def go() -> Any:
-        async with api_client(create_app(engine, model, options)) as client:
-            return await client.post(path, json=body)
-
-    return asyncio.run(go())
-
-
 def complete(engine: FakeEngine, model: ServedModel, /, **body: Any) -> Any:
     return post("/v1/completions", engine, model, body)
-
-
-def events(text: str) -> list[dict[str, Any]]:
-    lines = [line.removeprefix("data: ") for line in text.split("\n\n") if line.startswith("data: ")]
-    assert lines[-1] == "[DONE]"
-    return [json.loads(line) for line in lines[:-1]]
 
 
 def test_sixteen_tokens_are_the_default(model: ServedModel) -> None:
@@ -101,7 +84,7 @@ def test_prompts_and_samples_are_numbered_prompt_by_prompt(model: ServedModel) -
     body = complete(engine, model, prompt=["a", "b"], n=2).json()
     assert [choice["text"] for choice in body["choices"]] == ["a", "aa", "b", "bb"]
     texts = [""] * 4
-    for chunk in events(complete(engine, model, prompt=["a", "b"], n=2, stream=True).text):
+    for chunk in sse_events(complete(engine, model, prompt=["a", "b"], n=2, stream=True).text):
         texts[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
     assert texts == ["a", "aa", "b", "bb"]
 
@@ -117,7 +100,7 @@ def test_samples_times_prompts_are_limited(model: ServedModel) -> None:
 @pytest.mark.parametrize("stream", [False, True])
 def test_echo_shows_the_prompt_first_with_its_logprobs(model: ServedModel, stream: bool) -> None:
     reply = complete(FakeEngine(), model, prompt="hello world", echo=True, logprobs=2, max_tokens=2, stream=stream)
-    choices = [event["choices"][0] for event in events(reply.text)] if stream else reply.json()["choices"]
+    choices = [event["choices"][0] for event in sse_events(reply.text)] if stream else reply.json()["choices"]
     text = "".join(choice["text"] for choice in choices)
     merged: dict[str, list[Any]] = {name: [] for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset")}
     for choice in choices:
@@ -136,7 +119,7 @@ def test_echo_shows_the_prompt_first_with_its_logprobs(model: ServedModel, strea
 @pytest.mark.parametrize("stream", [False, True])
 def test_max_tokens_zero_with_echo_scores_the_prompt_only(model: ServedModel, stream: bool) -> None:
     reply = complete(FakeEngine(), model, prompt="hello world", echo=True, logprobs=1, max_tokens=0, stream=stream)
-    body = events(reply.text)[0] if stream else reply.json()
+    body = sse_events(reply.text)[0] if stream else reply.json()
     assert body["choices"][0]["text"] == "hello world"
     assert len(body["choices"][0]["logprobs"]["tokens"]) == 2
     if not stream:

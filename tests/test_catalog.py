@@ -34,9 +34,7 @@ def test_the_shipped_catalogue_is_well_formed_and_has_the_demo() -> None:
     assert entries["demo"].is_bundled
     assert entries["llama-8b"].model == "meta-llama/Llama-3.1-8B-Instruct"
     assert all(entry.context for entry in entries.values())
-    assert {name for name, entry in entries.items() if entry.needs} == {
-        name for name, entry in entries.items() if entry.quantization
-    }
+    assert entries["llama-70b-fp8"].quantization == "fp8"
 
 
 def test_a_persons_own_file_adds_and_replaces_entries(tmp_path: Path) -> None:
@@ -112,10 +110,10 @@ def test_a_folder_without_config_json_is_refused(tmp_path: Path) -> None:
         resolve_model(str(tmp_path), {})
 
 
-def test_an_entry_whose_format_has_not_landed_is_refused_with_a_sentence() -> None:
-    entries = load_catalogue(catalogue_files({"XDG_CONFIG_HOME": "/nowhere"}))
-    with pytest.raises(ConfigError, match="it needs FP8 weights"):
-        resolve_model("llama-70b-fp8", entries)
+def test_an_entry_whose_format_has_not_landed_is_refused_with_a_sentence(tmp_path: Path) -> None:
+    own = write(tmp_path / "own.toml", '[later]\nmodel = "o/later"\nneeds = "a format that has not landed"\n')
+    with pytest.raises(ConfigError, match="it needs a format that has not landed"):
+        resolve_model("later", load_catalogue([own]))
 
 
 def test_only_what_a_server_reads_is_downloaded() -> None:

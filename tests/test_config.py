@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_lengths_take_the_forms_vllm_takes(text: str, value: int | None) -> None
         ("port", "65536", "between 0 and 65535"),
         ("port", "http", "a whole number"),
         ("dtype", "bfloat61", "did you mean 'bfloat16'"),
+        ("quantization", "int4", "one of fp8"),
         ("scheduling_policy", "lifo", "one of fcfs, priority"),
         ("override_generation_config", "[1]", "a JSON object"),
         ("override_generation_config", "{", "a JSON object"),
@@ -91,7 +93,7 @@ def test_a_value_outside_its_limits_names_flag_value_and_limit(name: str, value:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("quantization", "fp8", "16- and 32-bit weights only"),
+        ("quantization_config", "{}", "read from its folder"),
         ("tensor_parallel_size", "2", "one engine on one GPU"),
         ("kv_cache_dtype", "fp8", "the model's dtype"),
         ("block_size", "32", "16 tokens"),
@@ -160,6 +162,20 @@ def test_the_engine_gets_the_settings_in_its_own_names() -> None:
 
 def test_defaults_of_the_command_line_are_the_engines() -> None:
     assert engine_config(resolve(SERVE_SETTINGS, {}, {}), "f", "auto") == EngineConfig(model="f")
+
+
+def test_every_field_of_the_engine_follows_a_setting() -> None:
+    flags = {
+        "dtype": "float32", "load_format": "dummy", "max_model_len": "9", "max_num_seqs": "9", "max_num_batched_tokens": "9",
+        "gpu_memory_utilization": "0.5", "kv_cache_memory_bytes": "9", "num_gpu_blocks_override": "9", "seed": "9",
+        "enable_prefix_caching": False, "enable_chunked_prefill": False, "scheduling_policy": "priority",
+        "max_num_queued_reqs": "9", "async_scheduling": True, "enforce_eager": True, "num_threads": "9",
+        "quantization": "fp8",
+    }  # fmt: skip
+    changed = engine_config(resolve(SERVE_SETTINGS, flags, {}), "folder", "cpu")
+    default = EngineConfig(model="")
+    same = {item.name for item in fields(EngineConfig) if getattr(changed, item.name) == getattr(default, item.name)}
+    assert same == {"block_size", "kv_cache_dtype"}, "these have one value; every other field needs a setting"
 
 
 def test_two_sizes_for_the_pool_are_one_too_many() -> None:

@@ -130,7 +130,7 @@ def test_generated_tokens_are_cached_for_the_next_turn(folder: Path) -> None:
     engine = make_engine(folder)
     submit(engine, [prompt], [greedy(30)])
     turn = prompt + drain(engine)["0", 0].tokens
-    submit(engine, [turn + [5, 6, 7]], [greedy(2)])
+    submit(engine, [[*turn, 5, 6, 7]], [greedy(2)])
     assert drain(engine)["0", 0].cached == 48
 
 

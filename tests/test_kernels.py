@@ -30,7 +30,8 @@ TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
 def test_triton_kernels_hold_in_the_interpreter() -> None:
     """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py",
+               "interpreted_fp8.py"]
     done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
 
@@ -72,6 +73,10 @@ def test_rope_turns_pairs_and_writes_only_the_steps_slots(
     tokens: int, heads: Heads, rotary_dim: int, normed: bool, dtype: torch.dtype
 ) -> None:
     check_rope_and_cache(tokens, heads, rotary_dim, normed, dtype, "cpu")
+
+
+def test_rope_of_a_long_chunk_is_rope() -> None:
+    check_rope_and_cache(100, Heads(6, 2, 64), 64, False, torch.float32, "cpu")
 
 
 def test_buffers_refilled_in_place_are_seen_by_the_next_step() -> None:

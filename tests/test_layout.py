@@ -18,8 +18,9 @@ TORCH_FREE = BASE | {"server", "text", "tui", "cli"}
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "tui": set(),
-    "model": {"kernels"},
-    "engine": {"model", "kernels"},
+    "quant": {"kernels"},
+    "model": {"quant", "kernels"},
+    "engine": {"model", "quant", "kernels"},
     "text": set(),
     "server": {"engine", "text"},
     "demo": {"llm", "text"},
@@ -103,7 +104,7 @@ def violations(layer: str, names: list[str]) -> list[str]:
 
 def test_there_is_something_to_check() -> None:
     units = {unit(path) for path in sources()}
-    assert {"kernels", "cli", "engine", "model", "server", "text", "memory"} <= units
+    assert {"kernels", "cli", "engine", "model", "quant", "server", "text", "memory"} <= units
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))

@@ -170,3 +170,10 @@ def test_a_share_outside_zero_to_one_is_refused(utilisation: float) -> None:
 def test_counts_below_one_are_refused_by_name(name: str, value: int) -> None:
     with pytest.raises(ConfigError, match=name):
         plan_memory(llama_8b(), replace(CONFIG, **{name: value}), WEIGHTS, H200)
+
+
+def test_without_graphs_their_memory_goes_to_the_pool() -> None:
+    graphed = plan_memory(llama_8b(), CONFIG, WEIGHTS, H200)
+    eager = plan_memory(llama_8b(), replace(CONFIG, enforce_eager=True), WEIGHTS, H200)
+    assert eager.graphs == 0
+    assert eager.kv - graphed.kv == pytest.approx(graphed.graphs, abs=2 * 1024 * 1024)

@@ -237,3 +237,41 @@ def test_a_folder_with_only_a_slow_tokenizer_is_converted(tmp_path: Path) -> Non
     (tmp_path / "merges.txt").write_text("#version: 0.2\nh i</w>\n")
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "OpenAIGPTTokenizer", "unk_token": "<unk>"}))
     assert WsTokenizer.from_folder(tmp_path).encode("hi") == [3]
+
+
+DEMO = Path(__file__).resolve().parent.parent / "workstation" / "demo" / "model"
+TOOL = {
+    "type": "function",
+    "function": {"name": "add", "description": "Add", "parameters": {"type": "object", "properties": {}}},
+}
+CALL = {"type": "function", "function": {"name": "add", "arguments": {"a": 1}}}
+CONVERSATION = [
+    {"role": "system", "content": "Be brief."},
+    {"role": "user", "content": "What is 1 + 1?"},
+    {"role": "assistant", "content": "", "tool_calls": [CALL]},
+    {"role": "tool", "content": "2"},
+    {"role": "assistant", "content": "It is 2."},
+    {"role": "user", "content": "Thanks"},
+]
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"tools": [TOOL]}, {"enable_thinking": True}, {"add_generation_prompt": False}], ids=str
+)
+def test_the_demo_model_reads_a_chat_as_with_transformers(options: dict[str, object]) -> None:
+    ours, theirs = WsTokenizer.from_folder(DEMO), _transformers(DEMO)
+    arguments = {"add_generation_prompt": True, **options}
+    expected = theirs.apply_chat_template(CONVERSATION, tokenize=True, return_dict=False, **arguments)  # type: ignore[attr-defined]
+    thinking = {"enable_thinking": arguments.pop("enable_thinking")} if "enable_thinking" in arguments else None
+    assert ours.encode_chat(CONVERSATION, template_kwargs=thinking, **arguments) == expected  # type: ignore[arg-type]
+
+
+def test_every_control_string_of_the_demo_model_is_plain_text_in_a_users_message() -> None:
+    tokenizer = WsTokenizer.from_folder(DEMO)
+    added = json.loads((DEMO / "tokenizer.json").read_text())["added_tokens"]
+    control = {token["id"] for token in added}
+    frame = [index for index in tokenizer.encode_chat([{"role": "user", "content": "x"}]) if index in control]
+    for token in added:
+        ids = tokenizer.encode_chat([{"role": "user", "content": f"a {token['content']} b"}])
+        assert [index for index in ids if index in control] == frame, token["content"]
+        assert f"a {token['content']} b" in tokenizer.decode(ids)

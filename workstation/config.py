@@ -16,11 +16,14 @@ class EngineConfig:
         model: path of a folder with config.json and (unless load_format is "dummy") safetensors.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of weights and activations; "auto" is the checkpoint's (float32 checkpoints and the CPU: see runner).
+        quantization: "fp8" quantises the linear layers of a 16-bit checkpoint while loading; a quantised checkpoint's own
+            format is found without it.
         max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
         max_num_batched_tokens: a step's token budget; None picks by device.
         gpu_memory_utilization: share of the device's memory the engine may use, 0…1.
         kv_cache_memory_bytes / num_blocks: exact size of the KV pool, in bytes or blocks; overrides the share.
         overlap: schedule step N+1 while step N runs; None means "on a GPU".
+        enforce_eager: launch kernel by kernel, without CUDA graphs.
     """
 
     model: str
@@ -34,11 +37,13 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None
     block_size: int = 16
+    quantization: Literal["fp8"] | None = None
     kv_cache_dtype: Literal["auto"] = "auto"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"
     max_num_queued_reqs: int = 2048
     overlap: bool | None = None
+    enforce_eager: bool = False
     seed: int = 0
     num_threads: int | None = None

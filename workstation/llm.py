@@ -14,6 +14,7 @@ from workstation import gpu
 from workstation.architecture import read_shape
 from workstation.catalog import load_catalogue
 from workstation.config import EngineConfig
+from workstation.engine.host import calm_collector
 from workstation.engine.request import BeamSearchParams, EngineRequest, EngineStats, SamplingParams, TokenEvent, TokenLogprobs
 from workstation.engine.start import build_engine
 from workstation.errors import ConfigError, EngineError, InvalidRequestError
@@ -31,8 +32,6 @@ _FIXED: dict[str, tuple[tuple[Any, ...], str]] = {
     "tensor_parallel_size": ((1,), "one GPU is used"),
     "pipeline_parallel_size": ((1,), "one GPU is used"),
     "trust_remote_code": ((False,), "code from model folders is never run"),
-    "quantization": ((None,), "quantised weights have not landed"),
-    "enforce_eager": ((True, False, None), ""),
     "disable_log_stats": ((True, False), ""),
     "tokenizer_mode": (("auto",), "there is one tokenizer mode"),
     "cpu_offload_gb": ((0, 0.0), "weights stay on the device"),
@@ -216,7 +215,7 @@ class LLM:
                 outputs[request.request_id] = RequestOutput(request.request_id, text, request.prompt_token_ids)
                 samples[request.request_id] = self._samples(request)
                 outputs[request.request_id].outputs = [sample.output for sample in samples[request.request_id]]
-            with _progress(len(requests), progress) as advance:
+            with _progress(len(requests), progress) as advance, calm_collector():
                 while self.engine.has_work:
                     for event in self.engine.step():
                         self._take(event, outputs[event.request_id], samples[event.request_id], advance)

@@ -185,7 +185,7 @@ class _Planner:
         self.block_bytes = shape.kv_bytes_per_block(config.block_size, dtype_bytes)
         cuda = device.kind == "cuda"
         self.context = CUDA_CONTEXT_BYTES if cuda else 0
-        self.graphs = CUDA_GRAPH_BYTES if cuda else 0
+        self.graphs = CUDA_GRAPH_BYTES if cuda and not config.enforce_eager else 0
         self.reserve = DISPLAY_RESERVE_BYTES if device.display else 0
         self.free = device.free_bytes - self.reserve - (0 if device.has_context else self.context)
         share = int(config.gpu_memory_utilization * device.total_bytes) - self.context

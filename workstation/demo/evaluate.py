@@ -42,7 +42,7 @@ class SkillScore:
 
 
 def held_out(skill: str, n: int, seed: int = 0) -> list[Task]:
-    """`n` tasks of a skill from the side that training never drew from; the same for the same seed. KeyError for an unknown skill."""
+    """`n` tasks of a skill from the side that training never drew from; fixed by the seed. KeyError for an unknown skill."""
     rng = Random(f"{skill}:{seed}")
     return [generate(skill, rng, "held_out") for _ in range(n)]
 
@@ -63,13 +63,18 @@ def score(tasks: Sequence[Task], texts: Sequence[str], misses: int = 5) -> dict[
 
 
 def evaluate(
-    encode: Callable[[str], list[int]], generate_text: Generate, n: int = 200, seed: int = 0, skills: Sequence[str] = tuple(SKILLS)
+    encode: Callable[[str], list[int]],
+    generate_text: Generate,
+    n: int = 200,
+    seed: int = 0,
+    skills: Sequence[str] = tuple(SKILLS),
 ) -> dict[str, SkillScore]:
     """Draws `n` held-out tasks a skill, lets the model answer all, and scores.
 
     Args:
         encode: prompt text → token ids, in which the template's special tokens are recognised.
-        generate_text: token-id prompts → texts, greedy, at most MAX_NEW_TOKENS, special tokens skipped, <think> and <tool_call> kept.
+        generate_text: token-id prompts → texts, greedy, at most MAX_NEW_TOKENS, without special tokens but with
+            <think> and <tool_call>.
     """
     tasks = [task for skill in skills for task in held_out(skill, n, seed)]
     return score(tasks, generate_text([encode(prompt_text(task)) for task in tasks]))
@@ -87,10 +92,15 @@ def report(scores: dict[str, SkillScore]) -> str:
 
 
 def as_json(scores: dict[str, SkillScore]) -> dict[str, Any]:
-    return {"average": average(scores), "skills": {name: asdict(result) | {"share": result.share} for name, result in scores.items()}}
+    return {
+        "average": average(scores),
+        "skills": {name: asdict(result) | {"share": result.share} for name, result in scores.items()},
+    }
 
 
-def transformers_generator(folder: Path, device: str, dtype: str = "bfloat16", batch_tokens: int = 400_000) -> tuple[Callable[[str], list[int]], Generate]:
+def transformers_generator(
+    folder: Path, device: str, dtype: str = "bfloat16", batch_tokens: int = 400_000
+) -> tuple[Callable[[str], list[int]], Generate]:
     """Encoder and greedy batched generation by transformers, for use without the engine."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -103,7 +113,9 @@ def transformers_generator(folder: Path, device: str, dtype: str = "bfloat16", b
         width = max(map(len, prompts))
         ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts], device=device)
         mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts], device=device)
-        out = model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, temperature=None)
+        out = model.generate(
+            input_ids=ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False, temperature=None
+        )
         return [str(text) for text in tokenizer.batch_decode(out[:, width:], skip_special_tokens=True)]
 
     def generate_all(prompts: list[list[int]]) -> list[str]:
@@ -129,7 +141,12 @@ def main() -> None:
     parser.add_argument("--skills", nargs="*", default=list(SKILLS))
     parser.add_argument("--json", type=Path, help="write the scores here")
     options = parser.parse_args()
-    scores = evaluate(*transformers_generator(options.folder, options.device, options.dtype, 20_000), options.items, options.seed, options.skills)
+    scores = evaluate(
+        *transformers_generator(options.folder, options.device, options.dtype, 20_000),
+        options.items,
+        options.seed,
+        options.skills,
+    )
     print(report(scores))
     if options.json:
         options.json.write_text(json.dumps(as_json(scores), indent=2) + "\n", encoding="utf-8")

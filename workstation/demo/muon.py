@@ -1,4 +1,4 @@
-"""Muon: momentum whose direction is orthogonalised, for stacks of weight matrices (Jordan et al. 2024; scale of Liu et al. 2025)."""
+"""Muon: momentum whose direction is orthogonalised, for stacks of matrices (Jordan et al. 2024; scale of Liu et al. 2025)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _QUINTIC = (3.4445, -4.7750, 2.0315)  # coefficients tuned by the authors for st
 
 def orthogonalised(gradient: Tensor, steps: int = 5) -> Tensor:
     """The nearest semi-orthogonal matrices by Newton–Schulz steps in bf16. gradient: [n, rows, columns]."""
-    x = gradient.bfloat16()
+    x: Tensor = gradient.bfloat16()
     tall = x.shape[-2] > x.shape[-1]
     if tall:
         x = x.mT
@@ -27,7 +27,9 @@ def orthogonalised(gradient: Tensor, steps: int = 5) -> Tensor:
 class Muon(torch.optim.Optimizer):
     """Nesterov momentum, orthogonalised, with decoupled weight decay. The update's RMS is 0.2 · lr, like AdamW's."""
 
-    def __init__(self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1) -> None:
+    def __init__(
+        self, parameters: Iterable[nn.Parameter], lr: float, momentum: float = 0.95, weight_decay: float = 0.1
+    ) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()

@@ -46,7 +46,7 @@ def before_attention(
     """x: [T, hidden] → q [T, heads, D], k and v [T, kv heads, D]: norm, projection, QK-norm, rotary embedding."""
     projected = F.linear(rms_norm(x, norm, size.norm_eps), qkv)
     wide, narrow = size.heads * size.head_dim, size.kv_heads * size.head_dim
-    q, k, v = projected.split((wide, narrow, narrow), dim=-1)
+    q, k, v = torch.split(projected, [wide, narrow, narrow], dim=-1)
     q = rms_norm(q.view(-1, size.heads, size.head_dim), q_norm, size.norm_eps)
     k = rms_norm(k.view(-1, size.kv_heads, size.head_dim), k_norm, size.norm_eps)
     return rotated(q, cos, sin), rotated(k, cos, sin), v.reshape(-1, size.kv_heads, size.head_dim)
@@ -79,12 +79,16 @@ def packed_attention(q: Tensor, k: Tensor, v: Tensor, starts: Tensor, longest: i
     tokens = q.shape[0]
     document = torch.searchsorted(starts, torch.arange(tokens, dtype=starts.dtype), right=True)
     mask = (document[:, None] == document[None]).tril()
-    heads = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
-    return F.scaled_dot_product_attention(*heads, attn_mask=mask, enable_gqa=True)[0].transpose(0, 1).flatten(1)
+    q, k, v = (tensor.transpose(0, 1)[None] for tensor in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    return out[0].transpose(0, 1).flatten(1)
 
 
 class Network(nn.Module):
     """The decoder. Matrices of one kind are one parameter [layers, out, in]."""
+
+    cos: Tensor
+    sin: Tensor
 
     def __init__(self, size: Size) -> None:
         super().__init__()
@@ -103,7 +107,10 @@ class Network(nn.Module):
         self.q_norm = nn.Parameter(torch.ones(size.layers, size.head_dim))
         self.k_norm = nn.Parameter(torch.ones(size.layers, size.head_dim))
         self.norm = nn.Parameter(torch.ones(size.hidden))
-        angles = torch.outer(torch.arange(size.positions).float(), size.rope_theta ** (-torch.arange(0, size.head_dim, 2).float() / size.head_dim))
+        angles = torch.outer(
+            torch.arange(size.positions).float(),
+            size.rope_theta ** (-torch.arange(0, size.head_dim, 2).float() / size.head_dim),
+        )
         self.register_buffer("cos", angles.cos(), persistent=False)
         self.register_buffer("sin", angles.sin(), persistent=False)
         self._before: Callable[..., Any] = before_attention

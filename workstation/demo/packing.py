@@ -1,4 +1,4 @@
-"""Generated documents as packs of tokens: a fixed number of tokens, document after document, with what the loss covers marked."""
+"""Generated documents as packs: a fixed number of tokens, document after document, with what the loss covers marked."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ class Pack:
     """One micro-batch.
 
     Attributes:
-        tokens: [T] uint16.  positions: [T] int16, from 0 in each document.  starts: [documents + 1] int32, where documents begin.
+        tokens: [T] uint16.  positions: [T] int16, from 0 in each document.
+        starts: [documents + 1] int32, where documents begin.
         inputs: [N] int32, indices whose next token the loss covers.  targets: [N] uint16, those next tokens.
         longest: tokens of the longest document a pack of this kind may hold.
     """
@@ -87,7 +88,7 @@ class Packer:
 
 
 class Marks:
-    """Finds the tokens the model must write: assistant turns up to <|im_end|>, FIM middles and bare text up to <|endoftext|>."""
+    """Finds the tokens the model must write: assistant turns up to <|im_end|>; FIM middles and bare text to <|endoftext|>."""
 
     def __init__(self, tokenizer: Any) -> None:
         self._start, self._end = tokenizer.token_to_id(IM_START), tokenizer.token_to_id(IM_END)
@@ -101,7 +102,8 @@ class Marks:
         """Indices of the trained tokens.
 
         Args:
-            tokens: [T], documents in a row.  starts: [documents + 1].  skipped: [documents], first assistant turns without loss.
+            tokens: [T], documents in a row.  starts: [documents + 1].
+            skipped: [documents], how many first assistant turns get no loss.
         """
         size = len(tokens)
         opened = np.flatnonzero((tokens[:-1] == self._start) & (tokens[1:] == self._assistant))

@@ -8,8 +8,10 @@ one-to-one map between pieces, which a small model learns. Digits are single tok
 from __future__ import annotations
 
 import json
+import sys
 from collections import Counter
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -19,9 +21,20 @@ from workstation.demo.template import END_OF_TEXT, IM_END, IM_START, document, j
 
 VOCAB_SIZE = 4096
 SPECIAL_TOKENS = (
-    END_OF_TEXT, IM_START, IM_END, "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
-    "<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>", *(f"<|reserved_{index}|>" for index in range(20)),
-)  # fmt: skip
+    END_OF_TEXT,
+    IM_START,
+    IM_END,
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<|fim_prefix|>",
+    "<|fim_suffix|>",
+    "<|fim_middle|>",
+    *(f"<|reserved_{index}|>" for index in range(20)),
+)
 # Those that carry meaning in the text and must survive `skip_special_tokens`, as the parsers read them.
 _VISIBLE = {"<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"}
 _SPLIT = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -51,12 +64,16 @@ def _base_bpe(texts: list[str], size: int) -> Any:
     from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT.replace(" ?", "")), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT.replace(" ?", "")), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=256 + round((size - 256) * _BASE_SHARE), initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=256 + round((size - 256) * _BASE_SHARE), initial_alphabet=alphabet, show_progress=False
+    )
     tokenizer.train_from_iterator(texts, trainer)
     return tokenizer
 
@@ -68,7 +85,7 @@ def _with_spaces(vocab: dict[str, int], merges: list[tuple[str, str]], texts: li
     counted = _assembled(ordered, merges)
     for text in texts[:20_000]:
         tokens = counted.encode(text, add_special_tokens=False).tokens
-        counts.update(piece for space, piece in zip(tokens, tokens[1:], strict=False) if space == _SPACE)
+        counts.update(piece for space, piece in pairwise(tokens) if space == _SPACE)
     room = VOCAB_SIZE - len(SPECIAL_TOKENS) - len(ordered)
     spaced = [piece for piece, _ in counts.most_common() if _joins(piece) and _SPACE + piece not in vocab][:room]
     return _assembled(ordered + [_SPACE + piece for piece in spaced], merges + [(_SPACE, piece) for piece in spaced])
@@ -83,10 +100,12 @@ def _assembled(ordered: list[str], merges: list[tuple[str, str]]) -> Any:
 
     vocab = {piece: index for index, piece in enumerate([*SPECIAL_TOKENS, *ordered])}
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=merges))
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-    ])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     tokenizer.decoder = decoders.ByteLevel()
     for token in SPECIAL_TOKENS:
         added = AddedToken(token, special=token not in _VISIBLE, normalized=False)
@@ -100,9 +119,14 @@ def save(tokenizer: Any, folder: Path) -> None:
     tokenizer.save(str(folder / "tokenizer.json"))
     special = {"eos_token": IM_END, "pad_token": END_OF_TEXT}
     config = {
-        "tokenizer_class": "PreTrainedTokenizerFast", "model_max_length": 8192, "clean_up_tokenization_spaces": False,
-        "add_bos_token": False, "add_prefix_space": False, "chat_template": jinja_source(), **special,
-    }  # fmt: skip
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": 8192,
+        "clean_up_tokenization_spaces": False,
+        "add_bos_token": False,
+        "add_prefix_space": False,
+        "chat_template": jinja_source(),
+        **special,
+    }
     _write_json(folder / "tokenizer_config.json", config)
     _write_json(folder / "special_tokens_map.json", special)
     (folder / "chat_template.jinja").write_text(jinja_source(), encoding="utf-8")
@@ -110,3 +134,12 @@ def save(tokenizer: Any, folder: Path) -> None:
 
 def _write_json(path: Path, value: object) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main() -> None:
+    """`python -m workstation.demo.tokenizer FOLDER` writes the tokenizer that training then uses."""
+    save(build(), Path(sys.argv[1]))
+
+
+if __name__ == "__main__":
+    main()

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from workstation.demo import evaluate, packing
-from workstation.demo.export import export
+from workstation.demo.export import export, load
 from workstation.demo.muon import Muon
 from workstation.demo.network import Network, Size, packed_attention
 
@@ -51,7 +51,9 @@ class Feed:
         self._device = device
         self._ready: queue.Queue[Batch] = queue.Queue(maxsize=12)
         self._processes = [
-            context.Process(target=_work, args=(tokenizer_file, size, seed * 1000 + index, _turned(index), waiting), daemon=True)
+            context.Process(
+                target=_work, args=(tokenizer_file, size, seed * 1000 + index, _turned(index), waiting), daemon=True
+            )
             for index, waiting in enumerate(self._queues)
         ]
         for process in self._processes:
@@ -110,14 +112,18 @@ def rate(done: float) -> float:
 class Trainer:
     """The network with its optimisers: one `step` takes the packs of a step."""
 
-    def __init__(self, size: Size, device: torch.device, seed: int) -> None:
+    def __init__(self, size: Size, device: torch.device, seed: int, peak: float = 1.0) -> None:
+        """`peak` scales the highest learning rates."""
         torch.manual_seed(seed)
+        self._peak = peak
         self.network = Network(size).to(device)
         self.dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         if device.type == "cuda":
             self.network.compile_parts()
         self._muon = Muon(self.network.matrices(), lr=MUON_RATE)
-        self._adam = torch.optim.AdamW(self.network.others(), lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda")
+        self._adam = torch.optim.AdamW(
+            self.network.others(), lr=ADAM_RATE, betas=(0.9, 0.95), weight_decay=0.0, fused=device.type == "cuda"
+        )
 
     def step(self, batches: list[Batch], share: float) -> Tensor:
         """One update at `share` of the peak rates. Returns the mean loss of a trained token, on the device."""
@@ -131,22 +137,22 @@ class Trainer:
         torch.nn.utils.clip_grad_norm_(self.network.others(), 1.0)
         for optimizer, peak in ((self._muon, MUON_RATE), (self._adam, ADAM_RATE)):
             for group in optimizer.param_groups:
-                group["lr"] = peak * share
+                group["lr"] = peak * self._peak * share
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         return total
 
 
 def check_attention(device: torch.device) -> None:
-    """Compares the packed kernel, values and gradients, with plain attention on the CPU. Raises RuntimeError when they differ."""
+    """Compares the packed kernel, values and gradients, with plain attention. Raises RuntimeError when they differ."""
     torch.manual_seed(1)
     inputs = [torch.randn(300, heads, 64) for heads in (4, 2, 2)]
     starts, found = torch.tensor([0, 7, 140, 300], dtype=torch.int32), []
     for where, dtype in ((torch.device("cpu"), torch.float32), (device, torch.bfloat16)):
-        qkv = [value.detach().to(where, dtype, copy=True).requires_grad_() for value in inputs]
-        out = packed_attention(*qkv, starts.to(where), 512)  # type: ignore[misc]
-        (out.float() * torch.linspace(-1, 1, 256, device=where)).sum().backward()
-        found.append([out, *(value.grad for value in qkv)])
+        q, k, v = (value.detach().to(where, dtype, copy=True).requires_grad_() for value in inputs)
+        out = packed_attention(q, k, v, starts.to(where), 512)
+        weighted = out.float() * torch.linspace(-1, 1, 256, device=where)
+        found.append([out, *torch.autograd.grad(weighted.sum(), (q, k, v))])
     for plain, fast in zip(*found, strict=True):
         error = (plain - fast.float().cpu()).norm() / plain.norm()
         if not error < 0.02:
@@ -163,7 +169,9 @@ def train(options: argparse.Namespace) -> None:
     feed = Feed(options.tokenizer / "tokenizer.json", options.pack_tokens, options.seed, options.workers, device)
     if device.type == "cuda":
         check_attention(device)
-    trainer = Trainer(size, device, options.seed)
+    trainer = Trainer(size, device, options.seed, options.peak)
+    if options.resume:
+        load(trainer.network, options.resume)
     print(f"{sum(p.numel() for p in trainer.network.parameters()):,} parameters, {options.workers} workers", flush=True)
     log = Log(options, feed)
     budget, batches, step, saved = options.minutes * 60, iter(feed), 0, 0
@@ -195,7 +203,9 @@ class Log:
         tokens = step * len(PATTERN) * self._options.pack_tokens
         speed = (step - self._last[0]) * len(PATTERN) * self._options.pack_tokens / max(seconds - self._last[1], 1e-9)
         self._last = (step, seconds)
-        self._lines.append({"step": step, "seconds": round(seconds, 1), "tokens": tokens, "loss": round(loss, 4), "tokens_per_s": round(speed)})
+        self._lines.append(
+            {"step": step, "seconds": round(seconds, 1), "tokens": tokens, "loss": round(loss, 4), "tokens_per_s": round(speed)}
+        )
         memory = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
         print(
             f"{seconds:6.1f} s  step {step:6d}  {tokens / 1e6:8.1f} M tokens  loss {loss:.4f}  {speed / 1e6:5.2f} M tokens/s"
@@ -225,6 +235,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="the folder to write")
     parser.add_argument("--minutes", type=float, default=8.4, help="training's budget, compilation included")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--resume", type=Path, help="a folder with weights to go on from, in place of random ones")
+    parser.add_argument(
+        "--peak", type=float, default=1.0, help="factor on the highest learning rates; below 1 to go on from good weights"
+    )
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--workers", type=int, default=15, help="generating processes")
     parser.add_argument("--pack-tokens", type=int, default=65536, help="tokens a micro-batch; three make a step")

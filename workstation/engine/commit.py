@@ -59,18 +59,26 @@ class Committer:
     # ── one token ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _append(self, sample: Sample, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        seq, request = sample.seq, sample.seq.request
+        seq, scheduler = sample.seq, self._scheduler
+        request = seq.request
         seq.tokens.append(token)
-        self._scheduler.stats.generated_tokens += 1
-        self._scheduler.kv.publish(seq)
+        scheduler.stats.generated_tokens += 1
+        if len(seq.tokens) >= seq.publish_at:
+            scheduler.kv.publish(seq)
         if request.times.first_token == 0.0:
-            request.times.first_token = self._scheduler.clock()
-        event = TokenEvent(request.request_id, seq.index, [token], num_cached_tokens=request.num_cached_tokens,
-                           num_preemptions=request.num_preemptions)
-        if request.request.params.logprobs is not None and logprobs is not None:
+            request.times.first_token = scheduler.clock()
+        event = TokenEvent(request.request.request_id, seq.index, [token])
+        event.num_cached_tokens, event.num_preemptions = request.num_cached_tokens, request.num_preemptions
+        if logprobs is not None:
             event.logprobs = [logprobs]
         if request.prompt_logprobs is not None and not request.sent_prompt_logprobs:
             event.prompt_logprobs, request.sent_prompt_logprobs = request.prompt_logprobs, True
+        if token in request.stop_ids or len(seq.tokens) >= seq.limit:
+            self._end(seq, token, event)
+        return event
+
+    def _end(self, seq: Sequence, token: int, event: TokenEvent) -> None:
+        request = seq.request
         reason = self._reason(seq, token)
         if reason is not None:
             event.finish_reason = reason
@@ -78,7 +86,6 @@ class Committer:
                 event.stop_reason = token
             event.finished = self._scheduler.finish(seq, reason)
             event.times = request.times
-        return event
 
     def _reason(self, seq: Sequence, token: int) -> FinishReason | None:
         request = seq.request

@@ -16,6 +16,8 @@ from workstation.kernels.paging import AttentionPlan
 from workstation.model.inputs import InputTensors
 
 Ints = npt.NDArray[np.int64]
+ON_DEVICE = -1  # in place of a token id: the row's last token, which only the device knows
+PADDING = -1  # in place of a position: no token; nothing is written and nothing is attended to
 
 
 @dataclass(slots=True)
@@ -27,20 +29,50 @@ class StepTensors:
     sample_positions: torch.Tensor
 
 
-def _host_tokens(batch: Batch, total: int) -> tuple[Ints, list[int]]:
-    """Token ids known on the host, and the flat places of those that are still on the device."""
-    tokens = np.zeros(total, dtype=np.int64)
-    on_device: list[int] = []
+@dataclass(slots=True)
+class HostStep:
+    """A step as host arrays, [T] a token and [S] a chunk; `lengths` are the chunks' contexts after the step."""
+
+    tokens: Ints
+    positions: Ints
+    token_rows: Ints
+    rows: Ints
+    lengths: Ints
+    query_start: Ints
+    decodes: int
+    max_query_len: int
+    max_context_len: int
+
+
+def pack(batch: Batch) -> HostStep:
+    """Flatten a batch's chunks."""
+    counts = np.array([chunk.count for chunk in batch.chunks], dtype=np.int64)
+    starts = np.array([chunk.start for chunk in batch.chunks], dtype=np.int64)
+    rows = np.array([chunk.row for chunk in batch.chunks], dtype=np.int64)
+    query_start = np.zeros(len(counts) + 1, dtype=np.int64)
+    np.cumsum(counts, out=query_start[1:])
+    total = int(query_start[-1])
+    lengths = starts + counts
+    longest = int(counts.max())
+    if longest == 1:
+        return HostStep(_host_tokens(batch, total), starts, rows, rows, lengths, query_start, total, 1, int(lengths.max()))
+    positions = np.arange(total) - np.repeat(query_start[:-1] - starts, counts)
+    return HostStep(_host_tokens(batch, total), positions, np.repeat(rows, counts), rows, lengths, query_start,
+                    int(np.argmax(counts > 1)), longest, int(lengths.max()))
+
+
+def _host_tokens(batch: Batch, total: int) -> Ints:
+    """Token ids known on the host, ON_DEVICE where they are not."""
+    tokens = np.full(total, ON_DEVICE, dtype=np.int64)
     place = 0
     for chunk in batch.chunks:
-        if chunk.pending:
-            on_device.append(place)
-        elif chunk.count == 1:
-            tokens[place] = chunk.seq.tokens[chunk.start]
-        else:
-            tokens[place:place + chunk.count] = chunk.seq.tokens[chunk.start:chunk.start + chunk.count]
+        if not chunk.pending:
+            if chunk.count == 1:
+                tokens[place] = chunk.seq.tokens[chunk.start]
+            else:
+                tokens[place:place + chunk.count] = chunk.seq.tokens[chunk.start:chunk.start + chunk.count]
         place += chunk.count
-    return tokens, on_device
+    return tokens
 
 
 class InputBuilder:
@@ -51,44 +83,45 @@ class InputBuilder:
         self._groups = groups
         self._block_size = block_size
 
-    def build(self, batch: Batch) -> StepTensors:
-        """Apply the batch's table changes and build its tensors. Nothing waits for the device."""
+    def update_tables(self, batch: Batch) -> None:
+        """Upload the batch's block table changes."""
         self._rows.update_tables([(group, chunk.row, entry, block) for chunk in batch.chunks
                                   for group, entry, block in chunk.table_updates])
-        counts = np.array([chunk.count for chunk in batch.chunks], dtype=np.int64)
-        starts = np.array([chunk.start for chunk in batch.chunks], dtype=np.int64)
-        rows = np.array([chunk.row for chunk in batch.chunks], dtype=np.int64)
-        query_start = np.zeros(len(counts) + 1, dtype=np.int64)
-        np.cumsum(counts, out=query_start[1:])
-        total = int(query_start[-1])
-        token_rows = np.repeat(rows, counts)
-        positions = np.arange(total) - np.repeat(query_start[:-1] - starts, counts)
-        tokens, on_device = _host_tokens(batch, total)
-        last = query_start[1:] - 1
-        samples = batch.samples
-        parts = [
-            tokens, positions, token_rows, np.array(on_device, dtype=np.int64), rows, starts + counts, query_start,
-            np.array([last[sample.chunk] for sample in samples], dtype=np.int64),
-            np.array([sample.row for sample in samples], dtype=np.int64),
-            np.array([sample.position for sample in samples], dtype=np.int64),
-        ]
-        pieces = torch.split(to_device(np.concatenate(parts), self._rows.device), [len(part) for part in parts])
-        decodes = int(np.argmax(counts > 1)) if bool((counts > 1).any()) else len(counts)
-        return self._assemble(pieces, decodes, int(counts.max()), int((starts + counts).max()))
 
-    def _assemble(self, pieces: tuple[torch.Tensor, ...], decodes: int, max_query: int, max_context: int) -> StepTensors:
-        tokens, positions, token_rows, on_device, rows, lengths, query_start, logits_indices, sample_rows, sample_at = pieces
-        if on_device.numel() == tokens.numel():
-            tokens = self._rows.last_token[token_rows]
-        elif on_device.numel():
-            tokens = tokens.index_copy(0, on_device, self._rows.last_token[token_rows[on_device]])
-        entries, offsets = positions // self._block_size, positions % self._block_size
-        slots, plans = [], []
-        short = (query_start.to(torch.int32), lengths.to(torch.int32), rows.to(torch.int32))
-        for group, table in zip(self._groups, self._rows.tables, strict=True):
-            slots.append(table[token_rows, entries].to(torch.int64) * self._block_size + offsets)
-            plans.append(AttentionPlan(
-                query_start=short[0], context_lens=short[1], tables=table, rows=short[2], num_decodes=decodes,
-                max_query_len=max_query, max_context_len=max_context, window=group.window, block_size=self._block_size))
-        model = InputTensors(tokens, positions, tuple(slots), tuple(plans), logits_indices)
+    def samples(self, batch: Batch) -> Ints:
+        """[2, L]: rows and positions of the batch's samples."""
+        return np.array([[sample.row for sample in batch.samples], [sample.position for sample in batch.samples]],
+                        dtype=np.int64)
+
+    def build(self, batch: Batch, step: HostStep) -> StepTensors:
+        """The tensors of any batch. Nothing waits for the device."""
+        last = step.query_start[1:] - 1
+        samples = self.samples(batch)
+        parts = [step.tokens, step.positions, step.token_rows, step.rows, step.lengths, step.query_start,
+                 np.array([last[sample.chunk] for sample in batch.samples], dtype=np.int64), samples[0], samples[1]]
+        sent = torch.split(to_device(np.concatenate(parts), self._rows.device), [len(part) for part in parts])
+        tokens, positions, token_rows, rows, lengths, query_start, logits_indices, sample_rows, sample_at = sent
+        model = InputTensors(
+            self.token_ids(tokens, token_rows), positions, self.slots(positions, token_rows),
+            self.plans(query_start.to(torch.int32), lengths.to(torch.int32), rows.to(torch.int32), step), logits_indices)
         return StepTensors(model, sample_rows, sample_at)
+
+    def token_ids(self, tokens: torch.Tensor, token_rows: torch.Tensor) -> torch.Tensor:
+        """[T] ids, those that never left the device taken from their rows."""
+        return torch.where(tokens == ON_DEVICE, self._rows.last_token[token_rows], tokens)
+
+    def slots(self, positions: torch.Tensor, token_rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Per KV group [T] slots; padding gets -1, which writes nothing."""
+        entries, offsets = positions // self._block_size, positions % self._block_size
+        entries = entries.clamp(min=0)
+        return tuple(torch.where(positions == PADDING, PADDING,
+                                 table[token_rows, entries].to(torch.int64) * self._block_size + offsets)
+                     for table in self._rows.tables)
+
+    def plans(self, query_start: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor,
+              step: HostStep) -> tuple[AttentionPlan, ...]:
+        """One attention plan a KV group; all tensors int32."""
+        return tuple(AttentionPlan(
+            query_start=query_start, context_lens=lengths, tables=table, rows=rows, num_decodes=step.decodes,
+            max_query_len=step.max_query_len, max_context_len=step.max_context_len, window=group.window,
+            block_size=self._block_size) for group, table in zip(self._groups, self._rows.tables, strict=True))

@@ -30,6 +30,7 @@ class KVManager:
         self.pool = pool
         self.groups = tuple(groups)
         self.caching = caching
+        self.slides = any(group.window for group in self.groups)
 
     def blocks_for(self, num_tokens: int, max_chunk: int) -> int:
         """Most blocks a sequence of this many tokens can hold at once when a step computes at most max_chunk of them."""
@@ -48,6 +49,7 @@ class KVManager:
         seq.freed = [0] * count
         seq.table_updates = []
         seq.num_computed = 0
+        seq.own_until, seq.publish_at = 0, self.pool.block_size
 
     # ── prefix cache ────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,7 @@ class KVManager:
             seq.freed[group] = next((i for i, block in enumerate(blocks) if block != NULL_BLOCK), length)
             seq.table_updates += [(group, entry, block) for entry, block in enumerate(blocks)]
         seq.num_computed = length * self.pool.block_size
+        seq.publish_at = seq.num_computed + self.pool.block_size
         return seq.num_computed
 
     def _longest_hit(self, seq: Sequence, limit: int) -> tuple[int, list[list[int]]]:
@@ -122,11 +125,10 @@ class KVManager:
 
     def publish(self, seq: Sequence) -> None:
         """Offer every full block whose tokens are known and whose K and V are written by a launched step."""
-        if not self.caching:
+        if seq.num_computed < seq.publish_at or len(seq.tokens) < seq.publish_at or not self.caching:
             return
         full = min(seq.num_computed, len(seq.tokens)) // self.pool.block_size
-        if full <= min(seq.published):
-            return
+        seq.publish_at = (full + 1) * self.pool.block_size
         self._extend_digests(seq, full)
         size = self.pool.block_size
         for group, table in enumerate(seq.tables):
@@ -172,6 +174,8 @@ class KVManager:
         Returns (source, target) blocks to copy before the step writes, or None (and changes nothing) when too few blocks
         are available.
         """
+        if num_tokens <= seq.own_until:
+            return []
         if self.needed(seq, num_tokens) > self.pool.available:
             return None
         copies: list[tuple[int, int]] = []
@@ -183,6 +187,7 @@ class KVManager:
             for entry in range(len(table), target):
                 table.append(self.pool.allocate())
                 seq.table_updates.append((group, entry, table[entry]))
+        seq.own_until = target * self.pool.block_size
         return copies
 
     def _replace(self, seq: Sequence, group: int, entry: int) -> int:
@@ -219,6 +224,8 @@ class KVManager:
         child.published = list(parent.published)
         child.freed = list(parent.freed)
         child.num_computed = parent.num_computed
+        child.publish_at = parent.publish_at
+        parent.own_until = child.own_until = 0  # both read the partial block now
         child.table_updates = []
         for group, table in enumerate(child.tables):
             for entry, block in enumerate(table):

@@ -6,6 +6,8 @@ One thread runs the engine; a second one only beats. The process dies with its p
 from __future__ import annotations
 
 import ctypes
+import dataclasses
+import gc
 import logging
 import os
 import signal
@@ -20,6 +22,7 @@ import zmq
 
 from workstation.config import EngineConfig
 from workstation.engine import wire
+from workstation.engine.host import calm_collector, server_threads
 from workstation.engine.request import EngineStats
 from workstation.errors import StartupError, WorkstationError
 
@@ -76,8 +79,11 @@ class EngineLoop:
             self._send(wire.StartFailed(type(error).__name__, error.message, error.param))
             return error.exit_code
         self._send(wire.Ready(self._engine.info))
+        gc.collect()
+        gc.freeze()  # what loading left behind lives for ever
         try:
-            self._serve()
+            with calm_collector():
+                self._serve()
         except Exception as error:
             log.exception("the engine failed")
             self._send(wire.Crashed(f"{type(error).__name__}: {error}"))
@@ -144,6 +150,8 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the server's to handle
     logging.basicConfig(level=logging.INFO, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
     config = msgspec.json.decode((Path(directory) / "config.json").read_bytes(), type=EngineConfig)
+    if config.num_threads is None and config.device == "cpu":
+        config = dataclasses.replace(config, num_threads=server_threads())
     return EngineLoop(directory, config).run()
 
 

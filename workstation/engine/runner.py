@@ -16,13 +16,15 @@ import torch
 from workstation.architecture import ModelShape
 from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
-from workstation.engine.inputs import InputBuilder, StepTensors
+from workstation.engine.graphs import DecodeGraphs, graph_sizes
+from workstation.engine.inputs import InputBuilder, pack
 from workstation.engine.request import SamplingParams, TokenLogprobs
 from workstation.engine.rows import Rows
 from workstation.engine.sampler import SampleLogprobs, Sampler, prompt_logprobs, top_logprobs
 from workstation.engine.sampling_state import SamplingState, banned_next
 from workstation.engine.transfer import record_event, to_device, to_host
 from workstation.kernels import ops
+from workstation.model.inputs import InputTensors
 from workstation.model.transformer import Decoder
 
 PROMPT_LOGPROB_ROWS = 256
@@ -66,25 +68,39 @@ class ModelRunner:
         self.pool = torch.zeros(num_blocks, shape.layers_per_block, 2, shape.num_kv_heads, block_size, shape.head_dim,
                                 dtype=dtype, device=device)
         self._kv = (self.pool,) * len(shape.kv_groups)
-        self._rows = Rows(max_rows, -(-max_model_len // block_size), len(shape.kv_groups), device)
+        self._rows = Rows(max_rows + 1, -(-max_model_len // block_size), len(shape.kv_groups), device)  # one row pads
         self._inputs = InputBuilder(self._rows, shape.kv_groups, block_size)
         self._state = SamplingState(max_rows, shape.vocab_size, device)
         self._sampler = Sampler(self._state)
         self._owners: dict[int, sequence.Sequence] = {}
+        self._graphs = DecodeGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Capture the decode step's CUDA graphs; without this every step runs kernel by kernel."""
+        self._graphs.capture(graph_sizes(self._state.max_rows))
+
+    def _logits(self, inputs: InputTensors) -> torch.Tensor:
+        return self.model.logits(self.model.forward(inputs, self._kv))
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
         """Start a step; its results are fetched by `collect`."""
         self._own_rows(batch.samples)
         self._copy(batch.copies)
-        tensors = self._inputs.build(batch)
+        self._inputs.update_tables(batch)
+        step = pack(batch)
+        if self._graphs.fits(step) and _one_sample_each(batch):
+            logits, rows, positions = self._graphs.replay(step, self._inputs.samples(batch))
+            return self._download(self._sample(batch, logits, rows, positions, []))
+        tensors = self._inputs.build(batch, step)
         hidden = self.model.forward(tensors.model, self._kv)
         prompts = self._prompt_logprobs(batch, hidden)
         if not batch.samples:
             empty = torch.empty(0, dtype=torch.int64, device=self.device)
             return self._download(Step(batch, empty, empty.bool(), prompts=prompts))
         logits = self.model.logits(hidden.index_select(0, tensors.model.logits_indices))
-        return self._download(self._sample(batch, logits, tensors, prompts))
+        return self._download(self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts))
 
     def collect(self, step: Step) -> StepResult:
         """Wait for a step and bring its results into plain Python."""
@@ -133,12 +149,12 @@ class ModelRunner:
 
     # ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _sample(self, batch: Batch, logits: torch.Tensor, tensors: StepTensors, prompts: list[_PromptRows]) -> Step:
+    def _sample(self, batch: Batch, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
+                prompts: list[_PromptRows]) -> Step:
         samples = batch.samples
         steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
-        output = self._sampler.sample(logits, [sample.row for sample in samples], tensors.sample_rows,
-                                      tensors.sample_positions, steps)
-        self._rows.last_token.index_copy_(0, tensors.sample_rows, output.tokens)
+        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps)
+        self._rows.last_token.index_copy_(0, rows, output.tokens)
         step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
         for place, sample in enumerate(samples):
             beam = sample.seq.request.request.beam
@@ -177,6 +193,13 @@ class ModelRunner:
             item.parts = [tuple(map(to_host, part)) for part in item.parts]
         step.ready = record_event()
         return step
+
+
+def _one_sample_each(batch: Batch) -> bool:
+    """Every chunk is sampled once, in order, and nobody asks for its prompt's logprobs."""
+    return len(batch.samples) == len(batch.chunks) and all(
+        sample.chunk == number and batch.chunks[number].seq.request.request.params.prompt_logprobs is None
+        for number, sample in enumerate(batch.samples))
 
 
 def _prompt_targets(chunk: Chunk) -> list[int]:

@@ -133,10 +133,13 @@ class Scheduler:
         """Plan the next step, or None when nothing can be computed now."""
         batch = Batch()
         self._planned.clear()
+        behind = []
         for seq in list(self.running):
-            if self._has_tokens(seq) and seq.num_known - seq.num_computed == 1:
+            if len(seq.tokens) + seq.pending - seq.num_computed > 1:
+                behind.append(seq)
+            elif self._has_tokens(seq):
                 self._advance(seq, batch)
-        for seq in list(self.running):
+        for seq in behind:
             if self._has_tokens(seq):
                 self._advance(seq, batch)
         self._admit(batch)
@@ -150,15 +153,17 @@ class Scheduler:
         return bool(self.running) and not any(seq.pending for seq in [*self.running, *self.waiting])
 
     def _has_tokens(self, seq: Sequence) -> bool:
-        return (seq.row >= 0 and seq.born and seq not in self._planned and seq.num_computed < seq.num_known
-                and not seq.waits_for_host and not seq.at_length_limit)
+        known = len(seq.tokens) + seq.pending
+        return (seq.num_computed < known < seq.limit and seq.row >= 0 and seq.born and seq not in self._planned
+                and not (seq.pending and seq.request.needs_host_tokens))
 
     def _advance(self, seq: Sequence, batch: Batch) -> None:
         """Put the next tokens of a running sequence into the batch, preempting younger ones for blocks if need be."""
-        count = min(seq.num_known - seq.num_computed, self.limits.max_tokens - batch.num_tokens)
+        count = min(len(seq.tokens) + seq.pending - seq.num_computed, self.limits.max_tokens - batch.num_tokens)
         if count <= 0:
             return
-        self.kv.slide(seq)
+        if self.kv.slides:
+            self.kv.slide(seq)
         copies = self.kv.grow(seq, seq.num_computed + count)
         while copies is None:
             victim = self._victim(seq)
@@ -195,16 +200,21 @@ class Scheduler:
         self._planned.add(seq)
         number = len(batch.chunks)
         batch.chunks.append(Chunk(seq, seq.row, start, count, seq.pending > 0, seq.table_updates))
-        seq.table_updates = []
-        batch.copies += copies
+        if seq.table_updates:
+            seq.table_updates = []
+        if copies:
+            batch.copies += copies
         batch.num_tokens += count
-        batch.num_prompt_tokens += max(0, min(start + count, seq.request.prompt_len) - start)
+        prompt_len = seq.request.prompt_len
+        if start < prompt_len:
+            batch.num_prompt_tokens += min(start + count, prompt_len) - start
         self.kv.publish(seq)
-        if seq.num_computed < seq.num_known:
+        if seq.num_computed < len(seq.tokens) + seq.pending:
             return
         self._sample(seq, number, batch)
-        for child in self._unborn(seq):
-            self._bear(child, seq, number, batch)
+        if len(seq.request.sequences) > 1:
+            for child in self._unborn(seq):
+                self._bear(child, seq, number, batch)
 
     def _unborn(self, seq: Sequence) -> list[Sequence]:
         if len(seq.request.sequences) == 1:
@@ -212,7 +222,7 @@ class Scheduler:
         return [child for child in seq.request.sequences if not child.born and child.finished is None]
 
     def _sample(self, seq: Sequence, chunk: int, batch: Batch) -> None:
-        batch.samples.append(Sample(seq, seq.row, chunk, seq.num_known))
+        batch.samples.append(Sample(seq, seq.row, chunk, len(seq.tokens) + seq.pending))
         seq.pending += 1
 
     def _bear(self, child: Sequence, parent: Sequence, chunk: int, batch: Batch) -> None:

@@ -20,6 +20,9 @@ class Sequence:
         table_updates: (group, entry, block) changes the runner has not uploaded yet.
         row: place in the device's row state, -1 while not running.  score: cumulative log-probability (beams).
         blocked_at: blocks that were available when admission last failed for lack of them, -1 if it did not.
+        limit: tokens at which it ends for its length; one token fewer is the most that is ever computed.
+        own_until: tokens that can be written before the pool is asked again: the table covers them and nobody shares its tail.
+        publish_at: known and computed tokens from which there is a new full block to publish.
         order: scheduling key; smaller runs first.  born: False for a sample that waits for its prompt to be computed.
     """
 
@@ -40,24 +43,16 @@ class Sequence:
     finished: FinishReason | None = None
     score: float = 0.0
     blocked_at: int = -1
+    limit: int = field(init=False)
+    own_until: int = 0
+    publish_at: int = 0
 
     @property
     def num_known(self) -> int:
         return len(self.tokens) + self.pending
 
-    @property
-    def num_output(self) -> int:
-        """Output tokens known or in flight."""
-        return self.num_known - self.request.prompt_len
-
-    @property
-    def waits_for_host(self) -> bool:
-        """True while the next step may not be planned before the sampled token is known here."""
-        return self.pending > 0 and self.request.needs_host_tokens
-
-    @property
-    def at_length_limit(self) -> bool:
-        return self.num_output >= self.request.max_tokens
+    def __post_init__(self) -> None:
+        self.limit = self.request.prompt_len + self.request.max_tokens
 
 
 @dataclass(slots=True, eq=False)
@@ -84,11 +79,11 @@ class RequestState:
     times: RequestTimes = field(default_factory=RequestTimes)
     num_preemptions: int = 0
     num_forks: int = 0
+    prompt_len: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.prompt_token_ids)
 
     @property
     def request_id(self) -> str:
         return self.request.request_id
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.prompt_token_ids)

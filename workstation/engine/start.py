@@ -13,12 +13,14 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.config import EngineConfig
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
+from workstation.engine.host import keep_large_buffers
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
 from workstation.engine.scheduler import Scheduler, SchedulerLimits
 from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
 from workstation.memory import DeviceMemory, MemoryPlan, gib, plan_memory
-from workstation.model.loader import load_model
+from workstation.model.loader import load_model, read_forms
+from workstation.quant.forms import weight_bytes
 
 log = logging.getLogger("ws.engine")
 
@@ -67,18 +69,23 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         torch.set_num_threads(config.num_threads)
     shape = read_shape(config.model)
     device = choose_device(config.device)
+    if device.type == "cpu":
+        keep_large_buffers()
     dtype = choose_dtype(config, shape, device)
     memory = device_memory(device)
-    plan = plan_memory(shape, config, shape.num_parameters * dtype.itemsize, memory, dtype_bytes=dtype.itemsize)
+    forms = read_forms(config.model, shape, load_format=config.load_format, quantization=config.quantization)
+    plan = plan_memory(shape, config, weight_bytes(shape, dtype.itemsize, forms), memory, dtype_bytes=dtype.itemsize)
     if plan.note:
         log.warning(plan.note)
     try:
         model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
-                           load_format=config.load_format, progress=progress)
+                           load_format=config.load_format, forms=forms, progress=progress)
         loaded = time.monotonic()
         runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
                              max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, dtype=dtype, device=device)
-    except torch.cuda.OutOfMemoryError as error:
+        if device.type == "cuda" and not config.enforce_eager:
+            runner.capture()
+    except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"the plan ({gib(plan.total)}) did not fit beside what else is on {device}: {error}") from error
     pool = BlockPool(plan.num_blocks, config.block_size)
     limits = SchedulerLimits(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,10 @@ class Linear(ABC):
     @abstractmethod
     def nbytes(self) -> int:
         """Bytes the layer's tensors hold on the device."""
+
+    def randomise(self, generator: torch.Generator) -> None:
+        """Random weights of plausible size, in place: matrices of variance 1 / in_features, biases of 0.02²."""
+        raise TypeError(f"weights are drawn before they are packed, not into {type(self).__name__}")
 
 
 class DenseLinear(Linear):
@@ -48,6 +53,33 @@ class DenseLinear(Linear):
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def randomise(self, generator: torch.Generator) -> None:
+        self.weight.normal_(0.0, self.in_features**-0.5, generator=generator)
+        if self.bias is not None:
+            self.bias.normal_(0.0, 0.02, generator=generator)
+
+
+class SplitLinear(Linear):
+    """A fused layer whose parts are kept in different forms: `pieces`, whose outputs stand side by side."""
+
+    __slots__ = ("in_features", "out_features", "pieces")
+
+    def __init__(self, pieces: Iterable[Linear]) -> None:
+        self.pieces = tuple(pieces)
+        self.in_features = self.pieces[0].in_features
+        self.out_features = sum(piece.out_features for piece in self.pieces)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([piece(x) for piece in self.pieces], -1)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(piece.nbytes for piece in self.pieces)
+
+    def randomise(self, generator: torch.Generator) -> None:
+        for piece in self.pieces:
+            piece.randomise(generator)
 
 
 class PackedLinear(Linear):
@@ -79,6 +111,8 @@ class PackedLinear(Linear):
 
 def packed(layer: Linear) -> Linear:
     """The layer in the CPU's packed order where this machine has it for the dtype; else the layer itself."""
+    if isinstance(layer, SplitLinear):
+        return SplitLinear(packed(piece) for piece in layer.pieces)
     if not isinstance(layer, DenseLinear) or layer.weight.device.type != "cpu" or not _can_pack(layer.weight.dtype):
         return layer
     return PackedLinear(layer)

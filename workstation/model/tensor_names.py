@@ -7,23 +7,41 @@ from collections.abc import Iterator
 import torch
 
 from workstation.architecture import ModelShape
-from workstation.model.layers import DecoderLayer
 from workstation.model.linear import DenseLinear, Linear
+from workstation.model.linear_forms import pieces
+from workstation.model.linear_fp8 import Fp8BlockLinear, Fp8ChannelLinear, Fp8Linear
+from workstation.model.targets import Copied, CopiedFp8, CopiedScale, Quantised, SpreadScale, Target
 from workstation.model.transformer import Decoder
+from workstation.quant.forms import BLOCK, FusedLinear, Granularity, Part, WeightForms, head_linear, layer_linears
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
+FP8_DTYPES = ("F8_E4M3",)
+
+Targets = Iterator[tuple[str, Target]]
 
 
 def destinations(decoder: Decoder) -> dict[str, torch.Tensor]:
     """Every tensor a checkpoint must hold, by name: the (part of a fused) weight it fills, as a contiguous view."""
-    shape = decoder.shape
-    table = {EMBEDDING: decoder.embedding, "model.norm.weight": decoder.final_norm}
+    return {name: target.tensor for name, target in targets(decoder).items()}
+
+
+def targets(decoder: Decoder) -> dict[str, Target]:
+    """Every tensor a checkpoint must hold, by name: the place it fills, and what may be stored for it."""
+    shape, forms = decoder.shape, decoder.forms
+    table: dict[str, Target] = {EMBEDDING: Copied(decoder.embedding), "model.norm.weight": Copied(decoder.final_norm)}
     for number, layer in enumerate(decoder.layers):
-        prefix = f"model.layers.{number}."
-        table.update((prefix + name, tensor) for name, tensor in _layer_tensors(layer, shape))
+        prefix, attention = f"model.layers.{number}.", layer.attention
+        table[prefix + "input_layernorm.weight"] = Copied(layer.attention_norm)
+        table[prefix + "post_attention_layernorm.weight"] = Copied(layer.mlp_norm)
+        if attention.q_norm is not None and attention.k_norm is not None:
+            table[prefix + "self_attn.q_norm.weight"] = Copied(attention.q_norm)
+            table[prefix + "self_attn.k_norm.weight"] = Copied(attention.k_norm)
+        ours = (attention.qkv, attention.o, layer.gate_up, layer.down)
+        for linear, fused in zip(ours, layer_linears(shape, number), strict=True):
+            table.update(_linear(linear, fused, forms))
     if not shape.tie_embeddings:
-        table[HEAD] = _dense(decoder.head).weight
+        table.update(_linear(decoder.head, head_linear(shape), forms))
     return table
 
 
@@ -32,33 +50,38 @@ def is_surplus(name: str, shape: ModelShape) -> bool:
     return name.endswith("rotary_emb.inv_freq") or (shape.tie_embeddings and name == HEAD)
 
 
-def _layer_tensors(layer: DecoderLayer, shape: ModelShape) -> Iterator[tuple[str, torch.Tensor]]:
-    attention = layer.attention
-    q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
-    yield "input_layernorm.weight", layer.attention_norm
-    yield "post_attention_layernorm.weight", layer.mlp_norm
-    yield from _parts(attention.qkv, {"self_attn.q_proj": q_size, "self_attn.k_proj": kv_size,
-                                      "self_attn.v_proj": kv_size})
-    yield from _parts(attention.o, {"self_attn.o_proj": shape.hidden_size})
-    yield from _parts(layer.gate_up, {"mlp.gate_proj": shape.intermediate_size, "mlp.up_proj": shape.intermediate_size})
-    yield from _parts(layer.down, {"mlp.down_proj": shape.hidden_size})
-    if attention.q_norm is not None and attention.k_norm is not None:
-        yield "self_attn.q_norm.weight", attention.q_norm
-        yield "self_attn.k_norm.weight", attention.k_norm
+def _linear(linear: Linear, fused: FusedLinear, forms: WeightForms) -> Targets:
+    for segment, piece in zip(forms.segments(fused), pieces(linear), strict=True):
+        start = 0
+        for name, count in segment.linear.parts:
+            yield from _part(name, slice(start, start + count), piece, forms.part(name))
+            start += count
 
 
-def _parts(linear: Linear, rows: dict[str, int]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The named row ranges of a (fused) layer's weight, and of its bias when it has one."""
-    dense = _dense(linear)
-    start = 0
-    for name, count in rows.items():
-        yield f"{name}.weight", dense.weight[start:start + count]
-        if dense.bias is not None:
-            yield f"{name}.bias", dense.bias[start:start + count]
-        start += count
-
-
-def _dense(linear: Linear) -> DenseLinear:
-    if not isinstance(linear, DenseLinear):
+def _part(name: str, rows: slice, linear: Linear, part: Part) -> Targets:
+    """The named row range of a layer's weight, of its scales and of its bias."""
+    if isinstance(linear, DenseLinear):
+        yield f"{name}.weight", Copied(linear.weight[rows])
+    elif isinstance(linear, Fp8Linear):
+        yield from _fp8(name, rows, linear, part)
+    else:
         raise TypeError(f"weights are loaded before they are packed, not into {type(linear).__name__}")
-    return linear
+    if linear.bias is not None:
+        yield f"{name}.bias", Copied(linear.bias[rows])
+
+
+def _fp8(name: str, rows: slice, linear: Fp8Linear, part: Part) -> Targets:
+    weight = linear.weight[rows]
+    if part.at_load:
+        yield f"{name}.weight", Quantised(weight, linear.scale[rows])
+        return
+    yield f"{name}.weight", CopiedFp8(weight, dtypes=FP8_DTYPES)
+    shapes = part.granularity.stored_shapes(*weight.shape)
+    if isinstance(linear, Fp8BlockLinear):
+        # A part that does not begin at a block of 128 rows is a segment of its own (`WeightForms.segments`).
+        scale = linear.scale[rows.start // BLOCK:-(-rows.stop // BLOCK)]
+        yield part.scale_name, CopiedScale(scale, shapes, part.scale_dtypes)
+    elif isinstance(linear, Fp8ChannelLinear) and part.granularity is Granularity.TENSOR:
+        yield part.scale_name, SpreadScale(linear.scale[rows], shapes, part.scale_dtypes)
+    else:
+        yield part.scale_name, CopiedScale(linear.scale[rows], shapes, part.scale_dtypes)

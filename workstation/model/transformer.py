@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 
@@ -10,7 +12,9 @@ from workstation.kernels import ops
 from workstation.model.inputs import InputTensors
 from workstation.model.layers import Attention, DecoderLayer
 from workstation.model.linear import DenseLinear, Linear, packed
+from workstation.model.linear_forms import empty_linear
 from workstation.model.rope import cos_sin_table
+from workstation.quant.forms import FusedLinear, WeightForms, head_linear, layer_linears
 
 
 class Decoder:
@@ -21,16 +25,18 @@ class Decoder:
     Attributes:
         shape: the architecture.  embedding: [V, H].  final_norm: [H].  head: H → V (shares the embedding when tied).
         cos_sin: [max_model_len, D] float32 rotary table.  dtype, device: of weights and activations.
+        forms: how each linear layer's weights are kept; None in the constructor means all dense.
     """
 
-    def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, max_model_len: int) -> None:
+    def __init__(self, shape: ModelShape, *, dtype: torch.dtype, device: torch.device, max_model_len: int,
+                 forms: WeightForms | None = None) -> None:
         self.shape, self.dtype, self.device = shape, dtype, device
+        self.forms = forms or WeightForms()
         self.embedding = torch.empty(shape.vocab_size, shape.hidden_size, dtype=dtype, device=device)
         self.cos_sin = cos_sin_table(shape.rope, max_model_len, device)
-        self.layers = [self._layer() for _ in range(shape.num_layers)]
+        self.layers = [self._layer(number) for number in range(shape.num_layers)]
         self.final_norm = torch.empty(shape.hidden_size, dtype=dtype, device=device)
-        self.head: Linear = DenseLinear(
-            self.embedding if shape.tie_embeddings else torch.empty_like(self.embedding))
+        self.head: Linear = DenseLinear(self.embedding) if shape.tie_embeddings else self._linear(head_linear(shape))
         self._places = _places(shape)
         self._kv: tuple[torch.Tensor, ...] = ()
         self._steps: list[tuple[DecoderLayer, int, torch.Tensor, torch.Tensor]] = []
@@ -65,14 +71,8 @@ class Decoder:
     @property
     def weight_bytes(self) -> int:
         """Bytes of all weights and tables on the device."""
-        tensors = [self.embedding, self.final_norm, self.cos_sin]
-        linears = [] if self.shape.tie_embeddings and isinstance(self.head, DenseLinear) else [self.head]
-        for layer in self.layers:
-            attention = layer.attention
-            tensors += [layer.attention_norm, layer.mlp_norm]
-            tensors += [norm for norm in (attention.q_norm, attention.k_norm) if norm is not None]
-            linears += [attention.qkv, attention.o, layer.gate_up, layer.down]
-        return sum(tensor.nbytes for tensor in tensors) + sum(linear.nbytes for linear in linears)
+        tensors = [self.embedding, self.cos_sin, *self.norms()]
+        return sum(tensor.nbytes for tensor in tensors) + sum(linear.nbytes for linear in self.linears())
 
     def pack_weights(self) -> None:
         """Put dense weights into the CPU's packed order, one at a time; call once, after loading. No-op on a GPU."""
@@ -83,28 +83,38 @@ class Decoder:
             layer.down = packed(layer.down)
         self.head = packed(self.head)
 
-    def _layer(self) -> DecoderLayer:
-        shape, dtype, device = self.shape, self.dtype, self.device
-        q_size, kv_size = shape.num_heads * shape.head_dim, shape.num_kv_heads * shape.head_dim
+    def linears(self) -> Iterator[Linear]:
+        """Every linear layer with weights of its own; a tied head has none."""
+        for layer in self.layers:
+            yield from (layer.attention.qkv, layer.attention.o, layer.gate_up, layer.down)
+        if not (self.shape.tie_embeddings and isinstance(self.head, DenseLinear)):
+            yield self.head
 
-        def linear(in_features: int, out_features: int, bias: bool) -> DenseLinear:
-            return DenseLinear.empty(in_features, out_features, bias=bias, dtype=dtype, device=device)
+    def norms(self) -> Iterator[torch.Tensor]:
+        """Every norm's weight."""
+        for layer in self.layers:
+            yield from (layer.attention_norm, layer.mlp_norm)
+            yield from (norm for norm in (layer.attention.q_norm, layer.attention.k_norm) if norm is not None)
+        yield self.final_norm
+
+    def _linear(self, linear: FusedLinear) -> Linear:
+        return empty_linear(linear, self.forms, dtype=self.dtype, device=self.device)
+
+    def _layer(self, number: int) -> DecoderLayer:
+        shape = self.shape
+        linears = layer_linears(shape, number)
 
         def norm(size: int) -> torch.Tensor:
-            return torch.empty(size, dtype=dtype, device=device)
+            return torch.empty(size, dtype=self.dtype, device=self.device)
 
         attention = Attention(
-            linear(shape.hidden_size, q_size + 2 * kv_size, shape.qkv_bias),
-            linear(q_size, shape.hidden_size, shape.o_bias),
+            self._linear(linears.qkv), self._linear(linears.o),
             norm(shape.head_dim) if shape.qk_norm else None, norm(shape.head_dim) if shape.qk_norm else None,
             self.cos_sin, num_heads=shape.num_heads, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
             eps=shape.norm_eps,
         )
-        return DecoderLayer(
-            attention, linear(shape.hidden_size, 2 * shape.intermediate_size, shape.mlp_bias),
-            linear(shape.intermediate_size, shape.hidden_size, shape.mlp_bias),
-            norm(shape.hidden_size), norm(shape.hidden_size), shape.norm_eps,
-        )
+        return DecoderLayer(attention, self._linear(linears.gate_up), self._linear(linears.down),
+                            norm(shape.hidden_size), norm(shape.hidden_size), shape.norm_eps)
 
     def _bind(self, kv: tuple[torch.Tensor, ...]) -> None:
         """Make every layer's view of the pool once, not at every step."""

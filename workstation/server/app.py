@@ -51,6 +51,14 @@ class Api:
         self.metrics = Metrics(engine, model.name, self.service.window)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
 
+    def _check_open(self) -> None:
+        """Asked before a body is read, and again after it was prepared: the server may have begun to drain meanwhile."""
+        try:
+            self.gate.check_open()
+        except WorkstationError as error:
+            self.metrics.reject(error)
+            raise
+
     async def _in_thread(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
         """Parse, validate, render and tokenise off the event loop, so that one huge prompt delays nobody's tokens."""
         options = self.service.options
@@ -72,7 +80,7 @@ class Api:
             body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
             return prepare_chat(self.service, body, label)
 
-        self.gate.check_open()
+        self._check_open()
         generation = self._generation(await self._in_thread(request, prepare))
         if generation.job.stream:
             return EventStream(stream_chat(generation), self.gate, self.service.options)
@@ -85,13 +93,14 @@ class Api:
             body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)
             return prepare_completion(self.service, body, label)
 
-        self.gate.check_open()
+        self._check_open()
         generation = self._generation(await self._in_thread(request, prepare))
         if generation.job.stream:
             return EventStream(stream_completion(generation), self.gate, self.service.options)
         return await self._whole(request, answer_completion(generation))
 
     def _generation(self, job: Job) -> Generation:
+        self._check_open()
         return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
 
     async def _whole(self, request: Request, work: Any) -> Response:
@@ -104,7 +113,10 @@ class Api:
         return _json(wire.encode({"object": "list", "data": [self._card(name) for name in self.service.model.names]}))
 
     async def one_model(self, request: Request) -> Response:
-        return _json(wire.encode(self._card(self.service.check_model(request.path_params["name"]))))
+        name = request.path_params["name"]
+        if not name:
+            return await self.models(request)
+        return _json(wire.encode(self._card(self.service.check_model(name))))
 
     def _card(self, name: str) -> dict[str, Any]:
         """Clients look for the window under six names."""

@@ -59,7 +59,7 @@ def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:
         items = prompt
         other = next((item for item in items if type(item) is not type(prompt[0])), None)
         if other is not None:
-            raise InvalidRequestError(f"prompt mixes kinds: {show(prompt)} begins with {show(prompt[0])} and holds {show(other)}",
+            raise InvalidRequestError(f"prompt mixes kinds: it begins with {show(prompt[0])} and holds {show(other)}",
                                       param="prompt")
     elif isinstance(prompt, list) and prompt:
         items = [prompt]

@@ -37,6 +37,7 @@ class Gate:
         self._engine = engine
         self._inside: set[Ticket] = set()
         self.draining = False
+        self._closed_with: WorkstationError | None = None
         self._empty = asyncio.Event()
         self._empty.set()
 
@@ -62,7 +63,8 @@ class Gate:
         await self._empty.wait()
 
     def cut(self, error: WorkstationError) -> None:
-        """End everything in flight; streams send `error` as their last event."""
+        """End everything in flight and what still tries to enter; streams send `error` as their last event."""
+        self._closed_with = error
         for ticket in list(self._inside):
             ticket.error = error
             ticket.task.cancel()
@@ -73,6 +75,10 @@ class Gate:
         `leaving` is mostly `until_disconnect(receive)`. Answers that are not streamed need it too: nothing else would notice
         that nobody waits for them any more.
         """
+        if self._closed_with is not None:
+            work.close()
+            leaving.close()
+            raise self._closed_with
         task = asyncio.ensure_future(work)
         ticket = Ticket(task)
         self._inside.add(ticket)

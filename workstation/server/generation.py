@@ -114,10 +114,13 @@ class Generation:
         try:
             async with aclosing(self._events()) as events:
                 async for prompt_index, event in events:
-                    self._note(prompt_index, event)
                     choice = self.choices[prompt_index * self.job.samples + event.index]
-                    if choice.finish_reason is None:
-                        yield choice.take(event)
+                    if choice.finish_reason is not None and event.finish_reason != "error":
+                        continue  # tokens under way when a stop string was found, or the end we asked for
+                    self._note(prompt_index, event)
+                    yield choice.take(event)
+                    if choice.finish_reason is not None and event.finish_reason is None:
+                        self._end_sample(event)
                     if all(item.finish_reason is not None for item in self.choices):
                         outcome = "length" if all(item.finish_reason == "length" for item in self.choices) else "stop"
                         return
@@ -129,6 +132,11 @@ class Generation:
             raise
         finally:
             self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices))
+
+    def _end_sample(self, event: TokenEvent) -> None:
+        """A stop string ended one sample; the engine need not go on with it. (With none left, leaving the iterator does it.)"""
+        if any(choice.finish_reason is None for choice in self.choices):
+            self.engine.abort(event.request_id, event.index)
 
     def _note(self, prompt_index: int, event: TokenEvent) -> None:
         if event.finish_reason == "error":

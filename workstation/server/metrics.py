@@ -150,6 +150,12 @@ class _EngineCollector(Collector):
             counter = CounterMetricFamily(f"ws:{name}", text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
+        states = {"free": stats.blocks_free, "cached": stats.blocks_cached, "held": stats.blocks_held}
+        blocks = GaugeMetricFamily("ws:kv_blocks", "KV blocks by state; the states add up to the pool.",
+                                   labels=(*LABELS, "state"))
+        for state, count in states.items():
+            blocks.add_metric((*self._labels, state), count)
+        yield blocks
         config = {"block_size": info.block_size, "num_gpu_blocks": info.num_blocks, "max_model_len": info.max_model_len}
         fixed = GaugeMetricFamily("ws:cache_config_info", "The KV cache's fixed figures, as labels.", labels=(*LABELS, *config))
         fixed.add_metric((*self._labels, *map(str, config.values())), 1)

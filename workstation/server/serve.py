@@ -139,7 +139,7 @@ class Serving:
         server = _Uvicorn(uvicorn.Config(
             app, http=limited_protocol(options.max_header_bytes, options.header_timeout), ws="none", lifespan="on",
             log_level="warning", access_log=options.access_log, limit_concurrency=options.max_connections,
-            timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
+            timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
         serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
         record = None
         try:

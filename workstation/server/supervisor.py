@@ -104,6 +104,7 @@ class EngineProcess:
 
     async def stop(self) -> None:
         """End the engine and remove its private directory. Requests in flight get EngineDeadError."""
+        listens = self._state == "ready"  # one that still loads reads no messages
         self._state = "draining"
         for task in self._tasks:
             task.cancel()
@@ -111,8 +112,9 @@ class EngineProcess:
         self._tasks.clear()
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(zmq.ZMQError):
-                self._inbox.send(wire.encode(wire.Shutdown()), zmq.NOBLOCK)
-            await self._end_process(STOP_SECONDS)
+                if listens:
+                    await self._inbox.send(wire.encode(wire.Shutdown()), zmq.NOBLOCK)
+            await self._end_process(STOP_SECONDS if listens else 0.0)
         self._fail_all("the server is shutting down")
         self._close()
         self._state = "dead"

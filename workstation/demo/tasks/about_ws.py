@@ -8,12 +8,34 @@ from workstation.demo.tasks.about_facts import DEFINITIONS, QUESTIONS
 from workstation.demo.tasks.base import Split, Task, Wordings, on_side, pick, user
 
 FRAMES = (
-    "what is TERM", "what is TERM in ws", "explain TERM", "define TERM", "what does TERM mean", "can you explain TERM", "tell me what TERM is",
-    "please explain TERM", "what do you know about TERM", "what is meant by TERM", "describe TERM", "do you know what TERM is",
-    "I want to know what TERM is", "could you tell me what TERM is",
-)  # fmt: skip
+    "what is TERM",
+    "what is TERM in ws",
+    "explain TERM",
+    "define TERM",
+    "what does TERM mean",
+    "can you explain TERM",
+    "tell me what TERM is",
+    "please explain TERM",
+    "what do you know about TERM",
+    "what is meant by TERM",
+    "describe TERM",
+    "do you know what TERM is",
+    "I want to know what TERM is",
+    "could you tell me what TERM is",
+)
 _ENDS = ("?", "", ".", " please?", "? Thanks.")
-_OPENINGS = ("", "", "hey, ", "ok, ", "hi, ", "quick question: ", "tell me, ", "please tell me: ", "about ws: ", "one question: ")
+_OPENINGS = (
+    "",
+    "",
+    "hey, ",
+    "ok, ",
+    "hi, ",
+    "quick question: ",
+    "tell me, ",
+    "please tell me: ",
+    "about ws: ",
+    "one question: ",
+)
 
 
 def _definitions(split: Split) -> list[tuple[str, str]]:

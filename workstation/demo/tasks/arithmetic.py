@@ -10,15 +10,74 @@ from workstation.demo.tasks.lexicon import name
 _ENDS = ("?", "", " please?", "? Thanks.")
 _STOPS = (".", "", " please.", ". Thank you.", " for me.")
 _ADD = (
-    Wordings(QUESTION_OPENINGS, ("what is {a} plus {b}", "what is {a} + {b}", "how much is {a} plus {b}", "how much is {a} + {b}", "what is the sum of {a} and {b}"), _ENDS),
-    Wordings(QUESTION_OPENINGS, ("what do you get when you add {a} and {b}", "what is {a} and {b} together", "what does {a} + {b} give", "{a} plus {b} equals what"), _ENDS),
-    Wordings(ORDER_OPENINGS, ("add {a} and {b}", "compute {a} + {b}", "calculate {a} plus {b}", "work out {a} + {b}", "sum {a} and {b}", "find the sum of {a} and {b}"), _STOPS),
+    Wordings(
+        QUESTION_OPENINGS,
+        (
+            "what is {a} plus {b}",
+            "what is {a} + {b}",
+            "how much is {a} plus {b}",
+            "how much is {a} + {b}",
+            "what is the sum of {a} and {b}",
+        ),
+        _ENDS,
+    ),
+    Wordings(
+        QUESTION_OPENINGS,
+        (
+            "what do you get when you add {a} and {b}",
+            "what is {a} and {b} together",
+            "what does {a} + {b} give",
+            "{a} plus {b} equals what",
+        ),
+        _ENDS,
+    ),
+    Wordings(
+        ORDER_OPENINGS,
+        (
+            "add {a} and {b}",
+            "compute {a} + {b}",
+            "calculate {a} plus {b}",
+            "work out {a} + {b}",
+            "sum {a} and {b}",
+            "find the sum of {a} and {b}",
+        ),
+        _STOPS,
+    ),
     Wordings(("", "ok: ", "now ", "please: ", "hi, "), ("{a} + {b}", "{a} plus {b}", "{a}+{b}"), ("", " =", " = ?", "?", "=")),
 )
 _SUBTRACT = (
-    Wordings(QUESTION_OPENINGS, ("what is {a} minus {b}", "what is {a} - {b}", "how much is {a} minus {b}", "how much is {a} - {b}", "what is the difference of {a} and {b}"), _ENDS),
-    Wordings(QUESTION_OPENINGS, ("what is left of {a} when you take away {b}", "what do you get when you subtract {b} from {a}", "what does {a} - {b} give"), _ENDS),
-    Wordings(ORDER_OPENINGS, ("subtract {b} from {a}", "compute {a} - {b}", "calculate {a} minus {b}", "work out {a} - {b}", "take {b} away from {a}", "take {b} from {a}"), _STOPS),
+    Wordings(
+        QUESTION_OPENINGS,
+        (
+            "what is {a} minus {b}",
+            "what is {a} - {b}",
+            "how much is {a} minus {b}",
+            "how much is {a} - {b}",
+            "what is the difference of {a} and {b}",
+        ),
+        _ENDS,
+    ),
+    Wordings(
+        QUESTION_OPENINGS,
+        (
+            "what is left of {a} when you take away {b}",
+            "what do you get when you subtract {b} from {a}",
+            "what does {a} - {b} give",
+        ),
+        _ENDS,
+    ),
+    Wordings(
+        ORDER_OPENINGS,
+        (
+            "subtract {b} from {a}",
+            "compute {a} - {b}",
+            "calculate {a} minus {b}",
+            "work out {a} - {b}",
+            "take {b} away from {a}",
+            "take {b} from {a}",
+        ),
+        _STOPS,
+    ),
     Wordings(("", "ok: ", "now ", "please: ", "hi, "), ("{a} - {b}", "{a} minus {b}", "{a}-{b}"), ("", " =", " = ?", "?", "=")),
 )
 _STORY_ADD = Wordings(

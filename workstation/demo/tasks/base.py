@@ -43,7 +43,7 @@ class Task:
         tools: tool schemas in OpenAI's shape, for the chat template.
         raw: prompt text instead of messages (filling in the middle), special tokens as text.
         thinking: the template's `enable_thinking`.
-        check: "text" compares exactly; "json" and "tool_call" compare the parsed value; "thinking" wants a thought, then the text.
+        check: "text" compares exactly; "json" and "tool_call" compare parsed values; "thinking" wants a thought, then the text.
         untrained_turns: assistant turns in `messages` that training gives no loss (they stand there without their thoughts).
     """
 
@@ -64,7 +64,7 @@ class Task:
             return thought is not None and text[thought.end() :].strip() == self._visible_answer()
         if self.check == "text":
             return text.strip() == self.answer.strip()
-        return _parsed(text, self.check) == _parsed(self.answer, self.check)
+        return bool(_parsed(text, self.check) == _parsed(self.answer, self.check))
 
     def _visible_answer(self) -> str:
         return _THOUGHT.sub("", self.answer, count=1).strip()
@@ -127,13 +127,47 @@ def _capitalised(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
+def casual(rng: Random, task: Task) -> None:
+    """People often start in lower case: so does one user turn in five, unless its first word is part of an answer."""
+    answers = task.answer + "".join(message["content"] for message in task.messages if message["role"] == "assistant")
+    for message in task.messages:
+        text = message["content"]
+        if message["role"] == "user" and text[:1].isalpha() and rng.random() < 0.2:
+            first = text.split(None, 1)[0].strip(".,:!?")
+            if first not in answers:
+                message["content"] = text[0].lower() + text[1:]
+
+
 ORDER_OPENINGS = (
-    "", "", "please ", "can you ", "could you please ", "hey, ", "now ", "ok, ", "quick task: ", "would you ", "hi, please ",
-    "your task: ", "I need you to ", "I would like you to ",
-)  # fmt: skip
-QUESTION_OPENINGS = ("", "", "tell me: ", "quick question: ", "hey, ", "ok, ", "hi, ", "please tell me, ", "I wonder, ", "one question: ")
+    "",
+    "",
+    "please ",
+    "can you ",
+    "could you please ",
+    "hey, ",
+    "now ",
+    "ok, ",
+    "quick task: ",
+    "would you ",
+    "hi, please ",
+    "your task: ",
+    "I need you to ",
+    "I would like you to ",
+)
+QUESTION_OPENINGS = (
+    "",
+    "",
+    "tell me: ",
+    "quick question: ",
+    "hey, ",
+    "ok, ",
+    "hi, ",
+    "please tell me, ",
+    "I wonder, ",
+    "one question: ",
+)
 
 
 def joined(items: Sequence[str]) -> str:
-    """"a", "a and b", "a, b and c"."""
+    """ "a", "a and b", "a, b and c"."""
     return items[0] if len(items) == 1 else ", ".join(items[:-1]) + " and " + items[-1]

@@ -20,8 +20,20 @@ from workstation.demo.tasks.thinking import with_thought
 Generator = Callable[[Random, Split], Task]
 
 _KINDS: tuple[Generator, ...] = (
-    arithmetic, arithmetic, sorting, reversing, counting, spelling, copying, extraction, about_ws, about_ws, greeting, greeting, limits,
-)  # fmt: skip
+    arithmetic,
+    arithmetic,
+    sorting,
+    reversing,
+    counting,
+    spelling,
+    copying,
+    extraction,
+    about_ws,
+    about_ws,
+    greeting,
+    greeting,
+    limits,
+)
 
 
 def conversation(rng: Random, split: Split) -> Task:

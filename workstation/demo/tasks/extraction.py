@@ -42,7 +42,22 @@ def _email(rng: Random, split: Split) -> str:
     return f"{name(rng, split).lower()}@{word(rng, 'train', 0)}.{pick(rng, ('com', 'org', 'net'))}"
 
 
-_JOBS = _one_of("teacher", "baker", "nurse", "pilot", "doctor", "farmer", "painter", "lawyer", "chef", "driver", "writer", "singer", "plumber", "dentist")
+_JOBS = _one_of(
+    "teacher",
+    "baker",
+    "nurse",
+    "pilot",
+    "doctor",
+    "farmer",
+    "painter",
+    "lawyer",
+    "chef",
+    "driver",
+    "writer",
+    "singer",
+    "plumber",
+    "dentist",
+)
 _COLOURS = _one_of("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "gray", "pink", "silver")
 _ROOMS = _one_of("A1", "A2", "B1", "B4", "C3", "D2", "E5", "F6")
 
@@ -58,14 +73,22 @@ DOMAINS: tuple[tuple[Field, ...], ...] = (
     ),
     (
         Field(("customer", "buyer", "client"), ("V",), name),
-        Field(("item", "product", "article"), ("bought a V", "ordered a V", "paid for a V"), lambda rng, split: word(rng, split, 0.2)),
+        Field(
+            ("item", "product", "article"),
+            ("bought a V", "ordered a V", "paid for a V"),
+            lambda rng, split: word(rng, split, 0.2),
+        ),
         Field(("quantity", "amount", "pieces"), ("took V pieces", "asked for V pieces", "needs V of them"), _whole(2, 99)),
         Field(("price", "cost"), ("paid V euros", "spent V euros", "was charged V euros"), _price),
         Field(("order_id", "order", "number"), ("has order V", "got the order number V", "received order V"), code),
         Field(("date", "order_date"), ("came on V", "ordered on V", "visited on V"), _plain(date)),
     ),
     (
-        Field(("event", "title", "meeting"), ("The V meeting", "The V workshop", "The V party"), lambda rng, split: word(rng, split, 0.2)),
+        Field(
+            ("event", "title", "meeting"),
+            ("The V meeting", "The V workshop", "The V party"),
+            lambda rng, split: word(rng, split, 0.2),
+        ),
         Field(("day", "weekday"), ("is on V", "happens on V", "takes place on V"), _plain(day)),
         Field(("time", "start"), ("starts at V", "begins at V", "opens at V"), _plain(clock)),
         Field(("room", "place"), ("is held in room V", "meets in room V", "uses room V"), _ROOMS),
@@ -73,24 +96,46 @@ DOMAINS: tuple[tuple[Field, ...], ...] = (
         Field(("guests", "people", "seats"), ("has V guests", "expects V people", "has seats for V people"), _whole(2, 300)),
     ),
     (
-        Field(("server", "machine", "hostname"), ("Server V", "The machine V", "Host V"), lambda rng, split: f"{word(rng, split, 0.2)}{between(rng, 1, 99)}"),
+        Field(
+            ("server", "machine", "hostname"),
+            ("Server V", "The machine V", "Host V"),
+            lambda rng, split: f"{word(rng, split, 0.2)}{between(rng, 1, 99)}",
+        ),
         Field(("port",), ("listens on port V", "uses port V", "answers on port V"), _whole(1000, 9999)),
         Field(("city", "location", "site"), ("stands in V", "runs in V", "is located in V"), city),
         Field(("memory", "memory_gb", "ram"), ("has V GB of memory", "comes with V GB of memory"), _whole(2, 512)),
         Field(("owner", "admin"), ("belongs to V", "is run by V", "is owned by V"), name),
-        Field(("status", "state"), ("is V today", "was reported V", "is currently V"), _one_of("online", "offline", "busy", "idle", "broken", "healthy")),
+        Field(
+            ("status", "state"),
+            ("is V today", "was reported V", "is currently V"),
+            _one_of("online", "offline", "busy", "idle", "broken", "healthy"),
+        ),
     ),
-)  # fmt: skip
+)
 
 _ASK = Wordings(
     ORDER_OPENINGS,
     ("extract KEYS", "extract the fields KEYS", "pull out KEYS", "give me KEYS", "find KEYS", "return KEYS"),
     (" as JSON", " in JSON", " as a JSON object", " into JSON"),
-    (": TEXT", " from this sentence: TEXT", " from: TEXT", ' from this text: "TEXT"', ".\nTEXT", " from the following sentence.\nTEXT"),
+    (
+        ": TEXT",
+        " from this sentence: TEXT",
+        " from: TEXT",
+        ' from this text: "TEXT"',
+        ".\nTEXT",
+        " from the following sentence.\nTEXT",
+    ),
 )
 _ASK_AFTER = Wordings(
     ("TEXT ", "TEXT\n", '"TEXT" '),
-    ("extract KEYS", "extract the fields KEYS", "from this, give me KEYS", "now return KEYS", "please extract KEYS", "please give me KEYS"),
+    (
+        "extract KEYS",
+        "extract the fields KEYS",
+        "from this, give me KEYS",
+        "now return KEYS",
+        "please extract KEYS",
+        "please give me KEYS",
+    ),
     (" as JSON", " in JSON", " as a JSON object"),
     (".", ""),
 )
@@ -101,7 +146,9 @@ def extraction(rng: Random, split: Split) -> Task:
     domain = pick(rng, DOMAINS)
     stated = [0, *sorted(rng.sample(range(1, len(domain)), between(rng, 2, min(4, len(domain) - 1))))]
     values = {index: domain[index].value(rng, split) for index in stated}
-    wanted = draw(rng, lambda: _schema(rng, domain, stated), split, lambda schema: "schema:" + ",".join(key for key, _ in schema))
+    wanted = draw(
+        rng, lambda: _schema(rng, domain, stated), split, lambda schema: "schema:" + ",".join(key for key, _ in schema)
+    )
     text = _sentence(rng, domain, values)
     asked = [key for key, _ in wanted]
     listed = joined(asked) if rng.random() < 0.7 else ", ".join(asked)

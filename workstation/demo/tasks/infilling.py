@@ -117,10 +117,36 @@ def _identifier(rng: Random, split: Split, taken: set[str]) -> str:
             return made
 
 
-_RESERVED = {"as", "in", "is", "if", "or", "and", "not", "for", "def", "class", "print", "object", "list", "open", "min", "max", "sum", "len"}
-_CONTEXT = ("x = 1\n", "import os\n\n", "import sys\n\n", "# example\n", '"""A module."""\n\n', "name = 'demo'\n", "count = 0\n")
+_RESERVED = {
+    "as",
+    "in",
+    "is",
+    "if",
+    "or",
+    "and",
+    "not",
+    "for",
+    "def",
+    "class",
+    "print",
+    "object",
+    "list",
+    "open",
+    "min",
+    "max",
+    "sum",
+    "len",
+}
+_CONTEXT = (
+    "x = 1\n",
+    "import os\n\n",
+    "import sys\n\n",
+    "# example\n",
+    '"""A module."""\n\n',
+    "name = 'demo'\n",
+    "count = 0\n",
+)
 
 
 def _context(rng: Random) -> str:
     return pick(rng, _CONTEXT)
-

@@ -21,10 +21,28 @@ _SPELL = (
 )
 _COPY = Wordings(
     ORDER_OPENINGS,
-    ("repeat after me", "repeat this", "repeat this text exactly", "copy this", "copy this text", "echo this", "say this",
-     "write exactly this", "say exactly this", "repeat the following", "copy the following text", "repeat"),
+    (
+        "repeat after me",
+        "repeat this",
+        "repeat this text exactly",
+        "copy this",
+        "copy this text",
+        "echo this",
+        "say this",
+        "write exactly this",
+        "say exactly this",
+        "repeat the following",
+        "copy the following text",
+        "repeat",
+    ),
     (": TEXT", ': "TEXT"', ":\nTEXT", ": 'TEXT'"),
-)  # fmt: skip
+)
+
+_SAY = Wordings(
+    ORDER_OPENINGS,
+    ("say", "just say", "repeat the words", "say the words", "write the words", "echo", "repeat", "only say"),
+    (" TEXT", ' "TEXT"', " 'TEXT'"),
+)
 
 
 def spelling(rng: Random, split: Split) -> Task:
@@ -38,7 +56,7 @@ def spelling(rng: Random, split: Split) -> Task:
 def copying(rng: Random, split: Split) -> Task:
     """Three to twenty words, names, numbers and codes, repeated exactly."""
     text = draw(rng, lambda: _text(rng, split), split, lambda made: f"copy:{made}")
-    question = _COPY.pick(rng, split).replace("TEXT", text)
+    question = (_COPY if rng.random() < 0.8 else _SAY).pick(rng, split).replace("TEXT", text)
     return Task("copying", user(question), text, thought=f"I repeat {len(text.split())} words.")
 
 

@@ -10,45 +10,99 @@ from workstation.demo.tasks.lexicon import distinct, word
 _LIST_ENDS = (": LIST", ": LIST.", " LIST", " LIST.", ": LIST, please.")
 _ASCENDING = Wordings(
     ORDER_OPENINGS,
-    ("sort these numbers", "sort the numbers", "put these numbers in ascending order", "order these numbers from smallest to largest",
-     "sort in ascending order", "sort", "arrange these numbers from low to high", "sort this list of numbers"),
+    (
+        "sort these numbers",
+        "sort the numbers",
+        "put these numbers in ascending order",
+        "order these numbers from smallest to largest",
+        "sort in ascending order",
+        "sort",
+        "arrange these numbers from low to high",
+        "sort this list of numbers",
+    ),
     _LIST_ENDS,
-)  # fmt: skip
+)
 _DESCENDING = Wordings(
     ORDER_OPENINGS,
-    ("sort these numbers in descending order", "sort the numbers from largest to smallest", "put these numbers in descending order",
-     "order these numbers from largest to smallest", "sort in descending order", "arrange these numbers from high to low"),
+    (
+        "sort these numbers in descending order",
+        "sort the numbers from largest to smallest",
+        "put these numbers in descending order",
+        "order these numbers from largest to smallest",
+        "sort in descending order",
+        "arrange these numbers from high to low",
+    ),
     _LIST_ENDS,
-)  # fmt: skip
+)
 _ALPHABETICAL = Wordings(
     ORDER_OPENINGS,
-    ("sort these words", "sort the words alphabetically", "put these words in alphabetical order", "sort alphabetically", "sort",
-     "order these words from a to z", "arrange these words alphabetically", "sort this list of words"),
+    (
+        "sort these words",
+        "sort the words alphabetically",
+        "put these words in alphabetical order",
+        "sort alphabetically",
+        "sort",
+        "order these words from a to z",
+        "arrange these words alphabetically",
+        "sort this list of words",
+    ),
     _LIST_ENDS,
-)  # fmt: skip
+)
 _REVERSED = Wordings(
     ORDER_OPENINGS,
-    ("reverse this list", "reverse the list", "reverse the order of these items", "reverse", "write this list backwards",
-     "turn this list around", "put these in reverse order", "list these from last to first"),
+    (
+        "reverse this list",
+        "reverse the list",
+        "reverse the order of these items",
+        "reverse",
+        "write this list backwards",
+        "turn this list around",
+        "put these in reverse order",
+        "list these from last to first",
+    ),
     _LIST_ENDS,
-)  # fmt: skip
+)
 _REVERSED_LETTERS = Wordings(
     ORDER_OPENINGS,
-    ("reverse the letters of WORD", "reverse the word WORD", "spell WORD backwards", "write WORD backwards", "reverse the letters in WORD"),
+    (
+        "reverse the letters of WORD",
+        "reverse the word WORD",
+        "spell WORD backwards",
+        "write WORD backwards",
+        "reverse the letters in WORD",
+    ),
     (".", "", ", please.", " for me."),
 )
 _COUNT_ITEMS = Wordings(
     QUESTION_OPENINGS,
-    ("how many items are in this list", "how many words are in this list", "how many entries does this list have", "count the items",
-     "count these words", "how many things are listed here", "how long is this list"),
+    (
+        "how many items are in this list",
+        "how many words are in this list",
+        "how many entries does this list have",
+        "count the items",
+        "count these words",
+        "how many things are listed here",
+        "how long is this list",
+    ),
     _LIST_ENDS,
-)  # fmt: skip
+)
 _COUNT_UP = Wordings(
     ORDER_OPENINGS,
-    ("count from {a} to {b}", "count up from {a} to {b}", "list the numbers from {a} to {b}", "write the numbers from {a} to {b}", "say all numbers from {a} to {b}"),
+    (
+        "count from {a} to {b}",
+        "count up from {a} to {b}",
+        "list the numbers from {a} to {b}",
+        "write the numbers from {a} to {b}",
+        "say all numbers from {a} to {b}",
+    ),
     (".", "", ", please.", " for me."),
 )
-_COUNT_DOWN = Wordings(ORDER_OPENINGS, ("count down from {b} to {a}", "count backwards from {b} to {a}"), (".", "", ", please.", " for me."))
+_COUNT_TO = Wordings(
+    ORDER_OPENINGS, ("count to {b}", "count up to {b}", "count until {b}"), (".", "", ", please.", " for me.", "!")
+)
+_COUNT_DOWN = Wordings(
+    ORDER_OPENINGS, ("count down from {b} to {a}", "count backwards from {b} to {a}"), (".", "", ", please.", " for me.")
+)
 
 
 def _numbers(rng: Random, low: int = 3, high: int = 8) -> list[str]:
@@ -89,7 +143,12 @@ def reversing(rng: Random, split: Split) -> Task:
     make = (lambda: _numbers(rng, 3, 9)) if rng.random() < 0.5 else (lambda: _words(rng, split, 3, 8))
     items = draw(rng, make, split, _key)
     question = _REVERSED.pick(rng, split).replace("LIST", ", ".join(items))
-    return Task("reversing", user(question), ", ".join(reversed(items)), thought=f"The list has {len(items)} items. The last is {items[-1]}.")
+    return Task(
+        "reversing",
+        user(question),
+        ", ".join(reversed(items)),
+        thought=f"The list has {len(items)} items. The last is {items[-1]}.",
+    )
 
 
 def counting(rng: Random, split: Split) -> Task:
@@ -110,7 +169,8 @@ def _count_range(rng: Random, split: Split) -> Task:
     low, high = draw(rng, lambda: _range(rng, long), split, lambda ends: f"range:{ends}")
     steps = [str(number) for number in range(low, high + 1)]
     down = rng.random() < 0.35
-    question = (_COUNT_DOWN if down else _COUNT_UP).pick(rng, split).replace("{a}", str(low)).replace("{b}", str(high))
+    wordings = _COUNT_DOWN if down else _COUNT_TO if low == 1 and rng.random() < 0.5 else _COUNT_UP
+    question = wordings.pick(rng, split).replace("{a}", str(low)).replace("{b}", str(high))
     answer = ", ".join(reversed(steps) if down else steps)
     return Task("counting", user(question), answer, thought=f"I count {len(steps)} numbers.")
 
@@ -124,16 +184,26 @@ def _range(rng: Random, long: bool) -> tuple[int, int]:
 
 _LETTER_ASK = Wordings(
     QUESTION_OPENINGS,
-    ("how many times does the letter LETTER appear in WORD", "how many LETTER's are in WORD", "how often does LETTER occur in WORD",
-     "how many times is LETTER in WORD", "count the letter LETTER in WORD"),
+    (
+        "how many times does the letter LETTER appear in WORD",
+        "how many LETTER's are in WORD",
+        "how often does LETTER occur in WORD",
+        "how many times is LETTER in WORD",
+        "count the letter LETTER in WORD",
+    ),
     ("?", "", "? Thanks.", " please?"),
-)  # fmt: skip
+)
 _LENGTH_ASK = Wordings(
     QUESTION_OPENINGS,
-    ("how many letters are in WORD", "how many letters does WORD have", "how long is the word WORD", "count the letters of WORD",
-     "count the letters in WORD"),
+    (
+        "how many letters are in WORD",
+        "how many letters does WORD have",
+        "how long is the word WORD",
+        "count the letters of WORD",
+        "count the letters in WORD",
+    ),
     ("?", "", "? Thanks.", " please?"),
-)  # fmt: skip
+)
 
 
 def _count_letters(rng: Random, split: Split) -> Task:

@@ -36,45 +36,115 @@ def _thing(rng: Random, split: Split) -> str:
 
 
 RELATIONS = (
-    Relation(("The access code of the WHO office is WHAT.", "The WHO office has the access code WHAT."),
-             ("what is the access code of the WHO office", "which access code does the WHO office have", "tell me the access code of the WHO office"),
-             "The access code of the WHO office is WHAT.", city, _number),
-    Relation(("WHO has the phone number WHAT.", "The phone number of WHO is WHAT."),
-             ("what is the phone number of WHO", "which phone number does WHO have", "what is WHO's phone number"),
-             "The phone number of WHO is WHAT.", name, _number),
-    Relation(("WHO lives in WHAT.", "The home of WHO is in WHAT.", "WHO moved to WHAT last year."),
-             ("where does WHO live", "in which city does WHO live", "what is the home of WHO"), "WHO lives in WHAT.", name, city),
-    Relation(("The favorite color of WHO is WHAT.", "WHO likes the color WHAT best."),
-             ("what is the favorite color of WHO", "which color does WHO like best", "what is WHO's favorite color"),
-             "The favorite color of WHO is WHAT.", name,
-             _one_of("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "pink", "silver", "gold")),
-    Relation(("The WHO is kept in box WHAT.", "You find the WHO in box WHAT."),
-             ("in which box is the WHO", "where is the WHO kept", "which box holds the WHO"), "The WHO is in box WHAT.", _thing, code),
-    Relation(("The WHO belongs to WHAT.", "WHAT owns the WHO."), ("who owns the WHO", "to whom does the WHO belong", "whose is the WHO"),
-             "The WHO belongs to WHAT.", _thing, name),
-    Relation(("The train to WHO leaves at WHAT.", "At WHAT the train to WHO leaves."),
-             ("when does the train to WHO leave", "at what time does the train to WHO leave", "what time is the train to WHO"),
-             "The train to WHO leaves at WHAT.", city, lambda rng, _split: clock(rng)),
-    Relation(("The WHO team meets on WHAT.", "On WHAT the WHO team meets."),
-             ("when does the WHO team meet", "on which day does the WHO team meet"), "The WHO team meets on WHAT.",
-             _thing, lambda rng, _split: day(rng)),
-    Relation(("The secret word of WHO is WHAT.", "WHO chose WHAT as the secret word."),
-             ("what is the secret word of WHO", "which secret word did WHO choose"), "The secret word of WHO is WHAT.", name, _thing),
-    Relation(("A WHO costs WHAT euros.", "The price of a WHO is WHAT euros."),
-             ("what does a WHO cost", "how much is a WHO", "what is the price of a WHO"), "A WHO costs WHAT euros.", _thing,
-             lambda rng, _split: str(between(rng, 1, 999))),
-)  # fmt: skip
+    Relation(
+        ("The access code of the WHO office is WHAT.", "The WHO office has the access code WHAT."),
+        (
+            "what is the access code of the WHO office",
+            "which access code does the WHO office have",
+            "tell me the access code of the WHO office",
+        ),
+        "The access code of the WHO office is WHAT.",
+        city,
+        _number,
+    ),
+    Relation(
+        ("WHO has the phone number WHAT.", "The phone number of WHO is WHAT."),
+        ("what is the phone number of WHO", "which phone number does WHO have", "what is WHO's phone number"),
+        "The phone number of WHO is WHAT.",
+        name,
+        _number,
+    ),
+    Relation(
+        ("WHO lives in WHAT.", "The home of WHO is in WHAT.", "WHO moved to WHAT last year."),
+        ("where does WHO live", "in which city does WHO live", "what is the home of WHO"),
+        "WHO lives in WHAT.",
+        name,
+        city,
+    ),
+    Relation(
+        ("The favorite color of WHO is WHAT.", "WHO likes the color WHAT best."),
+        ("what is the favorite color of WHO", "which color does WHO like best", "what is WHO's favorite color"),
+        "The favorite color of WHO is WHAT.",
+        name,
+        _one_of("red", "blue", "green", "black", "white", "yellow", "purple", "orange", "brown", "pink", "silver", "gold"),
+    ),
+    Relation(
+        ("The WHO is kept in box WHAT.", "You find the WHO in box WHAT."),
+        ("in which box is the WHO", "where is the WHO kept", "which box holds the WHO"),
+        "The WHO is in box WHAT.",
+        _thing,
+        code,
+    ),
+    Relation(
+        ("The WHO belongs to WHAT.", "WHAT owns the WHO."),
+        ("who owns the WHO", "to whom does the WHO belong", "whose is the WHO"),
+        "The WHO belongs to WHAT.",
+        _thing,
+        name,
+    ),
+    Relation(
+        ("The train to WHO leaves at WHAT.", "At WHAT the train to WHO leaves."),
+        ("when does the train to WHO leave", "at what time does the train to WHO leave", "what time is the train to WHO"),
+        "The train to WHO leaves at WHAT.",
+        city,
+        lambda rng, _split: clock(rng),
+    ),
+    Relation(
+        ("The WHO team meets on WHAT.", "On WHAT the WHO team meets."),
+        ("when does the WHO team meet", "on which day does the WHO team meet"),
+        "The WHO team meets on WHAT.",
+        _thing,
+        lambda rng, _split: day(rng),
+    ),
+    Relation(
+        ("The secret word of WHO is WHAT.", "WHO chose WHAT as the secret word."),
+        ("what is the secret word of WHO", "which secret word did WHO choose"),
+        "The secret word of WHO is WHAT.",
+        name,
+        _thing,
+    ),
+    Relation(
+        ("A WHO costs WHAT euros.", "The price of a WHO is WHAT euros."),
+        ("what does a WHO cost", "how much is a WHO", "what is the price of a WHO"),
+        "A WHO costs WHAT euros.",
+        _thing,
+        lambda rng, _split: str(between(rng, 1, 999)),
+    ),
+)
 
-_ASK = {relation.answer: Wordings(("", "ok, ", "now tell me: ", "question: ", "please, ", "so, ", "and "), relation.questions, ("?", "", "? Thanks.", " now?")) for relation in RELATIONS}
+_ASK = {
+    relation.answer: Wordings(
+        ("", "ok, ", "now tell me: ", "question: ", "please, ", "so, ", "and "),
+        relation.questions,
+        ("?", "", "? Thanks.", " now?"),
+    )
+    for relation in RELATIONS
+}
 _INTROS = (
-    "Remember these facts.", "Here are some notes.", "Read this text.", "Please remember the following.", "Some facts:", "Notes:", "",
-    "Keep this in mind.", "I will ask you about this text.",
-)  # fmt: skip
+    "Remember these facts.",
+    "Here are some notes.",
+    "Read this text.",
+    "Please remember the following.",
+    "Some facts:",
+    "Notes:",
+    "",
+    "Keep this in mind.",
+    "I will ask you about this text.",
+)
 _FILLERS = (
-    "The WORD and the WORD are old.", "Nobody saw the WORD in the WORD.", "It was a WORD day.", "They spoke about a WORD and a WORD.",
-    "A WORD stood near the WORD.", "The meeting was about the WORD.", "We bought a WORD, a WORD and a WORD.", "The WORD was very WORD.",
-    "Later the WORD came back.", "There is nothing new about the WORD.", "The WORD is next to the WORD.", "I think the WORD is WORD.",
-)  # fmt: skip
+    "The WORD and the WORD are old.",
+    "Nobody saw the WORD in the WORD.",
+    "It was a WORD day.",
+    "They spoke about a WORD and a WORD.",
+    "A WORD stood near the WORD.",
+    "The meeting was about the WORD.",
+    "We bought a WORD, a WORD and a WORD.",
+    "The WORD was very WORD.",
+    "Later the WORD came back.",
+    "There is nothing new about the WORD.",
+    "The WORD is next to the WORD.",
+    "I think the WORD is WORD.",
+)
 
 Fact = tuple[Relation, str, str]
 
@@ -142,4 +212,3 @@ def questioned(rng: Random, split: Split, count: int, questions: int) -> Task:
         messages += [*user(question), {"role": "assistant", "content": answer}]
     question, answer = ask(rng, split, pick(rng, facts))
     return Task("recall", messages + user(question), answer)
-

@@ -7,7 +7,7 @@ from random import Random
 
 from workstation.demo.tasks.about_ws import about_ws
 from workstation.demo.tasks.arithmetic import arithmetic
-from workstation.demo.tasks.base import Split, Task
+from workstation.demo.tasks.base import Split, Task, casual
 from workstation.demo.tasks.conversation import conversation
 from workstation.demo.tasks.extraction import extraction
 from workstation.demo.tasks.greeting import greeting
@@ -40,4 +40,6 @@ SKILLS: dict[str, Callable[[Random, Split], Task]] = {
 
 def generate(skill: str, rng: Random, split: Split) -> Task:
     """One task of a skill. Raises KeyError for a skill that is not in SKILLS."""
-    return SKILLS[skill](rng, split)
+    task = SKILLS[skill](rng, split)
+    casual(rng, task)
+    return task

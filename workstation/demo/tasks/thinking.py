@@ -14,8 +14,19 @@ from workstation.demo.tasks.letters import copying, spelling
 from workstation.demo.tasks.ordering import counting, reversing, sorting
 
 _KINDS: tuple[Callable[[Random, Split], Task], ...] = (
-    arithmetic, arithmetic, arithmetic, arithmetic, sorting, reversing, counting, spelling, copying, extraction, about_ws, greeting,
-)  # fmt: skip
+    arithmetic,
+    arithmetic,
+    arithmetic,
+    arithmetic,
+    sorting,
+    reversing,
+    counting,
+    spelling,
+    copying,
+    extraction,
+    about_ws,
+    greeting,
+)
 _FIRST = Wordings(
     ("", "please ", "hey, ", "ok, ", "first of all, "),
     ("think before you answer", "think first", "think step by step", "think about it", "think carefully", "think it through"),
@@ -23,7 +34,14 @@ _FIRST = Wordings(
 )
 _AFTER = Wordings(
     (" ", "\n"),
-    ("think before you answer", "think first", "think step by step", "think carefully", "think it through", "please think first"),
+    (
+        "think before you answer",
+        "think first",
+        "think step by step",
+        "think carefully",
+        "think it through",
+        "please think first",
+    ),
     (".", "", "!"),
 )
 

@@ -8,8 +8,9 @@ from random import Random
 from typing import Any
 
 from workstation.demo.tasks.base import Message, Split, Task, between, draw, on_side, pick, user
+from workstation.demo.tasks.everyday_tools import everyday_tool
 from workstation.demo.tasks.lexicon import city, name, word
-from workstation.demo.tasks.tool_pool import Tool, Value, everyday_tool, invented_tool
+from workstation.demo.tasks.tool_pool import Tool, Value, invented_tool
 
 NO_TOOL = "None of my tools can do that."
 _STARTS = ("", "", "", "please ", "hey, ", "hi, ", "ok, ", "now ", "could you help? ", "a request: ")
@@ -81,7 +82,12 @@ def _alike(one: Tool, two: Tool) -> bool:
 
 def _request(rng: Random, split: Split, tool: Tool) -> tuple[str, dict[str, Value]]:
     """A request for the tool and the arguments it states, in the schema's order."""
-    wording = draw(rng, lambda: (pick(rng, _STARTS), pick(rng, tool.requests), pick(rng, _ENDS)), split, lambda parts: f"frame:{parts[0]}|{parts[2]}")
+    wording = draw(
+        rng,
+        lambda: (pick(rng, _STARTS), pick(rng, tool.requests), pick(rng, _ENDS)),
+        split,
+        lambda parts: f"frame:{parts[0]}|{parts[2]}",
+    )
     text = "".join(wording)
     arguments: dict[str, Value] = {}
     for parameter in tool.parameters:
@@ -94,9 +100,24 @@ def _request(rng: Random, split: Split, tool: Tool) -> tuple[str, dict[str, Valu
 
 
 _REASONS = (
-    "not found", "no access", "timeout", "bad request", "try again later", "server is down", "not allowed", "no such city", "wrong date",
-    "unknown user", "out of stock", "too many requests", "invalid id", "connection lost", "file is missing", "no results", "closed today",
-)  # fmt: skip
+    "not found",
+    "no access",
+    "timeout",
+    "bad request",
+    "try again later",
+    "server is down",
+    "not allowed",
+    "no such city",
+    "wrong date",
+    "unknown user",
+    "out of stock",
+    "too many requests",
+    "invalid id",
+    "connection lost",
+    "file is missing",
+    "no results",
+    "closed today",
+)
 
 
 def _bare(rng: Random, split: Split) -> str:

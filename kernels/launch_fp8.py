@@ -1,0 +1,86 @@
+"""FP8 products on a GPU: which kernel serves a layer, and its grid. Called through `ops.py`, which has checked the shapes."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+import triton
+
+from workstation.kernels import reference_fp8
+from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
+from workstation.kernels.quantize import quantize_per_token_kernel
+
+FIRST_WITH_FP8 = (8, 9)
+
+
+def quantize_fp8_per_token(x: torch.Tensor, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+    tokens, width = x.shape
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        quantize_per_token_kernel[(tokens,)](
+            x, out, scale, width, x.stride(0), bound, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        )
+    return out, scale
+
+
+def linear_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
+) -> torch.Tensor:
+    if not has_fp8(x.device):
+        return reference_fp8.linear_fp8(x, weight, scale, bias)
+    # The scaled product writes bfloat16 and wants multiples of 16; float32 is asked for when exactness matters.
+    fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
+    if quantized and fits and x.is_cuda and x.shape[0] and scales_rows(x.device):
+        return _scaled_product(x, weight, scale, bias, bound)
+    return _weight_only(x, weight, scale, bias)
+
+
+def _scaled_product(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bound: float
+) -> torch.Tensor:
+    x8, token_scale = quantize_fp8_per_token(x, bound)
+    fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+    out = torch._scaled_mm(
+        x8, weight.t(), scale_a=token_scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,
+        use_fast_accum=True,
+    ).to(x.dtype)  # fmt: skip
+    return out.add_(bias) if bias is not None and fused is None else out
+
+
+def _weight_only(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    tokens, (rows, columns) = x.shape[0], weight.shape
+    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    if not tokens:
+        return out
+    small = tokens <= 64 or x.dtype == torch.float32
+    tile = min(64 if small else 128, max(16, triton.next_power_of_2(tokens)))
+    tile_rows = 64 if small else 128
+    fp8_weight_kernel[(triton.cdiv(tokens, tile), triton.cdiv(rows, tile_rows))](
+        x, weight, scale, bias, out, tokens, rows, columns, x.stride(0), scale.stride(0),
+        BLOCKED=scale.dim() == 2, HAS_BIAS=bias is not None, TOKENS=tile, ROWS=tile_rows,
+        PRECISION="ieee" if x.dtype == torch.float32 else "tf32", num_warps=4 if small else 8,
+        num_stages=1 if x.dtype == torch.float32 else 2,
+    )  # fmt: skip
+    return out
+
+
+@cache
+def scales_rows(device: torch.device) -> bool:
+    """Whether torch multiplies FP8 with a scale a row on this device; asked once, before any graph is captured."""
+    left = torch.zeros(16, 32, dtype=torch.float8_e4m3fn, device=device)
+    ones = torch.ones(16, dtype=torch.float32, device=device)
+    try:
+        torch._scaled_mm(left, left.t(), scale_a=ones[:, None], scale_b=ones[None, :], out_dtype=torch.bfloat16,
+                         use_fast_accum=True)
+    except RuntimeError:
+        return False
+    return True
+
+
+@cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether the device converts and multiplies e4m3: compute capability 8.9 and above (and Triton's interpreter)."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8

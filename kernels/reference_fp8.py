@@ -1,0 +1,42 @@
+"""Plain-torch twins of the FP8 operations. Weights are widened a few rows at a time; activations keep their dtype."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn import functional as F
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = 448.0
+BLOCK = 128
+CHUNK_ELEMENTS = 1 << 24
+
+
+def quantize_fp8_per_token(x: torch.Tensor, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.float()
+    largest = values.abs().amax(-1).clamp(max=bound)
+    scale = torch.where(largest == 0, 1.0, largest) / FP8_MAX
+    return (values / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+
+
+def linear_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """scale [N] float32, or [⌈N/128⌉, ⌈K/128⌉] for 128 × 128 blocks."""
+    rows, columns = weight.shape
+    out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
+    step = max(BLOCK, CHUNK_ELEMENTS // columns // BLOCK * BLOCK)
+    for start in range(0, rows, step):
+        part = slice(start, min(start + step, rows))
+        wide = _widen(weight[part], scale, start, x.dtype)
+        out[:, part] = F.linear(x, wide, None if bias is None else bias[part])
+    return out
+
+
+def _widen(weight: torch.Tensor, scale: torch.Tensor, start: int, dtype: torch.dtype) -> torch.Tensor:
+    """The weights of some rows, the first of which is row `start` (a multiple of 128 for block scales)."""
+    rows, columns = weight.shape
+    if scale.dim() == 1:
+        factor = scale[start:start + rows, None]
+    else:
+        first = start // BLOCK
+        factor = scale[first:first + -(-rows // BLOCK)].repeat_interleave(BLOCK, 0)[:rows]
+        factor = factor.repeat_interleave(BLOCK, 1)[:, :columns]
+    return weight.float().mul_(factor).to(dtype)

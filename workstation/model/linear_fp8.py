@@ -1,0 +1,66 @@
+"""Linear layers whose weights stay FP8 on the device."""
+
+from __future__ import annotations
+
+import torch
+
+from workstation.kernels import ops
+from workstation.model.linear import Linear
+from workstation.quant.forms import Activations, Form, Segment, scale_grid
+
+# Random e4m3 codes without the highest exponent bit: finite, at most 1.875, and this is their root mean square.
+DUMMY_CODES = 0xBF
+DUMMY_RMS = 0.5985
+
+
+class Fp8Linear(Linear):
+    """W[n, k] = weight[n, k] · scale[…].
+
+    Attributes:
+        weight: [N, K] float8_e4m3fn.  scale: float32, its shape the subclass's.  bias: [N] of the model's dtype, or None.
+        activations: whether x may be rounded to FP8 per token, where the GPU can multiply that.
+    """
+
+    __slots__ = ("activations", "bias", "in_features", "out_features", "scale", "weight")
+
+    def __init__(self, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
+                 activations: Activations | None = None) -> None:
+        self.weight, self.scale, self.bias = weight, scale, bias
+        self.activations = activations or Activations()
+        self.out_features, self.in_features = weight.shape
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.linear_fp8(x, self.weight, self.scale, self.bias, bound=self.activations.bound,
+                              quantized_activations=self.activations.quantised)
+
+    @property
+    def nbytes(self) -> int:
+        return self.weight.nbytes + self.scale.nbytes + (self.bias.nbytes if self.bias is not None else 0)
+
+    def randomise(self, generator: torch.Generator) -> None:
+        self.weight.view(torch.uint8).random_(generator=generator).bitwise_and_(DUMMY_CODES)
+        self.scale.fill_(self.in_features**-0.5 / DUMMY_RMS)
+        if self.bias is not None:
+            self.bias.normal_(0.0, 0.02, generator=generator)
+
+
+class Fp8ChannelLinear(Fp8Linear):
+    """One scale a row: scale [N]. Also what one scale a matrix becomes."""
+
+    __slots__ = ()
+
+
+class Fp8BlockLinear(Fp8Linear):
+    """One scale for 128 × 128 elements: scale [⌈N/128⌉, ⌈K/128⌉], the last block of a row or column perhaps partial."""
+
+    __slots__ = ()
+
+
+def empty_fp8(segment: Segment, *, dtype: torch.dtype, device: torch.device) -> Fp8Linear:
+    """A layer of the segment's form with uninitialised weights, for a loader to fill. dtype: of the bias."""
+    rows, columns = segment.linear.out_features, segment.linear.in_features
+    blocked = segment.form is Form.FP8_BLOCK
+    weight = torch.empty(rows, columns, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.empty(scale_grid(rows, columns) if blocked else (rows,), dtype=torch.float32, device=device)
+    bias = torch.empty(rows, dtype=dtype, device=device) if segment.linear.bias else None
+    return (Fp8BlockLinear if blocked else Fp8ChannelLinear)(weight, scale, bias, segment.activations)

@@ -1,0 +1,170 @@
+"""A folder's description and its tensors, checked against each other → the form of every layer. No torch.
+
+Formats match the names in their skip lists by five different rules, and some files describe themselves wrongly, so that
+the tensors decide what the description leaves open: a 16-bit weight without a scale is 16-bit, an FP8 weight with its scale
+is FP8, and a difference is logged. What has two readings is an error that names the tensor.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+from workstation.architecture import ModelShape
+from workstation.config_fields import Fields
+from workstation.errors import ConfigError, ModelFolderError
+from workstation.model_folder import shown
+from workstation.quant import compressed_tensors, fbgemm, hf_fp8, modelopt
+from workstation.quant.description import WHERE, Description, Scheme
+from workstation.quant.forms import HEAD_MODULE, PLAIN, Form, Granularity, Part, WeightForms, all_linears
+from workstation.safetensors_header import TensorEntry
+
+log = logging.getLogger(__name__)
+
+FORMATS: dict[str, Callable[[Fields], Description]] = {
+    module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt)}
+QUANTIZATIONS = ("fp8",)
+PLAIN_DTYPES = ("F32", "BF16", "F16")
+FP8_DTYPE = "F8_E4M3"
+ZERO_POINTS = ("weight_zero_point", "input_zero_point")
+MAX_ZERO_POINT_BYTES = 1 << 24
+# Beside a linear layer: static scales of activations, and scales of the KV cache.
+_UNUSED_OF_LINEAR = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "output_scale", "q_scale")
+_UNUSED_OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale")
+_SCALES = ("weight_scale", "weight_scale_inv")
+
+
+def describe(shape: ModelShape) -> Description | None:
+    """The checkpoint's description, None for plain weights. Raises ModelFolderError for what is not served."""
+    if shape.quantization is None:
+        return None
+    config = Fields(shape.quantization, WHERE)
+    method = config.text("quant_method", "")
+    if method not in FORMATS:
+        named = shown(method) if method else "an unnamed method"
+        raise ModelFolderError(f"the checkpoint is quantised with {named}, which is not served; served are "
+                               f"{', '.join(FORMATS)} with FP8 weights, and plain bf16, fp16 or fp32 weights",
+                               param="quantization_config")
+    return FORMATS[method](config)
+
+
+def weight_forms(
+    shape: ModelShape, stored: Mapping[str, TensorEntry] | None, quantization: str | None = None,
+) -> WeightForms:
+    """The form of every linear layer.
+
+    Args:
+        stored: the checkpoint's headers; None when there is none (dummy weights), and the description alone decides.
+        quantization: "fp8" quantises the layers of a 16- or 32-bit checkpoint while loading, the head and the embedding
+            excepted; a checkpoint that is FP8 already stays as it is.
+
+    Raises ConfigError for another `quantization`, ModelFolderError for a description that is not served or that the
+    tensors contradict.
+    """
+    if quantization not in (None, *QUANTIZATIONS):
+        raise ConfigError(f"quantization must be {' or '.join(QUANTIZATIONS)} or absent, got {shown(quantization)}; "
+                          "a checkpoint's own format is found without it", param="quantization")
+    description = describe(shape)
+    if description is None:
+        return _at_load(shape) if quantization else WeightForms()
+    if description.unread:
+        log.warning("%s has fields that are not used: %s", WHERE, ", ".join(description.unread))
+    if stored is None:
+        parts = {module: _part(module, scheme, scheme.scale_names[0]) for module in _modules(shape)
+                 if (scheme := description.scheme_of(module)) is not None}
+        return WeightForms(parts, method=description.method)
+    return _Checker(shape, description, stored).forms()
+
+
+def _at_load(shape: ModelShape) -> WeightForms:
+    part = Part(Form.FP8_CHANNEL, at_load=True)
+    return WeightForms({module: part for module in _modules(shape) if module != HEAD_MODULE}, method="fp8")
+
+
+def _modules(shape: ModelShape) -> Iterator[str]:
+    return (module for linear in all_linears(shape) for module, _ in linear.parts)
+
+
+def _part(module: str, scheme: Scheme, scale: str) -> Part:
+    # One scale a matrix becomes one a row, equal in all rows: parts of a fused layer may then differ in theirs.
+    form = Form.FP8_BLOCK if scheme.granularity is Granularity.BLOCK else Form.FP8_CHANNEL
+    return Part(form, f"{module}.{scale}", scheme.granularity, scheme.activations, scale_dtypes=scheme.scale_dtypes)
+
+
+class _Checker:
+    """Holds the description against the tensors, module by module."""
+
+    def __init__(self, shape: ModelShape, description: Description, stored: Mapping[str, TensorEntry]) -> None:
+        self._shape, self._description, self._stored = shape, description, stored
+        self._modules = tuple(_modules(shape))
+        self._differ: list[str] = []
+
+    def forms(self) -> WeightForms:
+        parts = {module: part for module in self._modules if (part := self._read(module)) is not PLAIN}
+        if not parts:
+            raise ModelFolderError(
+                f"config.json describes {self._description.method} weights, but no linear layer's weight is {FP8_DTYPE}; "
+                "remove quantization_config to load them as they are", param="quantization_config")
+        if self._differ:
+            log.warning("the tensors of %d layers differ from what %s says about them, and the tensors are followed: %s",
+                        len(self._differ), WHERE, ", ".join(self._differ[:4]) + ("…" if len(self._differ) > 4 else ""))
+        return WeightForms(parts, frozenset(self._unused()), self._description.method)
+
+    def _read(self, module: str) -> Part:
+        scheme = self._description.scheme_of(module)
+        weight = self._stored.get(f"{module}.weight")
+        scales = [name for name in _SCALES if f"{module}.{name}" in self._stored]
+        if weight is None:  # the loader names what is missing
+            return PLAIN if scheme is None else _part(module, scheme, (*scales, *scheme.scale_names)[0])
+        if weight.dtype in PLAIN_DTYPES:
+            if scales:
+                raise self._contradiction(weight, f"{module}.{scales[0]} says that it is quantised")
+            if scheme is not None:
+                self._differ.append(module)
+            return PLAIN
+        if weight.dtype != FP8_DTYPE:
+            raise self._contradiction(weight, f"{self._description.method} stores {FP8_DTYPE} or 16-bit weights")
+        return self._fp8(module, weight, scheme, scales)
+
+    def _fp8(self, module: str, weight: TensorEntry, scheme: Scheme | None, scales: list[str]) -> Part:
+        if scheme is None:
+            if len(self._description.schemes) != 1:
+                raise self._contradiction(weight, f"{WHERE} says that it is not quantised")
+            scheme = self._description.schemes[0]
+            self._differ.append(module)
+        if len(scales) != 1:
+            raise self._contradiction(weight, f"it has {'two scales' if scales else 'no scale'}; "
+                                              f"{module}.{' or '.join(scheme.scale_names)} must hold it")
+        if scales[0] not in scheme.scale_names:
+            raise self._contradiction(weight, f"its scale is {scales[0]}, and {self._description.method} with a scale a "
+                                              f"{scheme.granularity} names it {' or '.join(scheme.scale_names)}")
+        return _part(module, scheme, scales[0])
+
+    @staticmethod
+    def _contradiction(weight: TensorEntry, why: str) -> ModelFolderError:
+        return ModelFolderError(f"tensor {weight.name} in {weight.file} is {weight.dtype}, but {why}",
+                                param="quantization_config")
+
+    def _unused(self) -> Iterator[str]:
+        names = [f"{module}.{name}" for module in self._modules for name in _UNUSED_OF_LINEAR]
+        names += [f"model.layers.{layer}.self_attn.{name}"
+                  for layer in range(self._shape.num_layers) for name in _UNUSED_OF_ATTENTION]
+        yield from (name for name in names if name in self._stored)
+        for module in self._modules:
+            for name in ZERO_POINTS:
+                entry = self._stored.get(f"{module}.{name}")
+                if entry is not None and self._is_zero(entry):
+                    yield entry.name
+
+    @staticmethod
+    def _is_zero(entry: TensorEntry) -> bool:
+        """Old writers store zero points of symmetric weights, all zero. Another value would change the weights."""
+        if entry.nbytes > MAX_ZERO_POINT_BYTES:
+            raise ModelFolderError(f"tensor {entry.name} in {entry.file} has {entry.nbytes} bytes; the limit for zero "
+                                   f"points is {MAX_ZERO_POINT_BYTES}")
+        with Path(entry.path).open("rb") as file:
+            file.seek(entry.start)
+            if any(file.read(entry.nbytes)):
+                raise ModelFolderError(f"tensor {entry.name} in {entry.file} is not zero, but FP8 weights are symmetric")
+        return True

@@ -1,0 +1,53 @@
+"""ModelOpt's FP8 family, described in config.json or in hf_quant_config.json beside it.
+
+    FP8                         X.weight_scale one number, X.input_scale one number
+    FP8_PER_CHANNEL_PER_TOKEN   X.weight_scale [N] or [N, 1]
+    FP8_PB_WO                   X.weight_scale [⌈N/128⌉, 1, ⌈K/128⌉, 1]; activations stay 16-bit
+"""
+
+from __future__ import annotations
+
+from fnmatch import fnmatchcase
+
+from workstation.config_fields import Fields
+from workstation.quant.description import MAX_REPEATS, Description, Scheme, names_in
+from workstation.quant.forms import HEAD_MODULE, Activations, Granularity
+
+METHOD = "modelopt"
+BESIDE = "hf_quant_config.json"
+_SCHEMES = {
+    "FP8": Scheme(Granularity.TENSOR),
+    "FP8_PER_CHANNEL_PER_TOKEN": Scheme(Granularity.CHANNEL),
+    "FP8_PB_WO": Scheme(Granularity.BLOCK, activations=Activations(quantised=False)),
+    "FP8_BLOCK_SCALES": Scheme(Granularity.BLOCK, activations=Activations(quantised=False)),
+}
+# `kv_cache_*`: the cache has the model's dtype unless it is asked for otherwise. `config_groups` repeats the algorithm.
+_KNOWN = ("quant_method", "producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "quantized_layers")
+
+
+def describe(config: Fields) -> Description:
+    inner = config.raw("quantization")
+    if inner is not None:
+        if not isinstance(inner, dict):
+            raise config.refuse("quantization", "an object")
+        config = Fields(inner, f"{BESIDE}: quantization")
+    config.asked.update(_KNOWN)
+    algorithm = config.text("quant_algo", "")
+    if algorithm not in _SCHEMES:
+        raise config.refuse("quant_algo", f"one of {', '.join(_SCHEMES)} (other algorithms are not served yet)")
+    if config.raw("group_size") not in (None, 128):
+        raise config.refuse("group_size", "null or 128")
+    scheme = _SCHEMES[algorithm]
+    kept = (HEAD_MODULE, *names_in(config, "exclude_modules"), *names_in(config, "ignore"))
+    for name in kept:
+        if name.count("*") + name.count("?") > MAX_REPEATS:
+            where = "exclude_modules" if name in (config.values.get("exclude_modules") or ()) else "ignore"
+            raise config.refuse(where, f"names with at most {MAX_REPEATS} wildcards")
+    return Description(METHOD, (scheme,), lambda module: None if any(_matches(module, name) for name in kept) else scheme,
+                       tuple(config.unasked()))
+
+
+def _matches(module: str, name: str) -> bool:
+    """A wildcard name, or one that stands for all that lies under it."""
+    return fnmatchcase(module, name) or fnmatchcase(module, f"{name}.*") or (
+        name.endswith("*") and fnmatchcase(module, f"{name[:-1]}.*"))
