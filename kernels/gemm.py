@@ -18,6 +18,7 @@ from workstation.kernels import reference_gemm
 
 FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
 FP8 = torch.float8_e4m3fn
+MAX_ROWS = 256  # up to here our own kernels are considered
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -7,7 +7,8 @@ from functools import cache
 import torch
 import triton
 
-from workstation.kernels import reference_fp8
+from workstation.kernels import gemm_launch, reference_fp8
+from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
 from workstation.kernels.quantize import quantize_per_token_kernel
 
@@ -31,17 +32,33 @@ def linear_fp8(
 ) -> torch.Tensor:
     if not has_fp8(x.device):
         return reference_fp8.linear_fp8(x, weight, scale, bias)
-    # The scaled product writes bfloat16 and wants multiples of 16; float32 is asked for when exactness matters.
-    fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
-    if quantized and fits and x.is_cuda and x.shape[0] and scales_rows(x.device):
+    if quantized and _multiplies_fp8(x, weight, scale):
         return _scaled_product(x, weight, scale, bias, bound)
     return _weight_only(x, weight, scale, bias)
+
+
+def silu_mul_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
+) -> torch.Tensor | None:
+    """The fused product of few rows, or None where no kernel serves it."""
+    if not (quantized and _multiplies_fp8(x, weight, scale)) or weight.shape[0] % 32:
+        return None
+    x8, token_scale = quantize_fp8_per_token(x, bound)
+    return gemm_launch.linear_silu_mul(x8, weight, scale, token_scale, bias, x.dtype)
+
+
+def _multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """FP8 by FP8 wants a scale a row and multiples of 16; float32 is asked for when exactness matters."""
+    fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
+    return fits and x.is_cuda and x.shape[0] > 0 and has_fp8(x.device) and scales_rows(x.device)
 
 
 def _scaled_product(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bound: float
 ) -> torch.Tensor:
     x8, token_scale = quantize_fp8_per_token(x, bound)
+    if x.shape[0] <= MAX_ROWS:
+        return gemm_launch.linear(x8, weight, scale, token_scale, bias, None, x.dtype)
     fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
     out = torch._scaled_mm(
         x8, weight.t(), scale_a=token_scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from workstation.kernels import reference, reference_fp8
+from workstation.kernels.gemm import MAX_ROWS
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan
@@ -187,6 +188,19 @@ def linear_fp8(
             x, weight, scale, bias, quantized=quantized_activations, bound=limit
         )
     return reference_fp8.linear_fp8(x, weight, scale, bias)
+
+
+def silu_mul_fp8(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *,
+    quantized_activations: bool = True, bound: float | None = None,
+) -> torch.Tensor:
+    """`silu_mul(linear_fp8(…))` for weight [2F, K] = gate | up, in one kernel where the rows are few. Returns [T, F]."""
+    if (x.is_cuda or FORCE_TRITON) and x.shape[0] <= MAX_ROWS:
+        limit = float("inf") if bound is None else bound
+        fused = _fp8().silu_mul_fp8(x, weight, scale, bias, quantized=quantized_activations, bound=limit)
+        if fused is not None:
+            return fused  # type: ignore[no-any-return]
+    return silu_mul(linear_fp8(x, weight, scale, bias, quantized_activations=quantized_activations, bound=bound))
 
 
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:

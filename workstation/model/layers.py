@@ -55,4 +55,4 @@ class DecoderLayer:
         """(normed input [T, H], residual [T, H]) → (MLP output, not yet added, [T, H]; residual). Changes `residual`."""
         attended = self.attention(normed, positions, kv_layer, slots, plan)
         normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
-        return self.down(ops.silu_mul(self.gate_up(normed))), residual
+        return self.down(self.gate_up.silu_mul(normed)), residual

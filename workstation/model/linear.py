@@ -8,6 +8,8 @@ from collections.abc import Iterable
 import torch
 import torch.nn.functional as F
 
+from workstation.kernels import gemm, ops
+
 
 class Linear(ABC):
     """`y = x · Wᵀ + b` for x [T, in_features] → [T, out_features], of x's dtype."""
@@ -18,6 +20,10 @@ class Linear(ABC):
     @abstractmethod
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x: [T, in_features] → [T, out_features]."""
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        """SwiGLU's first half for a gate | up layer: [T, in_features] → [T, out_features / 2]."""
+        return ops.silu_mul(self(x))
 
     @property
     @abstractmethod
@@ -48,7 +54,14 @@ class DenseLinear(Linear):
         return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and x.shape[0] <= gemm.MAX_ROWS:
+            return gemm.linear(x, self.weight, bias=self.bias)
         return F.linear(x, self.weight, self.bias)
+
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        if x.is_cuda and x.shape[0] <= gemm.MAX_ROWS and x.dtype != torch.float32:
+            return gemm.linear_silu_mul(x, self.weight, bias=self.bias)
+        return ops.silu_mul(self(x))
 
     @property
     def nbytes(self) -> int:

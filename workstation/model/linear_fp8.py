@@ -33,6 +33,10 @@ class Fp8Linear(Linear):
         return ops.linear_fp8(x, self.weight, self.scale, self.bias, bound=self.activations.bound,
                               quantized_activations=self.activations.quantised)
 
+    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+        return ops.silu_mul_fp8(x, self.weight, self.scale, self.bias, bound=self.activations.bound,
+                                quantized_activations=self.activations.quantised)
+
     @property
     def nbytes(self) -> int:
         return self.weight.nbytes + self.scale.nbytes + (self.bias.nbytes if self.bias is not None else 0)
