@@ -27,7 +27,9 @@ PANEL = gl.constexpr(64)  # components a copy brings: 128 bytes, the span of the
 
 
 @gluon.jit
-def _fetch_tile(cache, table, tile, last_block, first_row, block_rows, bar, ring, slot, BLOCKS: gl.constexpr, PANELS: gl.constexpr):
+def _fetch_tile(
+    cache, table, tile, last_block, first_row, block_rows, bar, ring, slot, BLOCKS: gl.constexpr, PANELS: gl.constexpr
+):
     """Blocks [tile * BLOCKS, + BLOCKS) of one head into ring slots [slot * PANELS * BLOCKS, …): panel by panel."""
     for i in gl.static_range(BLOCKS):
         index = tile * BLOCKS + i
@@ -111,7 +113,7 @@ def _consume(
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, HEAD_DIM, 16])
     row = WARPGROUP * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, SCORES))
     position = lowest + row // GROUP
-    keys_ready, keys_free, values_ready, values_free = bars
+    keys_ready, keys_free, values_ready, _ = bars
 
     mbarrier.wait(keys_ready.index(0), 0)
     score = warpgroup_mma(query, key_tiles.index(0).permute((1, 0)), gl.zeros([64, KEYS], gl.float32, SCORES),
@@ -121,7 +123,7 @@ def _consume(
     highest = gl.full([64], float("-inf"), gl.float32, gl.SliceLayout(1, SCORES))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, SCORES))
     last = tiles - 1
-    fresh, highest, total, fade = _weigh(score, highest, total, position, last * KEYS, scale, SCORES, KEYS, True)
+    fresh, highest, total, _ = _weigh(score, highest, total, position, last * KEYS, scale, SCORES, KEYS, True)
     weight = gl.convert_layout(fresh.to(query.dtype), gl.DotOperandLayout(0, OUTPUT, 2))
     acc = gl.zeros([64, HEAD_DIM], gl.float32, OUTPUT)
 

@@ -13,6 +13,7 @@ from workstation.kernels.paging import AttentionPlan
 
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
+REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU since Kepler
 UNIT = 64  # keys a unit: what shares and sequences are counted in
 
 
@@ -74,7 +75,14 @@ def attend_decodes(
         KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, members), MEMBERS=members, HEAD_DIM=head_dim, DIM_PAD=dim_pad,
         BLOCK_SIZE=block_size, UNIT=UNIT, KEYS=config.keys, CHUNK=max(1, min(16, 8192 // (members * dim_pad))),
         PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, num_stages=config.stages,
+        maxnreg=_registers(config),
     )  # fmt: skip
+
+
+def _registers(config: DecodeConfig) -> int | None:
+    """Registers a thread may take so that `per_sm` programs are resident: one that waits for the others would run alone."""
+    room = REGISTERS // (config.per_sm * config.warps * 32) // 8 * 8
+    return room if room < 255 else None
 
 
 def _plan(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> _Shares:
