@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -36,7 +37,7 @@ class Step:
 
     @property
     def scale(self) -> float:
-        return self.heads.dim**-0.5
+        return 1.0 / math.sqrt(self.heads.dim)
 
     def layer(self, index: int) -> torch.Tensor:
         return self.pool[:, index]

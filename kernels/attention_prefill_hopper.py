@@ -23,7 +23,21 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from workstation.kernels.attention_prefill_tiled import find_tile
 
+# Triton 3.6 says thread_barrier, _reinterpret and async_copy_global_to_shared; later ones renamed them, one by one.
+_align = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
+_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
+HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
 PANEL = gl.constexpr(64)  # components a copy brings: 128 bytes, the span of the shared memory's swizzle
+
+
+@gluon.jit
+def _as_tiles(ring, STAGES: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """The ring's pieces seen as [STAGES, KEYS, HEAD_DIM]: panel by panel is how such a tile lies under this swizzle."""
+    if HAS_REINTERPRET:
+        tiles = ring.reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
+    else:
+        tiles = ring._reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
+    return tiles
 
 
 @gluon.jit
@@ -37,7 +51,7 @@ def _fetch_tile(
         block = gl.where(index <= last_block, block, 0)  # behind the end: the null block, zeros
         row = block * block_rows + first_row
         for panel in gl.static_range(PANELS):
-            tma.async_copy_global_to_shared(cache, [row, panel * PANEL], bar, ring.index((slot * PANELS + panel) * BLOCKS + i))
+            _fetch(cache, [row, panel * PANEL], bar, ring.index((slot * PANELS + panel) * BLOCKS + i))
 
 
 @gluon.jit
@@ -139,7 +153,7 @@ def _consume(
             values = place.load(BLOCK)
             place.store(gl.where((slot < filled)[:, None], values, gl.zeros_like(values)))
         fence_async_shared()
-        gl.thread_barrier()
+        _align()
 
     masked = gl.maximum(tiles - clear, 1)
     mbarrier.wait(keys_ready.index(1 % STAGES), (1 // STAGES) & 1, pred=tiles > 1)
@@ -213,8 +227,8 @@ def hopper_prefill_kernel(
         pieces: gl.constexpr = STAGES * (HEAD_DIM // PANEL) * (KEYS // BLOCK_SIZE)
         key_ring = gl.allocate_shared_memory(cache.dtype, [pieces, BLOCK_SIZE, PANEL], RING)
         value_ring = gl.allocate_shared_memory(cache.dtype, [pieces, BLOCK_SIZE, PANEL], RING)
-        key_tiles = key_ring._reinterpret(cache.dtype, [STAGES, KEYS, HEAD_DIM], RING)
-        value_tiles = value_ring._reinterpret(cache.dtype, [STAGES, KEYS, HEAD_DIM], RING)
+        key_tiles = _as_tiles(key_ring, STAGES, KEYS, HEAD_DIM)
+        value_tiles = _as_tiles(value_ring, STAGES, KEYS, HEAD_DIM)
         keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -235,7 +249,7 @@ def hopper_prefill_kernel(
             where = (start + token).to(gl.int64) * q_token_stride + (kv_head * GROUP + row % GROUP) * q_head_stride
             query.index(half).store(gl.load(q + where[:, None] + dim[None, :], mask=real[:, None], other=0.0))
         fence_async_shared()
-        gl.thread_barrier()
+        _align()
 
         bars = (keys_ready, keys_free, values_ready, values_free)
         key_row = kv_head * head_rows

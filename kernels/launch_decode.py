@@ -14,6 +14,7 @@ from workstation.kernels.paging import AttentionPlan
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU since Kepler
+SPARE = 8192  # bytes of shared memory a program takes beside K and V
 UNIT = 64  # keys a unit: what shares and sequences are counted in
 
 
@@ -38,14 +39,18 @@ class _Shares(NamedTuple):
     arrivals: torch.Tensor
     partial: torch.Tensor
     partial_lse: torch.Tensor
-    count: int
+    number: int
 
 
 def choose(q: torch.Tensor) -> DecodeConfig:
-    """Without spills for compute capability 9.0: K and V take 16 KiB each a turn, at most."""
+    """Without spills for compute capability 9.0: K and V take 16 KiB each a turn, at most, and two turns are under way."""
     row_bytes = triton.next_power_of_2(q.shape[2]) * q.element_size()
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    return DecodeConfig(keys, 4, 3, 3, 4, 8)
+    held = 2 * keys * row_bytes  # K and V of a turn
+    room = _shared_memory(q.device)
+    stages = 3 if room >= 2 * (2 * held + SPARE) else 2
+    per_sm = min(3 if q.element_size() == 2 else 2, max(1, room // ((stages - 1) * held + SPARE)))
+    return DecodeConfig(keys, 4, stages, per_sm, 4, 8)
 
 
 def attend_decodes(
@@ -68,7 +73,7 @@ def attend_decodes(
     group = num_heads // kv_heads
     members = triton.next_power_of_2(group)
     dim_pad = triton.next_power_of_2(head_dim)
-    decode_shares_kernel[(shares.count * kv_heads,)](
+    decode_shares_kernel[(shares.number * kv_heads,)](
         q, kv_layer, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
         shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * LOG2_E, q.stride(0), q.stride(1),
         block, side, head, token, plan.tables.stride(0), plan.window,
@@ -114,3 +119,10 @@ def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return 1  # the interpreter
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+@cache
+def _shared_memory(device: torch.device) -> int:
+    if device.type != "cuda":
+        return 1 << 20  # the interpreter
+    return int(torch.cuda.get_device_properties(device).shared_memory_per_multiprocessor)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from functools import cache
 from typing import NamedTuple
 
@@ -71,17 +72,35 @@ def _hopper_serves(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan,
 
 @cache
 def _is_hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == (9, 0)
+    if _capability(device) != (9, 0):
+        return False
+    try:  # Gluon is young: a Triton without what the kernel uses leaves the other kernels
+        importlib.import_module("workstation.kernels.attention_prefill_hopper")
+    except (ImportError, AttributeError):
+        return False
+    return True
+
+
+@cache
+def _capability(device: torch.device) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)  # the interpreter
 
 
 def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> PrefillConfig:
-    """Tile sizes that compile without spills for compute capability 9.0."""
+    """The fastest kernel that serves the step, with tiles that compile without spills for compute capability 9.0."""
     longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
+    wide = q.shape[2] > 128
     if q.dtype == torch.float32:  # no tensor cores: small tiles, for exactness rather than speed
         return PrefillConfig("exact", 32, 16, 8, 3)
-    if q.shape[2] > 128:
-        return PrefillConfig("exact", 64 if longest <= 64 else 128, 32, 8, 3)
-    return PrefillConfig("exact", 64, 64, 4, 3) if longest <= 64 else PrefillConfig("exact", 128, 64, 8, 3)
+    if longest <= 64:
+        narrow = PrefillConfig("paged", 64, 32, 8, 2) if wide else PrefillConfig("paged", 64, 64, 4, 2)
+        return narrow if serves(narrow, q, kv_layer, plan) else PrefillConfig("exact", 64, 32 if wide else 64, 8, 3)
+    hopper = PrefillConfig("hopper", 128, 64 if wide else 128, 4, 2)
+    if serves(hopper, q, kv_layer, plan):
+        return hopper
+    stages = 3 if _capability(q.device)[0] == 9 else 2  # below and at 12.0 two of them keep within 99 KiB
+    paged = PrefillConfig("paged", 64 if wide else 128, 32 if wide else 64, 8, stages)
+    return paged if serves(paged, q, kv_layer, plan) else PrefillConfig("exact", 128, 32 if wide else 64, 8, stages)
 
 
 class _Tiles(NamedTuple):
