@@ -10,8 +10,9 @@ import triton
 
 from workstation.kernels.activation import silu_mul_kernel
 from workstation.kernels.attention_decode import combine_kernel, decode_kernel, plan_tiles_kernel
-from workstation.kernels.attention_prefill import prefill_kernel
 from workstation.kernels.kv_store import copy_blocks_kernel, rope_and_cache_kernel
+from workstation.kernels.launch_decode import attend_decodes
+from workstation.kernels.launch_prefill import attend_prefills
 from workstation.kernels.norm import add_rms_norm_kernel, rms_norm_kernel
 from workstation.kernels.paging import AttentionPlan
 
@@ -98,9 +99,9 @@ def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) ->
 def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.num_decodes:
-        _attend_decodes(q, kv_layer, plan, scale, out)
+        attend_decodes(q, kv_layer, plan, scale, out)
     if plan.context_lens.shape[0] > plan.num_decodes:
-        _attend_prefills(q, kv_layer, plan, scale, out)
+        attend_prefills(q, kv_layer, plan, scale, out)
     return out
 
 
@@ -160,41 +161,6 @@ def _attend_decodes(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan
             tiles.partial, tiles.partial_lse, out, tiles.first,
             HEADS=num_heads, HEAD_DIM=head_dim, DIM_PAD=dim_pad, TILES=COMBINE_TILES, num_warps=4,
         )  # fmt: skip
-
-
-def _attend_prefills(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor) -> None:
-    tokens, num_heads, head_dim = q.shape
-    kv_heads, block_size = kv_layer.shape[2:4]
-    group = num_heads // kv_heads
-    tile = _prefill_tile(q, plan.max_query_len * group)
-    rows = max(tile.rows, triton.next_power_of_2(group))
-    query_tokens = rows // group
-    sequences = plan.context_lens.shape[0]
-    prefills = sequences - plan.num_decodes
-    grid = ((tokens - plan.num_decodes) // query_tokens + prefills, kv_heads)
-    block, side, head, token, _ = kv_layer.stride()
-    prefill_kernel[grid](
-        q, kv_layer, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, sequences,
-        scale * LOG2_E, q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
-        KV_HEADS=kv_heads, GROUP=group, ROWS=rows, QUERY_TOKENS=query_tokens, HEAD_DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=tile.keys, PRECISION=_precision(q),
-        num_warps=tile.warps, num_stages=3,
-    )  # fmt: skip
-
-
-class PrefillTile(NamedTuple):
-    rows: int
-    keys: int
-    warps: int
-
-
-def _prefill_tile(q: torch.Tensor, longest: int) -> PrefillTile:
-    """Tile sizes that compile without spills for compute capability 9.0. `longest`: query rows of the longest chunk."""
-    if q.dtype == torch.float32:  # no tensor cores: small tiles, for exactness rather than speed
-        return PrefillTile(32, 16, 8)
-    if q.shape[2] > 128:
-        return PrefillTile(64 if longest <= 64 else 128, 32, 8)
-    return PrefillTile(64, 64, 4) if longest <= 64 else PrefillTile(128, 64, 8)
 
 
 def _decode_keys(q: torch.Tensor) -> int:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_cases import Heads, paged_case
 from kernel_checks import (
+    TOLERANCE,
     check_add_rms_norm,
     check_attention,
     check_copy_blocks,
@@ -19,7 +20,9 @@ from kernel_checks import (
     check_silu_mul,
 )
 
-from workstation.kernels import launch, ops, reference
+from workstation.kernels import launch, launch_decode, launch_prefill, ops, reference
+from workstation.kernels.launch_decode import DecodeConfig
+from workstation.kernels.launch_prefill import PrefillConfig
 
 assert os.environ["TRITON_INTERPRET"] == "1" and ops.FORCE_TRITON
 
@@ -81,11 +84,73 @@ def test_attention_with_a_head_dim_of_256() -> None:
     check_attention(Heads(4, 1, 256), [(1, 90), (1, 200), (20, 70)], 0, torch.float16, "cpu")
 
 
+@pytest.mark.parametrize("kind", ["exact", "paged", "dense", "descriptor"])
+@pytest.mark.parametrize(
+    ("heads", "rows", "keys"), [(Heads(4, 1, 128), 64, 32), (Heads(6, 2, 64), 32, 64), (Heads(2, 2, 64), 32, 32)]
+)
+def test_every_prefill_kernel_is_attention(kind: str, heads: Heads, rows: int, keys: int) -> None:
+    """Behind a decode, at lengths that end within blocks and tiles; slots behind an end hold NaN, and so does the output."""
+    case = paged_case(heads, [(1, 20), (3, 3), (17, 40), (64, 64), (5, 133), (90, 150)], dtype=torch.float16)
+    out = torch.full_like(case.q, torch.nan)
+    config = PrefillConfig(kind, rows, keys, 4, 2)
+    launch_prefill.attend_prefills(case.q, case.kv_layer, case.plan, case.scale, out, config)
+    torch.testing.assert_close(out[1:].float(), case.expected()[1:], atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
+
+
+@pytest.mark.parametrize("window", [5, 70])
+def test_the_paged_prefill_kernel_keeps_its_window(window: int) -> None:
+    case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (5, 133), (90, 150)], window=window, dtype=torch.float16)
+    out = torch.full_like(case.q, torch.nan)
+    config = PrefillConfig("paged", 32, 32, 4, 2)
+    launch_prefill.attend_prefills(case.q, case.kv_layer, case.plan, case.scale, out, config)
+    torch.testing.assert_close(out.float(), case.expected(), atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
+
+
+def test_a_gathered_copy_declines_a_window() -> None:
+    case = paged_case(Heads(4, 2, 64), [(3, 3)], window=5, dtype=torch.float16)
+    with pytest.raises(ValueError, match="window of 5"):
+        launch_prefill.attend_prefills(
+            case.q, case.kv_layer, case.plan, case.scale, torch.empty_like(case.q), PrefillConfig("dense", 32, 32, 4, 2)
+        )
+
+
+@pytest.mark.parametrize("window", [0, 33, 200])
+@pytest.mark.parametrize(("processors", "least", "whole"), [(1, 1, 0), (3, 2, 3), (7, 1, 0), (40, 1, 0), (40, 4, 8)])
+def test_decode_is_attention_however_the_keys_are_shared(
+    monkeypatch: pytest.MonkeyPatch, processors: int, least: int, whole: int, window: int
+) -> None:
+    """Twice, as two layers: the second finds the arrival counters as the first left them."""
+    monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
+    lengths = [(1, length) for length in (1, 16, 17, 300, 45, 0, 46, 700)]
+    case = paged_case(Heads(8, 2, 64), lengths, window=window)
+    for _ in range(2):
+        out = torch.full_like(case.q, torch.nan)
+        config = DecodeConfig(32, 4, 2, 2, least, whole)
+        launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, config)
+        torch.testing.assert_close(out, case.expected(), atol=2e-5, rtol=2e-5)
+
+
+def test_shares_are_equal_and_leave_short_sequences_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units: 3, 3, 16. Five shares of five units: the border at 5 lies in a short sequence and moves to its end, 6."""
+    monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: 5)
+    case = paged_case(Heads(2, 1, 16), [(1, 180), (1, 192), (1, 1024)])
+    out = torch.empty_like(case.q)
+    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig(32, 4, 2, 1, 1, 3))
+    shares = case.plan.scratch["decode_shares"]
+    assert shares.number == 5
+    assert shares.first.tolist() == [0, 3, 6, 22]
+    assert shares.start[:6].tolist() == [0, 6, 10, 15, 20, 22]
+    assert shares.sequence[:5].tolist() == [0, 2, 2, 2, 2]
+    assert shares.arrivals.tolist() == [0, 0, 0]
+    torch.testing.assert_close(out, case.expected())
+
+
 def test_tiles_grow_until_they_fit_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two tiles a sequence are always allowed: 400 and 20 keys then need tiles of twice the shortest length."""
     monkeypatch.setattr(launch, "TILE_HEADS", 1)
     case = paged_case(Heads(4, 2, 16), [(1, 400), (1, 20)])
-    out = ops.attention(case.q, case.kv_layer, case.plan, case.scale)
+    out = torch.empty_like(case.q)
+    launch._attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out)
     tiles = case.plan.scratch["decode_tiles"]
     assert tiles.header.tolist() == [3, 2 * launch.SHORTEST_TILE]
     assert tiles.first.tolist() == [0, 2, 3]
