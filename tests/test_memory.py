@@ -90,7 +90,7 @@ def test_the_shrunk_context_is_the_longest_that_fits() -> None:
 
 
 def test_a_context_never_shrinks_below_4096() -> None:
-    nearly_full = DeviceMemory("cuda", total_bytes=24 * GIB, free_bytes=WEIGHTS + 2 * GIB)
+    nearly_full = DeviceMemory("cuda", total_bytes=24 * GIB, free_bytes=WEIGHTS + GIB)
     with pytest.raises(OutOfMemoryError, match="4096 tokens needs"):
         plan_memory(llama_8b(), replace(CONFIG, num_blocks=200), WEIGHTS, SMALL)
     with pytest.raises(OutOfMemoryError):
@@ -148,7 +148,7 @@ def test_without_chunks_a_step_holds_the_longest_prompt() -> None:
 def test_a_larger_step_takes_more_workspace_and_leaves_fewer_blocks() -> None:
     small = plan_memory(llama_8b(), replace(CONFIG, max_num_batched_tokens=2048), WEIGHTS, H200)
     large = plan_memory(llama_8b(), replace(CONFIG, max_num_batched_tokens=16384), WEIGHTS, H200)
-    assert large.workspace > 6 * small.workspace
+    assert large.workspace > 2 * small.workspace
     assert large.num_blocks < small.num_blocks
 
 

@@ -218,3 +218,11 @@ def test_rotary_tables_equal_transformers(fields: dict[str, Any], length: int | 
     angles = torch.arange(rows).float()[:, None] * frequencies
     table = cos_sin_table(shape.rope, rows, CPU)
     torch.testing.assert_close(table, torch.cat((angles.cos(), angles.sin()), -1) * factor, rtol=1e-4, atol=1e-4)
+
+
+def test_a_long_step_runs_its_mlp_in_pieces_and_gives_the_same_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder, _ = models("llama")
+    whole = PagedModel(decoder, 3, 96).step(dict(enumerate(prompts())))
+    monkeypatch.setattr("workstation.model.layers.MLP_TOKENS", 7)
+    pieces = PagedModel(decoder, 3, 96).step(dict(enumerate(prompts())))
+    assert all(torch.allclose(whole[row], pieces[row], atol=1e-4) for row in whole)

@@ -242,3 +242,26 @@ def test_a_gpu_step_never_waits_and_samples_what_the_cpu_samples() -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert [step.tolist() for step in found[0]] == [step.tolist() for step in found[1]]
+
+
+def test_many_rows_are_sampled_in_groups_and_no_row_notices(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = 40
+    logits = random_logits(rows, 300, seed=9)
+    params = [SamplingParams(temperature=0.9, top_p=0.8, logprobs=row % 4 if row % 3 else None) for row in range(rows)]
+    found = []
+    for size in (1000, 7):
+        monkeypatch.setattr("workstation.engine.sampler.SAMPLING_ROWS", size)
+        state = SamplingState(rows, 300, "cpu")
+        for row in range(rows):
+            state.set_row(row, params[row], seed=row)
+        state.flush()
+        every = torch.arange(rows)
+        found.append(Sampler(state).sample(logits, list(range(rows)), every, every + 3, [0] * rows))
+    one, many = found
+    assert one.tokens.tolist() == many.tokens.tolist() and one.finite.tolist() == many.finite.tolist()
+    assert one.logprobs is not None and many.logprobs is not None
+    assert one.logprobs.places == many.logprobs.places
+    assert torch.allclose(one.logprobs.chosen, many.logprobs.chosen)
+    for at, place in enumerate(one.logprobs.places):
+        wanted = params[place].logprobs or 0
+        assert one.logprobs.top_ids[at, :wanted].tolist() == many.logprobs.top_ids[at, :wanted].tolist()

@@ -25,6 +25,8 @@ CUDA_GRAPH_BYTES = 512 * MIB
 DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
 LEAST_CONTEXT = 4096
+MLP_TOKENS = 2048  # the feed-forward part of a larger step runs in pieces of this many tokens, which bounds its activations
+SAMPLING_ROWS = 128  # likewise for sampling that needs temporaries of [rows, vocabulary]
 # Temporaries live beside their inputs for a moment, and the allocator rounds up.
 ALLOCATOR_SLACK = 1.25
 # A full sort of [rows, vocabulary] float32: values (4), 64-bit indices (8), probabilities and running sum (8).
@@ -136,15 +138,15 @@ class _Needs:
 
 def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_len: int, block_size: int) -> _Needs:
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + shape.num_heads * shape.head_dim
-    ffn = 3 * shape.intermediate_size  # gate and up, then their product
-    activations = tokens * (2 * shape.hidden_size + max(heads, ffn)) * dtype_bytes
+    ffn = 3 * shape.intermediate_size * min(tokens, MLP_TOKENS)  # gate and up, then their product
+    activations = (3 * tokens * shape.hidden_size + max(tokens * heads, ffn)) * dtype_bytes
     indices = tokens * 8 * (3 + len(shape.kv_groups))
     tables = len(shape.kv_groups) * rows * math.ceil(max_len / block_size) * 4
     rope = max_len * shape.rope.rotary_dim * 4
     logits = rows * shape.vocab_size * (dtype_bytes + 4)
-    row_state = rows * (max_len * 8 + 256)
+    row_state = rows * 256
     penalties = min(rows, 64) * shape.vocab_size * 4
-    sampler = rows * shape.vocab_size * SORT_BYTES_PER_LOGIT + row_state + penalties
+    sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SORT_BYTES_PER_LOGIT + row_state + penalties
     return _Needs(int(activations * ALLOCATOR_SLACK) + indices + tables + rope, logits, sampler)
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
 from workstation.engine import sampling_math
@@ -26,8 +27,10 @@ from workstation.engine.sampling_state import (
     TOP_P,
     SamplingState,
 )
+from workstation.memory import SAMPLING_ROWS
 
 NEG_INF = sampling_math.NEG_INF
+PLANS_KEPT = 16  # of steps' row groups that come back unchanged
 
 
 @dataclass(slots=True)
@@ -68,8 +71,8 @@ class Sampler:
 
     def __init__(self, state: SamplingState) -> None:
         self.state = state
-        self._plan_key: tuple[object, ...] = ()
-        self._plan = StepPlan()
+        self._version = -1
+        self._plans: dict[tuple[object, ...], StepPlan] = {}
 
     @torch.no_grad()
     def sample(
@@ -82,6 +85,16 @@ class Sampler:
         the device. positions_t: [L] int64, place in its sequence of the token being drawn (prompt length + k).
         steps: tokens each row's output holds so far (k), on the host; read for min_tokens only.
         """
+        if len(rows) > SAMPLING_ROWS and self.state.flags[np.asarray(rows, dtype=np.int64)].any():
+            cuts = [slice(at, at + SAMPLING_ROWS) for at in range(0, len(rows), SAMPLING_ROWS)]
+            return _joined([self._sample(logits[cut], rows[cut], rows_t[cut], positions_t[cut], steps[cut]) for cut in cuts])
+        return self._sample(logits, rows, rows_t, positions_t, steps)
+
+    def _sample(
+        self, logits: torch.Tensor, rows: Sequence[int], rows_t: torch.Tensor, positions_t: torch.Tensor,
+        steps: Sequence[int],
+    ) -> SampleOutput:
+        """`sample` for rows whose temporaries fit the plan's memory."""
         plan = self._planned(rows, steps)
         raw = logits if logits.dtype == torch.float32 else logits.float()
         x = self._adjusted(raw, rows_t, plan)
@@ -173,10 +186,35 @@ class Sampler:
             short = tuple(place for place, (row, step) in enumerate(zip(rows, steps, strict=True))
                           if row in state.waiting_for_min and step < state.rules[row].min_tokens)
         key = (state.version, short, tuple(rows))
-        if key != self._plan_key:
-            self._plan = build_plan(state, rows, short)
-            self._plan_key = key
-        return self._plan
+        plan = self._plans.get(key)
+        if plan is None:
+            if state.version != self._version or len(self._plans) >= PLANS_KEPT:
+                self._plans.clear()
+            self._version = state.version
+            plan = self._plans[key] = build_plan(state, rows, short)
+        return plan
+
+
+def _joined(parts: list[SampleOutput]) -> SampleOutput:
+    """The outputs of consecutive groups of rows as one."""
+    asked = [part.logprobs for part in parts if part.logprobs is not None]
+    logprobs = None
+    if asked:
+        widest = max(item.top_ids.shape[1] for item in asked)
+        first, places = 0, list[int]()
+        for part in parts:
+            places += [first + place for place in (part.logprobs.places if part.logprobs else [])]
+            first += len(part.tokens)
+        logprobs = SampleLogprobs(
+            places, torch.cat([item.chosen for item in asked]),
+            torch.cat([_widened(item.top_values, widest) for item in asked]),
+            torch.cat([_widened(item.top_ids, widest) for item in asked]), torch.cat([item.ranks for item in asked]))
+    return SampleOutput(torch.cat([part.tokens for part in parts]), torch.cat([part.finite for part in parts]), logprobs)
+
+
+def _widened(top: torch.Tensor, width: int) -> torch.Tensor:
+    """[M, k] → [M, width]; the columns added are asked for by nobody in this group."""
+    return torch.nn.functional.pad(top, (0, width - top.shape[1]))
 
 
 @torch.no_grad()

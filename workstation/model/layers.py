@@ -6,6 +6,7 @@ import torch
 
 from workstation.kernels import ops
 from workstation.kernels.paging import AttentionPlan
+from workstation.memory import MLP_TOKENS
 from workstation.model.linear import Linear
 
 
@@ -55,4 +56,13 @@ class DecoderLayer:
         """(normed input [T, H], residual [T, H]) → (MLP output, not yet added, [T, H]; residual). Changes `residual`."""
         attended = self.attention(normed, positions, kv_layer, slots, plan)
         normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
-        return self.down(self.gate_up.silu_mul(normed)), residual
+        return self._mlp(normed), residual
+
+    def _mlp(self, normed: torch.Tensor) -> torch.Tensor:
+        """[T, H] → [T, H]; in pieces when T is large, so that the widest activations stay small."""
+        if normed.shape[0] <= MLP_TOKENS:
+            return self.down(self.gate_up.silu_mul(normed))
+        out = torch.empty_like(normed)
+        for piece, target in zip(torch.split(normed, MLP_TOKENS), torch.split(out, MLP_TOKENS), strict=True):
+            target.copy_(self.down(self.gate_up.silu_mul(piece)))
+        return out
