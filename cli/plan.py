@@ -13,7 +13,7 @@ from workstation.catalog import ModelEntry, load_catalogue
 from workstation.cli.serve_settings import SERVE_SETTINGS
 from workstation.config import DType, EngineConfig
 from workstation.errors import ConfigError, DeviceError
-from workstation.hub import ResolvedModel, resolve_model
+from workstation.hub import ResolvedModel, check_name, resolve_model
 from workstation.settings import Settings, resolve, unknown_variables
 
 _DTYPE_ALIASES = {"half": "float16", "float": "float32"}
@@ -70,6 +70,7 @@ def choose_device(asked: str, *, is_demo: bool) -> str:
 def plan_launch(model: str, flags: Mapping[str, Any], environment: Mapping[str, str]) -> Launch:
     """Resolve settings, device and model, downloading the model when it must be. Raises WorkstationError."""
     settings, entry = settle(model, flags, environment)
+    check_name(model, load_catalogue())  # a misspelt name is told before a missing GPU
     device = choose_device(settings["device"], is_demo=entry is not None and entry.is_bundled)
     found = resolve_model(
         model, load_catalogue(), revision=settings["revision"], token=settings["hf_token"],

@@ -66,18 +66,13 @@ def resolve_model(
     Raises:
         ModelNotFoundError, ModelFolderError, ConfigError (an entry that cannot be served yet), StartupError (disk, network).
     """
+    check_name(model, entries)
     entry = entries.get(model)
     if entry is None:
         folder = Path(model).expanduser()
         if folder.is_dir():
             return ResolvedModel(folder.resolve().name, _checked(folder.resolve()))
-        if model.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(model):
-            if "/" in model:
-                raise ModelNotFoundError(f"there is no folder {model!r}", param="model")
-            find(model, entries)  # raises, naming the nearest
         return ResolvedModel(model, _download(model, revision, download_dir, token, weights, say))
-    if entry.needs:
-        raise ConfigError(f"{entry.name} cannot be served: it needs {entry.needs}", param="model")
     if entry.is_bundled:
         return ResolvedModel(entry.name, _checked(demo_folder()), entry)
     local = Path(entry.model)
@@ -85,6 +80,24 @@ def resolve_model(
         return ResolvedModel(entry.name, _checked(local), entry)
     revision = revision or entry.revision
     return ResolvedModel(entry.name, _download(entry.model, revision, download_dir, token, weights, say), entry)
+
+
+def check_name(model: str, entries: Mapping[str, ModelEntry]) -> None:
+    """Refuse a name that is no catalogue entry, folder or hub id, and an entry that cannot be served, without any download.
+
+    Raises ModelNotFoundError (naming the nearest entry), ConfigError.
+    """
+    entry = entries.get(model)
+    if entry is not None:
+        if entry.needs:
+            raise ConfigError(f"{entry.name} cannot be served: it needs {entry.needs}", param="model")
+        return
+    if Path(model).expanduser().is_dir():
+        return
+    if model.startswith(("/", "./", "../", "~")) or not HUB_ID.fullmatch(model):
+        if "/" in model:
+            raise ModelNotFoundError(f"there is no folder {model!r}", param="model")
+        find(model, entries)  # raises, naming the nearest
 
 
 def _checked(folder: Path) -> Path:
