@@ -10,7 +10,9 @@ import triton
 from workstation.kernels import gemm_launch, reference_fp8
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
+from workstation.kernels.norm import add_rms_norm_fp8_kernel
 from workstation.kernels.quantize import quantize_per_token_kernel
+from workstation.kernels.quantized import Quantized
 
 FIRST_WITH_FP8 = (8, 9)
 
@@ -27,12 +29,34 @@ def quantize_fp8_per_token(x: torch.Tensor, bound: float) -> tuple[torch.Tensor,
     return out, scale
 
 
+def add_rms_norm_fp8(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, bound: float
+) -> tuple[Quantized, torch.Tensor]:
+    tokens, width = x.shape
+    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    if tokens:
+        block = triton.next_power_of_2(width)
+        add_rms_norm_fp8_kernel[(tokens,)](
+            x, residual, weight, out, scale, width, eps, bound, BLOCK=block, num_warps=min(16, max(1, block // 512))
+        )
+    return Quantized(out, scale, x.dtype), residual
+
+
+def product_of_quantized(
+    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, silu: bool
+) -> torch.Tensor:
+    if silu:
+        return gemm_launch.linear_silu_mul(x.values, weight, scale, x.scale, bias, x.dtype)
+    return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype)
+
+
 def linear_fp8(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
 ) -> torch.Tensor:
     if not has_fp8(x.device):
         return reference_fp8.linear_fp8(x, weight, scale, bias)
-    if quantized and _multiplies_fp8(x, weight, scale):
+    if quantized and multiplies_fp8(x, weight, scale):
         return _scaled_product(x, weight, scale, bias, bound)
     return _weight_only(x, weight, scale, bias)
 
@@ -41,13 +65,12 @@ def silu_mul_fp8(
     x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
 ) -> torch.Tensor | None:
     """The fused product of few rows, or None where no kernel serves it."""
-    if not (quantized and _multiplies_fp8(x, weight, scale)) or weight.shape[0] % 32:
+    if not (quantized and multiplies_fp8(x, weight, scale)) or weight.shape[0] % 32:
         return None
-    x8, token_scale = quantize_fp8_per_token(x, bound)
-    return gemm_launch.linear_silu_mul(x8, weight, scale, token_scale, bias, x.dtype)
+    return product_of_quantized(Quantized(*quantize_fp8_per_token(x, bound), x.dtype), weight, scale, bias, silu=True)
 
 
-def _multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+def multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """FP8 by FP8 wants a scale a row and multiples of 16; float32 is asked for when exactness matters."""
     fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
     return fits and x.is_cuda and x.shape[0] > 0 and has_fp8(x.device) and scales_rows(x.device)
@@ -58,7 +81,7 @@ def _scaled_product(
 ) -> torch.Tensor:
     x8, token_scale = quantize_fp8_per_token(x, bound)
     if x.shape[0] <= MAX_ROWS:
-        return gemm_launch.linear(x8, weight, scale, token_scale, bias, None, x.dtype)
+        return product_of_quantized(Quantized(x8, token_scale, x.dtype), weight, scale, bias, silu=False)
     fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
     out = torch._scaled_mm(
         x8, weight.t(), scale_a=token_scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,

@@ -1,4 +1,7 @@
-"""RMSNorm (arXiv:1910.07467), alone and with the residual sum in front of it: one program a row, float32 inside."""
+"""RMSNorm (arXiv:1910.07467), alone, with the residual sum in front of it, and with rounding to FP8 behind it.
+
+One program a row, float32 inside.
+"""
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
@@ -37,3 +40,25 @@ def add_rms_norm_kernel(x, residual, weight, out, width, eps, BLOCK: tl.constexp
     normed = (values * scale).to(out.dtype.element_ty).to(tl.float32)
     gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row + at, (normed * gain).to(out.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def add_rms_norm_fp8_kernel(x, residual, weight, out, scale, width, eps, bound, BLOCK: tl.constexpr):
+    """`add_rms_norm_kernel`, then `quantize_per_token_kernel` on its result (rounded to x's type first, so both ways agree)."""
+    row = tl.program_id(0).to(tl.int64)
+    at = tl.arange(0, BLOCK)
+    inside = at < width
+    total = tl.load(x + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    total += tl.load(residual + row * width + at, mask=inside, other=0.0).to(tl.float32)
+    rounded = total.to(residual.dtype.element_ty)
+    tl.store(residual + row * width + at, rounded, mask=inside)
+    values = rounded.to(tl.float32)
+    factor = tl.rsqrt(tl.sum(values * values, 0) / width + eps)
+    normed = (values * factor).to(x.dtype.element_ty).to(tl.float32)
+    gain = tl.load(weight + at, mask=inside, other=0.0).to(tl.float32)
+    normed = (normed * gain).to(x.dtype.element_ty).to(tl.float32)
+    largest = tl.minimum(tl.max(tl.abs(normed), 0), bound)
+    step = tl.where(largest > 0.0, largest, 1.0) / 448.0
+    tl.store(scale + row, step)
+    scaled = tl.clamp(normed / step, -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL)
+    tl.store(out + row * width + at, scaled.to(out.dtype.element_ty), mask=inside)

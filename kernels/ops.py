@@ -15,6 +15,7 @@ import torch
 
 from workstation.kernels import reference, reference_fp8
 from workstation.kernels.gemm import MAX_ROWS
+from workstation.kernels.quantized import Quantized
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan
@@ -159,6 +160,35 @@ def quantize_fp8_per_token(x: torch.Tensor, bound: float | None = None) -> tuple
     if x.is_cuda or FORCE_TRITON:
         return _fp8().quantize_fp8_per_token(x, limit)  # type: ignore[no-any-return]
     return reference_fp8.quantize_fp8_per_token(x, limit)
+
+
+def add_rms_norm_fp8(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, bound: float | None = None
+) -> tuple[Quantized, torch.Tensor]:
+    """`add_rms_norm`, its result rounded to FP8 per token: equal to `quantize_fp8_per_token` of it, in one kernel.
+
+    x, residual: [T, H], rows contiguous; residual += x in place.  bound: see `quantize_fp8_per_token`.
+    """
+    _check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
+    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
+    limit = float("inf") if bound is None else bound
+    if x.is_cuda or FORCE_TRITON:
+        return _fp8().add_rms_norm_fp8(x, residual, weight, eps, limit)  # type: ignore[no-any-return]
+    normed, residual = reference.add_rms_norm(x, residual, weight, eps)
+    return Quantized(*reference_fp8.quantize_fp8_per_token(normed, limit), x.dtype), residual
+
+
+def multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether x [T, K] would be rounded to FP8 for this weight, and few enough rows for our own kernels."""
+    return x.is_cuda and x.shape[0] <= MAX_ROWS and bool(_fp8().multiplies_fp8(x, weight, scale))
+
+
+def linear_quantized(
+    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, silu: bool = False
+) -> torch.Tensor:
+    """`linear_fp8` (or `silu_mul_fp8`) for activations that are FP8 already: [T, N] or [T, N / 2] of x.dtype."""
+    _check(x.values.shape[0] <= MAX_ROWS, "x", x.values, f"must have at most {MAX_ROWS} rows")
+    return _fp8().product_of_quantized(x, weight, scale, bias, silu=silu)  # type: ignore[no-any-return]
 
 
 def linear_fp8(

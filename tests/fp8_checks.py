@@ -93,3 +93,15 @@ def check_strided_rows(device: str) -> None:
     x8, row = ops.quantize_fp8_per_token(x)
     again, _ = ops.quantize_fp8_per_token(x.contiguous())
     assert torch.equal(x8.view(torch.uint8), again.view(torch.uint8)) and row.shape == (5,)
+
+
+def check_norm_that_rounds(tokens: int, width: int, dtype: torch.dtype, device: str) -> None:
+    """add_rms_norm_fp8 gives bit for bit what add_rms_norm and quantize_fp8_per_token give one after the other."""
+    generator = torch.Generator().manual_seed(tokens * width)
+    x, residual = (torch.randn(tokens, width, generator=generator).to(dtype).to(device) for _ in range(2))
+    weight = torch.rand(width, generator=generator).to(dtype).to(device)
+    fused, kept = ops.add_rms_norm_fp8(x, residual.clone(), weight, 1e-5)
+    normed, expected = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    values, scale = ops.quantize_fp8_per_token(normed)
+    assert torch.equal(kept, expected) and torch.equal(fused.scale, scale) and fused.dtype == dtype
+    assert torch.equal(fused.values.view(torch.uint8), values.view(torch.uint8))

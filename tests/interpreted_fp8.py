@@ -6,7 +6,15 @@ import os
 
 import pytest
 import torch
-from fp8_checks import SHAPES, check_bound, check_linear, check_nan_reaches_the_result, check_quantize, check_strided_rows
+from fp8_checks import (
+    SHAPES,
+    check_bound,
+    check_linear,
+    check_nan_reaches_the_result,
+    check_norm_that_rounds,
+    check_quantize,
+    check_strided_rows,
+)
 
 from workstation.kernels import ops
 
@@ -32,3 +40,9 @@ def test_bounds_nan_and_strides() -> None:
     check_bound("cpu")
     check_nan_reaches_the_result("cpu")
     check_strided_rows("cpu")
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (3, 96), (17, 1000)])
+def test_the_norm_that_rounds_equals_the_norm_and_then_the_rounding(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_norm_that_rounds(tokens, width, dtype, "cpu")

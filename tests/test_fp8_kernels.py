@@ -10,6 +10,7 @@ from fp8_checks import (
     check_linear,
     check_nan_reaches_the_result,
     check_nan_stays,
+    check_norm_that_rounds,
     check_quantize,
     check_strided_rows,
     exact,
@@ -125,3 +126,17 @@ def test_bounds_nan_and_strides_on_a_gpu() -> None:
     check_nan_stays("cuda")
     check_nan_reaches_the_result("cuda")
     check_strided_rows("cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000)])
+def test_the_norm_that_rounds_equals_the_norm_and_then_the_rounding(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_norm_that_rounds(tokens, width, dtype, "cpu")
+
+
+@GPU
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000), (128, 8192)])
+def test_the_norm_that_rounds_on_a_gpu(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_norm_that_rounds(tokens, width, dtype, "cuda")

@@ -26,12 +26,11 @@ class Attention:
         self.scale = head_dim**-0.5
 
     def __call__(
-        self, hidden: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, slots: torch.Tensor,
-        plan: AttentionPlan,
+        self, qkv: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, slots: torch.Tensor, plan: AttentionPlan,
     ) -> torch.Tensor:
-        """hidden [T, H] → [T, H]; the tokens' keys and values are written to `slots` of kv_layer first."""
-        q = ops.rope_and_cache(self.qkv(hidden), positions, self.cos_sin, self.q_norm, self.k_norm, self.eps,
-                               kv_layer, slots, self.num_heads, self.num_kv_heads)
+        """qkv [T, (Hq + 2 Hkv) · D] → [T, H]; the tokens' keys and values are written to `slots` of kv_layer first."""
+        q = ops.rope_and_cache(qkv, positions, self.cos_sin, self.q_norm, self.k_norm, self.eps, kv_layer, slots,
+                               self.num_heads, self.num_kv_heads)
         return self.o(ops.attention(q, kv_layer, plan, self.scale).flatten(1))
 
 
@@ -50,19 +49,22 @@ class DecoderLayer:
         self.attention_norm, self.mlp_norm, self.eps = attention_norm, mlp_norm, eps
 
     def __call__(
-        self, normed: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor,
+        self, qkv: torch.Tensor, residual: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor,
         slots: torch.Tensor, plan: AttentionPlan,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """(normed input [T, H], residual [T, H]) → (MLP output, not yet added, [T, H]; residual). Changes `residual`."""
-        attended = self.attention(normed, positions, kv_layer, slots, plan)
-        normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
-        return self._mlp(normed), residual
+        """(qkv [T, …], residual [T, H]) → (MLP output, not yet added, [T, H]; residual). Changes `residual`.
 
-    def _mlp(self, normed: torch.Tensor) -> torch.Tensor:
-        """[T, H] → [T, H]; in pieces when T is large, so that the widest activations stay small."""
-        if normed.shape[0] <= MLP_TOKENS:
-            return self.down(self.gate_up.silu_mul(normed))
-        out = torch.empty_like(normed)
-        for piece, target in zip(torch.split(normed, MLP_TOKENS), torch.split(out, MLP_TOKENS), strict=True):
-            target.copy_(self.down(self.gate_up.silu_mul(piece)))
-        return out
+        The query, key and value product belongs to the norm in front of it, which also ends the layer before: see `enter`.
+        """
+        attended = self.attention(qkv, positions, kv_layer, slots, plan)
+        if attended.shape[0] <= MLP_TOKENS:
+            hidden, residual = self.gate_up.after_norm(attended, residual, self.mlp_norm, self.eps, silu=True)
+            return self.down(hidden), residual
+        normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
+        for piece in torch.split(normed, MLP_TOKENS):  # each overwritten in place, so that the widest activations stay small
+            piece.copy_(self.down(self.gate_up.silu_mul(piece)))
+        return normed, residual
+
+    def enter(self, out: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(the layer before's output [T, H], residual) → (this layer's qkv, residual). Changes `residual`."""
+        return self.attention.qkv.after_norm(out, residual, self.attention_norm, self.eps)

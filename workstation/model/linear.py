@@ -25,6 +25,13 @@ class Linear(ABC):
         """SwiGLU's first half for a gate | up layer: [T, in_features] → [T, out_features / 2]."""
         return ops.silu_mul(self(x))
 
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, silu: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer (or its `silu_mul`) behind `ops.add_rms_norm`; the residual second. x, residual: [T, in_features]."""
+        normed, residual = ops.add_rms_norm(x, residual, weight, eps)
+        return self.silu_mul(normed) if silu else self(normed), residual
+
     @property
     @abstractmethod
     def nbytes(self) -> int:

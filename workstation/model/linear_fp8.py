@@ -53,6 +53,15 @@ class Fp8ChannelLinear(Fp8Linear):
 
     __slots__ = ()
 
+    def after_norm(
+        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, silu: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As for any layer; where x is to be rounded to FP8 and its rows are few, the norm's kernel does it."""
+        if not (self.activations.quantised and ops.multiplies_fp8(x, self.weight, self.scale)):
+            return super().after_norm(x, residual, weight, eps, silu=silu)
+        rounded, residual = ops.add_rms_norm_fp8(x, residual, weight, eps, self.activations.bound)
+        return ops.linear_quantized(rounded, self.weight, self.scale, self.bias, silu=silu), residual
+
 
 class Fp8BlockLinear(Fp8Linear):
     """One scale for 128 × 128 elements: scale [⌈N/128⌉, ⌈K/128⌉], the last block of a row or column perhaps partial."""

@@ -39,7 +39,7 @@ class Decoder:
         self.head: Linear = DenseLinear(self.embedding) if shape.tie_embeddings else self._linear(head_linear(shape))
         self._places = _places(shape)
         self._kv: tuple[torch.Tensor, ...] = ()
-        self._steps: list[tuple[DecoderLayer, int, torch.Tensor, torch.Tensor]] = []
+        self._steps: list[tuple[DecoderLayer, int, torch.Tensor, DecoderLayer | None]] = []
 
     def forward(self, inputs: InputTensors, kv: tuple[torch.Tensor, ...]) -> torch.Tensor:
         """Run a step's tokens through all layers, writing their keys and values into the cache.
@@ -54,10 +54,12 @@ class Decoder:
             self._bind(kv)
         positions, slots, plans, eps = inputs.positions, inputs.slots, inputs.plans, self.shape.norm_eps
         residual = F.embedding(inputs.token_ids, self.embedding)
-        normed = ops.rms_norm(residual, self.layers[0].attention_norm, eps)
-        for layer, group, kv_layer, next_norm in self._steps:
-            out, residual = layer(normed, residual, positions, kv_layer, slots[group], plans[group])
-            normed, residual = ops.add_rms_norm(out, residual, next_norm, eps)
+        qkv = self.layers[0].attention.qkv(ops.rms_norm(residual, self.layers[0].attention_norm, eps))
+        for layer, group, kv_layer, following in self._steps:
+            out, residual = layer(qkv, residual, positions, kv_layer, slots[group], plans[group])
+            if following is not None:
+                qkv, residual = following.enter(out, residual)
+        normed, _ = ops.add_rms_norm(out, residual, self.final_norm, eps)
         return normed
 
     __call__ = forward
@@ -118,9 +120,9 @@ class Decoder:
 
     def _bind(self, kv: tuple[torch.Tensor, ...]) -> None:
         """Make every layer's view of the pool once, not at every step."""
-        next_norms = [*(layer.attention_norm for layer in self.layers[1:]), self.final_norm]
-        self._steps = [(layer, group, kv[group][:, slot], norm) for layer, (group, slot), norm
-                       in zip(self.layers, self._places, next_norms, strict=True)]
+        following = [*self.layers[1:], None]
+        self._steps = [(layer, group, kv[group][:, slot], after) for layer, (group, slot), after
+                       in zip(self.layers, self._places, following, strict=True)]
         self._kv = kv
 
 
