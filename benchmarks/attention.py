@@ -3,8 +3,9 @@
     PYTHONPATH=. python benchmarks/attention.py [--seconds 100] [--only prefill|decode]
 
 Each candidate is compiled and checked in a process of its own, all at the same time, so that one which fails or hangs costs
-itself only; those that pass are timed one by one. Prints JSON lines and, last, a table. Prefill: TFLOP/s of the causal
-products; decode: GB/s of keys and values (at least 300 MB of them in rotation, past the L2) and microseconds a layer.
+itself only; those that pass are timed one by one. Prints JSON lines and, last, a table; "chosen" is what the
+server runs. Prefill: TFLOP/s of the causal products; decode: GB/s of keys and values (at least 300 MB of them in rotation, past
+the L2) and microseconds a layer.
 """
 
 from __future__ import annotations
@@ -24,41 +25,31 @@ import torch
 from attention_cases import Heads, Step, error, make_step, oracle
 from attention_library import library_prefill
 
-from workstation.kernels import launch, launch_decode, launch_prefill
+from workstation.kernels import launch_decode, launch_prefill
 from workstation.kernels.launch_decode import DecodeConfig
 from workstation.kernels.launch_prefill import PrefillConfig
 
 MODELS = {"8B": Heads(32, 8, 128), "70B": Heads(64, 8, 128), "0.6B": Heads(16, 8, 128)}
-PREFILLS: dict[str, PrefillConfig | str] = {
-    "exact": PrefillConfig("exact", 128, 64, 8, 3),
-    "paged-64-8w-3s": PrefillConfig("paged", 128, 64, 8, 3),
-    "paged-128-8w-2s": PrefillConfig("paged", 128, 128, 8, 2),
-    "paged-128-8w-3s": PrefillConfig("paged", 128, 128, 8, 3),
-    "paged-64-4w-2s": PrefillConfig("paged", 128, 64, 4, 2),
-    "dense-128-8w-2s": PrefillConfig("dense", 128, 128, 8, 2),
-    "tma-128-8w-2s": PrefillConfig("descriptor", 128, 128, 8, 2),
-    "tma-128-8w-3s": PrefillConfig("descriptor", 128, 128, 8, 3),
-    "tma-64-8w-3s": PrefillConfig("descriptor", 128, 64, 8, 3),
-    "tma-64-4w-2s": PrefillConfig("descriptor", 128, 64, 4, 2),
+PREFILLS: dict[str, PrefillConfig | str | None] = {
+    "chosen": None,
     "hopper-128-2s": PrefillConfig("hopper", 128, 128, 4, 2),
     "hopper-64-4s": PrefillConfig("hopper", 128, 64, 4, 4),
+    "tiled-128-8w-3s": PrefillConfig("tiled", 128, 128, 8, 3),
+    "tiled-64-8w-3s": PrefillConfig("tiled", 128, 64, 8, 3),
+    "exact": PrefillConfig("exact", 128, 64, 8, 3),
     "cudnn": "cudnn",
     "flash": "flash",
 }
 DECODES: dict[str, DecodeConfig | None] = {
-    "tiles": None,  # the kernel before
-    "64-4w-3s": DecodeConfig(64, 4, 3, 3, 4, 8),
-    "64-4w-3s-least2": DecodeConfig(64, 4, 3, 3, 2, 4),
-    "64-4w-3s-least8": DecodeConfig(64, 4, 3, 3, 8, 16),
-    "64-4w-2s": DecodeConfig(64, 4, 2, 3, 4, 8),
-    "64-8w-3s": DecodeConfig(64, 8, 3, 2, 4, 8),
+    "chosen": None,
     "32-4w-4s": DecodeConfig(32, 4, 4, 3, 4, 8),
-    "128-4w-2s": DecodeConfig(128, 4, 2, 2, 4, 8),
+    "64-4w-2s": DecodeConfig(64, 4, 2, 3, 4, 8),
 }
-OTHERS = ("exact", "paged-128-8w-2s", "tma-128-8w-2s", "hopper-128-2s", "hopper-64-4s")  # on the other models
-OTHER_DECODES = ("tiles", "64-4w-3s", "32-4w-4s")
+OTHERS = ("chosen", "hopper-128-2s", "hopper-64-4s")  # on the other models
+OTHER_DECODES = ("chosen", "32-4w-4s")
 CHUNKS = [[(new, past + new)] for new in (2048, 8192) for past in (0, 8192, 24576)] + [[(512, 512)] * 16]
 MIXES = [[(1, context)] * batch for context in (200, 1024, 8192) for batch in (1, 8, 32, 128, 256)]
+MIXES += [[(1, 2048)], [(1, 4096)]]
 MIXES.append([(1, 131072)] + [(1, 4096)] * 31)
 RAGGED = [(3, 3), (17, 40), (64, 64), (5, 133), (90, 150), (300, 1001), (1025, 3000)]
 LENGTHS = [(1, length) for length in (1, 16, 17, 300, 45, 46, 700, 9000, 2, 128, 5000, 513)]
@@ -76,11 +67,7 @@ def run_prefill(candidate: str, step: Step, layer: int = 0) -> None:
 
 
 def run_decode(candidate: str, step: Step, layer: int = 0) -> None:
-    config = DECODES[candidate]
-    if config is None:
-        launch._attend_decodes(step.q, step.layer(layer), step.plan, step.scale, step.out)
-    else:
-        launch_decode.attend_decodes(step.q, step.layer(layer), step.plan, step.scale, step.out, config)
+    launch_decode.attend_decodes(step.q, step.layer(layer), step.plan, step.scale, step.out, DECODES[candidate])
 
 
 def memory(elements: int) -> torch.Tensor:

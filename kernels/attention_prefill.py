@@ -1,4 +1,4 @@
-"""Paged causal attention for sequences with many new tokens (FlashAttention-2, arXiv:2307.08691).
+"""Paged causal attention for sequences with many new tokens, in any dtype and head dim (FlashAttention-2, arXiv:2307.08691).
 
 A program takes QUERY_TOKENS tokens of one sequence with all query heads of one KV head as the rows of its tile, and walks
 the keys through the block table. Keys fall in up to three ranges: those some rows miss because of the window, those all
@@ -12,6 +12,25 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def find_tile(tile, query_start, first_sequence, num_sequences, QUERY_TOKENS: tl.constexpr):
+    """→ (sequence, first query of the tile within it).
+
+    Sequence s owns tiles from (query_start[s] - query_start[first]) // QUERY_TOKENS + (s - first) on: enough for its
+    ceil(queries / QUERY_TOKENS) whatever its neighbours bring, and known without a list.
+    """
+    origin = tl.load(query_start + first_sequence)
+    low = first_sequence
+    high = num_sequences
+    while high - low > 1:  # the last sequence whose first tile is not behind this one
+        middle = (low + high) // 2
+        ahead = (tl.load(query_start + middle) - origin) // QUERY_TOKENS + (middle - first_sequence) > tile
+        high = tl.where(ahead, middle, high)
+        low = tl.where(ahead, low, middle)
+    first_tile = (tl.load(query_start + low) - origin) // QUERY_TOKENS + (low - first_sequence)
+    return low, (tile - first_tile) * QUERY_TOKENS
 
 
 @triton.jit
@@ -102,24 +121,14 @@ def prefill_kernel(
 ):
     """q [T, Hq, D] → out [T, Hq, D] for sequences [first_sequence, num_sequences). Grid: (tiles, KV heads).
 
-    Sequence s owns tiles from (query_start[s] - query_start[first]) // QUERY_TOKENS + (s - first) on: enough for its
-    ceil(queries / QUERY_TOKENS) whatever its neighbours bring, and known without a list. Late tiles, with the most keys,
-    come first.
+    Any head dim up to DIM_PAD, a power of two. Late tiles, with the most keys, come first.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)
     kv_head = tl.program_id(1)
-    origin = tl.load(query_start + first_sequence)
-    low = first_sequence
-    high = num_sequences
-    while high - low > 1:  # the last sequence whose first tile is not behind this one
-        middle = (low + high) // 2
-        ahead = (tl.load(query_start + middle) - origin) // QUERY_TOKENS + (middle - first_sequence) > tile
-        high = tl.where(ahead, middle, high)
-        low = tl.where(ahead, low, middle)
-    sequence = low.to(tl.int64)
+    found, first_query = find_tile(tile, query_start, first_sequence, num_sequences, QUERY_TOKENS)
+    sequence = found.to(tl.int64)
     start = tl.load(query_start + sequence)
     queries = tl.load(query_start + sequence + 1) - start
-    first_query = (tile - (start - origin) // QUERY_TOKENS - (low - first_sequence)) * QUERY_TOKENS
     if first_query < queries:
         length = tl.load(lengths + sequence)
         past = length - queries

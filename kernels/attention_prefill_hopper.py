@@ -21,7 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from workstation.kernels.attention_prefill_tiled import find_tile
+from workstation.kernels.attention_prefill import find_tile
 
 # Triton 3.6 says thread_barrier, _reinterpret and async_copy_global_to_shared; later ones renamed them, one by one.
 _align = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier

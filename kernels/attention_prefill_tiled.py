@@ -1,9 +1,7 @@
 """Causal attention of long chunks for half precision on tensor cores: as `attention_prefill`, without masks in its main loop.
 
-The same tiles, the same online softmax (arXiv:2307.08691) and the same grid as `attention_prefill`. Keys come from one of
-three sources: PAGED walks the block table and fetches the next tile's block numbers a tile ahead; DENSE reads a contiguous
-copy of the contexts by pointers, DESCRIPTOR the same copy through tensor descriptors (TMA). `gather_context_kernel` makes the
-copy: [2 (K, V), Hkv, sequences, capacity, D], zeros from a sequence's end to the end of its last tile.
+The same grid and the same online softmax (arXiv:2307.08691) as `attention_prefill`. The block numbers of the next tile of keys
+are fetched a tile ahead; of the keys that every row sees, none is masked.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -14,50 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-PAGED = tl.constexpr(0)
-DENSE = tl.constexpr(1)
-DESCRIPTOR = tl.constexpr(2)
-
-
-@triton.jit(do_not_specialize=["first_sequence"])
-def gather_context_kernel(
-    kv,
-    copy,
-    tables,
-    rows,
-    lengths,
-    first_sequence,
-    capacity,
-    kv_block_stride,
-    kv_side_stride,
-    kv_head_stride,
-    kv_token_stride,
-    table_stride,
-    KV_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-    KEYS: tl.constexpr,
-    ALIGN: tl.constexpr,
-):
-    """One program copies KEYS keys of one head, K or V. Grid: (sequences * capacity / KEYS, 2 * KV_HEADS)."""
-    tiles = capacity // KEYS
-    index = tl.program_id(0) // tiles
-    start = tl.program_id(0) % tiles * KEYS
-    plane = tl.program_id(1)
-    sequence = first_sequence + index
-    length = tl.load(lengths + sequence)
-    if start < (length + ALIGN - 1) // ALIGN * ALIGN:
-        at = start + tl.arange(0, KEYS)
-        dim = tl.arange(0, HEAD_DIM)
-        exists = at < length
-        table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
-        block = tl.load(table + at // BLOCK_SIZE, mask=exists, other=0).to(tl.int64)
-        place = block * kv_block_stride + (at % BLOCK_SIZE) * kv_token_stride
-        source = kv + (plane // KV_HEADS) * kv_side_stride + (plane % KV_HEADS) * kv_head_stride
-        data = tl.load(source + place[:, None] + dim[None, :], mask=exists[:, None], other=0.0)
-        sequences = tl.num_programs(0) // tiles
-        target = copy + ((plane * sequences + index).to(tl.int64) * capacity + start) * HEAD_DIM
-        tl.store(target + tl.arange(0, KEYS)[:, None] * HEAD_DIM + dim[None, :], data)
+from workstation.kernels.attention_prefill import find_tile
 
 
 @triton.jit
@@ -73,8 +28,6 @@ def _walk(
     length,
     keys_from,
     values_from,
-    first_row,
-    first_value_row,
     table,
     scale,
     window,
@@ -83,35 +36,25 @@ def _walk(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    SOURCE: tl.constexpr,
     MASKED: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
     """Online softmax (base 2) of the tile's rows over keys [begin, end); MASKED keeps causality, window and length."""
     step = tl.arange(0, KEYS)
     dim = tl.arange(0, HEAD_DIM)
-    if SOURCE == PAGED:
-        block = tl.load(table + tl.minimum(begin + step, length - 1) // BLOCK_SIZE)
+    block = tl.load(table + tl.minimum(begin + step, length - 1) // BLOCK_SIZE)
     for start in range(begin, end, KEYS):
         at = start + step
-        if SOURCE == DESCRIPTOR:
-            key = keys_from.load([first_row + start, 0])
-            value = values_from.load([first_value_row + start, 0])
-        elif SOURCE == DENSE:
-            place = at[:, None].to(tl.int64) * HEAD_DIM + dim[None, :]
+        place = block.to(tl.int64) * kv_block_stride + (at % BLOCK_SIZE) * kv_token_stride
+        place = place[:, None] + dim[None, :]
+        block = tl.load(table + tl.minimum(at + KEYS, length - 1) // BLOCK_SIZE)  # the next tile's
+        if MASKED:  # a block may hold NaN behind a sequence's end or before its window, and 0 * NaN is NaN
+            exists = (at < length) & (at >= oldest) if WINDOWED else at < length
+            key = tl.load(keys_from + place, mask=exists[:, None], other=0.0)
+            value = tl.load(values_from + place, mask=exists[:, None], other=0.0)
+        else:
             key = tl.load(keys_from + place)
             value = tl.load(values_from + place)
-        else:
-            place = block.to(tl.int64) * kv_block_stride + (at % BLOCK_SIZE) * kv_token_stride
-            place = place[:, None] + dim[None, :]
-            block = tl.load(table + tl.minimum(at + KEYS, length - 1) // BLOCK_SIZE)  # the next tile's
-            if MASKED:  # a block may hold NaN behind a sequence's end or before its window, and 0 * NaN is NaN
-                exists = (at < length) & (at >= oldest) if WINDOWED else at < length
-                key = tl.load(keys_from + place, mask=exists[:, None], other=0.0)
-                value = tl.load(values_from + place, mask=exists[:, None], other=0.0)
-            else:
-                key = tl.load(keys_from + place)
-                value = tl.load(values_from + place)
         score = tl.dot(query, tl.trans(key).to(query.dtype))
         if MASKED:
             seen = at[None, :] <= position[:, None]
@@ -131,27 +74,10 @@ def _walk(
     return acc, total, highest
 
 
-@triton.jit
-def find_tile(tile, query_start, first_sequence, num_sequences, QUERY_TOKENS: tl.constexpr):
-    """→ (sequence, first query of the tile within it). Sequence s owns tiles from
-    (query_start[s] - query_start[first]) // QUERY_TOKENS + (s - first) on."""
-    origin = tl.load(query_start + first_sequence)
-    low = first_sequence
-    high = num_sequences
-    while high - low > 1:  # the last sequence whose first tile is not behind this one
-        middle = (low + high) // 2
-        ahead = (tl.load(query_start + middle) - origin) // QUERY_TOKENS + (middle - first_sequence) > tile
-        high = tl.where(ahead, middle, high)
-        low = tl.where(ahead, low, middle)
-    first_tile = (tl.load(query_start + low) - origin) // QUERY_TOKENS + (low - first_sequence)
-    return low, (tile - first_tile) * QUERY_TOKENS
-
-
 @triton.jit(do_not_specialize=["first_sequence", "num_sequences"])
 def tiled_prefill_kernel(
     q,
     kv,
-    keys_descriptor,
     out,
     tables,
     rows,
@@ -167,7 +93,6 @@ def tiled_prefill_kernel(
     kv_head_stride,
     kv_token_stride,
     table_stride,
-    capacity,
     window,
     KV_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
@@ -176,13 +101,11 @@ def tiled_prefill_kernel(
     HEAD_DIM: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     KEYS: tl.constexpr,
-    SOURCE: tl.constexpr,
     WINDOWED: tl.constexpr,
 ):
     """q [T, Hq, D] → out [T, Hq, D] for sequences [first_sequence, num_sequences). Grid: (tiles, KV heads).
 
-    `kv` is the layer's cache for PAGED, the gathered copy for DENSE; `keys_descriptor` [2 * Hkv * sequences * capacity, D]
-    is that copy for DESCRIPTOR. HEAD_DIM is a power of two. A copy serves no window.
+    A tile has ROWS rows: QUERY_TOKENS tokens by the GROUP query heads of a KV head. HEAD_DIM is a power of two.
     """
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # late tiles, with the most keys, come first
     kv_head = tl.program_id(1)
@@ -214,39 +137,23 @@ def tiled_prefill_kernel(
         edge = tl.minimum(common, diagonal)
 
         table = tables + tl.load(rows + sequence).to(tl.int64) * table_stride
-        first_row = 0
-        first_value_row = 0
-        if SOURCE == PAGED:
-            keys_from = kv + kv_head * kv_head_stride
-            values_from = keys_from + kv_side_stride
-        else:
-            sequences = num_sequences - first_sequence
-            first_row = (kv_head * sequences + (found - first_sequence)) * capacity
-            first_value_row = first_row + KV_HEADS * sequences * capacity
-            if SOURCE == DENSE:
-                keys_from = kv + first_row.to(tl.int64) * HEAD_DIM
-                values_from = kv + first_value_row.to(tl.int64) * HEAD_DIM
-            else:
-                keys_from = keys_descriptor
-                values_from = keys_descriptor
+        keys_from = kv + kv_head * kv_head_stride
+        values_from = keys_from + kv_side_stride
         highest = tl.full([ROWS], float("-inf"), tl.float32)
         total = tl.zeros([ROWS], tl.float32)
         acc = tl.zeros([ROWS, HEAD_DIM], tl.float32)
         if WINDOWED:
             acc, total, highest = _walk(
-                acc, total, highest, query, position, begin, edge, oldest, length, keys_from, values_from, first_row,
-                first_value_row, table, scale, window, kv_block_stride, kv_token_stride,
-                HEAD_DIM, BLOCK_SIZE, KEYS, SOURCE, True, WINDOWED,
+                acc, total, highest, query, position, begin, edge, oldest, length, keys_from, values_from, table, scale, window,
+                kv_block_stride, kv_token_stride, HEAD_DIM, BLOCK_SIZE, KEYS, True, WINDOWED,
             )  # fmt: skip
         acc, total, highest = _walk(
             acc, total, highest, query, position, tl.maximum(begin, edge), diagonal, oldest, length, keys_from, values_from,
-            first_row, first_value_row, table, scale, window, kv_block_stride, kv_token_stride,
-            HEAD_DIM, BLOCK_SIZE, KEYS, SOURCE, False, WINDOWED,
+            table, scale, window, kv_block_stride, kv_token_stride, HEAD_DIM, BLOCK_SIZE, KEYS, False, WINDOWED,
         )  # fmt: skip
         acc, total, highest = _walk(
-            acc, total, highest, query, position, diagonal, stop, oldest, length, keys_from, values_from, first_row,
-            first_value_row, table, scale, window, kv_block_stride, kv_token_stride,
-            HEAD_DIM, BLOCK_SIZE, KEYS, SOURCE, True, WINDOWED,
+            acc, total, highest, query, position, diagonal, stop, oldest, length, keys_from, values_from, table, scale, window,
+            kv_block_stride, kv_token_stride, HEAD_DIM, BLOCK_SIZE, KEYS, True, WINDOWED,
         )  # fmt: skip
         acc = acc / tl.where(total > 0, total, 1.0)[:, None]
         heads: tl.constexpr = KV_HEADS * GROUP

@@ -8,7 +8,8 @@ from typing import NamedTuple
 import torch
 import triton
 
-from workstation.kernels.attention_decode_balanced import decode_shares_kernel, plan_shares_kernel
+from workstation.kernels.attention_decode import FEW, decode_shares_kernel, plan_shares_kernel
+from workstation.kernels.gemm_launch import Call
 from workstation.kernels.paging import AttentionPlan
 
 LOG2_E = 1.4426950408889634
@@ -19,7 +20,7 @@ UNIT = 64  # keys a unit: what shares and sequences are counted in
 
 
 class DecodeConfig(NamedTuple):
-    """keys: read a turn; per_sm: programs a multiprocessor; least: units a share at least; whole: units never cut."""
+    """keys: read a turn; per_sm: programs a multiprocessor; least: units a share has, as a rule; whole: units never cut."""
 
     keys: int
     warps: int
@@ -29,7 +30,7 @@ class DecodeConfig(NamedTuple):
     whole: int
 
 
-class _Shares(NamedTuple):
+class Shares(NamedTuple):
     """One step's shares (see `plan_shares_kernel`) and the room for their pieces."""
 
     header: torch.Tensor
@@ -43,7 +44,10 @@ class _Shares(NamedTuple):
 
 
 def choose(q: torch.Tensor) -> DecodeConfig:
-    """Without spills for compute capability 9.0: K and V take 16 KiB each a turn, at most, and two turns are under way."""
+    """K and V take 16 KiB each a turn, at most. Two turns are under way where shared memory has room for it, else one.
+
+    At head dim 128 on an H200 these are the measured 64 keys, 4 warps, 3 stages, 3 programs a multiprocessor.
+    """
     row_bytes = triton.next_power_of_2(q.shape[2]) * q.element_size()
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     held = 2 * keys * row_bytes  # K and V of a turn
@@ -63,40 +67,21 @@ def attend_decodes(
 ) -> None:
     """Write `out` for the plan's decodes."""
     config = config or choose(q)
-    _, num_heads, head_dim = q.shape
-    kv_heads, block_size = kv_layer.shape[2:4]
-    shares: _Shares | None = plan.scratch.get("decode_shares")
+    shares: Shares | None = plan.scratch.get("decode_shares")
     if shares is None:
-        shares = _plan(q, kv_layer, plan, config)
+        shares = make_room(q, kv_layer, plan, config)
+        plan_call(kv_layer, plan, config, shares).launch()
         plan.scratch["decode_shares"] = shares
-    block, side, head, token, _ = kv_layer.stride()
-    group = num_heads // kv_heads
-    members = triton.next_power_of_2(group)
-    dim_pad = triton.next_power_of_2(head_dim)
-    decode_shares_kernel[(shares.number * kv_heads,)](
-        q, kv_layer, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
-        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * LOG2_E, q.stride(0), q.stride(1),
-        block, side, head, token, plan.tables.stride(0), plan.window,
-        KV_HEADS=kv_heads, GROUP=group, GROUP_PAD=max(16, members), MEMBERS=members, HEAD_DIM=head_dim, DIM_PAD=dim_pad,
-        BLOCK_SIZE=block_size, UNIT=UNIT, KEYS=config.keys, CHUNK=max(1, min(16, 8192 // (members * dim_pad))),
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32", num_warps=config.warps, num_stages=config.stages,
-        maxnreg=_registers(config),
-    )  # fmt: skip
+    decode_call(q, kv_layer, plan, scale, out, config, shares).launch()
 
 
-def _registers(config: DecodeConfig) -> int | None:
-    """Registers a thread may take so that `per_sm` programs are resident: one that waits for the others would run alone."""
-    room = REGISTERS // (config.per_sm * config.warps * 32) // 8 * 8
-    return room if room < 255 else None
-
-
-def _plan(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> _Shares:
+def make_room(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> Shares:
     """Host bounds decide sizes and grid; the lengths themselves stay on the device."""
     count, kv_heads = plan.num_decodes, kv_layer.shape[2]
     seen = min(plan.max_context_len, plan.window + UNIT) if plan.window else plan.max_context_len
     bound = count * triton.cdiv(max(seen, 1), UNIT)  # units there can be
     room = max(1, config.per_sm * _multiprocessors(q.device) // kv_heads)
-    shares = min(room, triton.cdiv(bound, config.least))
+    shares = min(room, max(triton.cdiv(bound, config.least), min(FEW.value, bound)))
     sizes = [4, count + 1, shares + 2, shares + 2, count * kv_heads]  # each starts at 16 bytes: alignment is compiled in
     starts = [0]
     for size in sizes:
@@ -105,13 +90,55 @@ def _plan(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: 
     header, first, start, sequence, arrivals = (ints[a : a + size] for a, size in zip(starts, sizes, strict=False))
     pieces = 2 * shares * q.shape[1]
     floats = torch.empty(pieces * (q.shape[2] + 1), dtype=torch.float32, device=q.device)
-    plan_shares_kernel[(1,)](
-        plan.context_lens, header, first, start, sequence, arrivals, count, shares, plan.window,
-        UNIT=UNIT, LEAST=config.least, WHOLE=config.whole, KV_HEADS=kv_heads,
-        PAD=max(PLAN_LANES, triton.next_power_of_2(count)), num_warps=4,
-    )  # fmt: skip
     partial, lse = floats[: pieces * q.shape[2]], floats[pieces * q.shape[2] :]
-    return _Shares(header, first, start, sequence, arrivals, partial, lse, shares)
+    return Shares(header, first, start, sequence, arrivals, partial, lse, shares)
+
+
+def plan_call(kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig, shares: Shares) -> Call:
+    arguments = (
+        plan.context_lens, shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, plan.num_decodes,
+        shares.number, plan.window,
+    )  # fmt: skip
+    options = {
+        "UNIT": UNIT, "LEAST": config.least, "WHOLE": config.whole, "KV_HEADS": kv_layer.shape[2],
+        "PAD": max(PLAN_LANES, triton.next_power_of_2(plan.num_decodes)), "num_warps": 4,
+    }  # fmt: skip
+    return Call(plan_shares_kernel, (1,), arguments, options)
+
+
+def decode_call(
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    out: torch.Tensor,
+    config: DecodeConfig,
+    shares: Shares,
+) -> Call:
+    _, num_heads, head_dim = q.shape
+    kv_heads, block_size = kv_layer.shape[2:4]
+    block, side, head, token, _ = kv_layer.stride()
+    group = num_heads // kv_heads
+    members = triton.next_power_of_2(group)
+    dim_pad = triton.next_power_of_2(head_dim)
+    arguments = (
+        q, kv_layer, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
+        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * LOG2_E, q.stride(0), q.stride(1),
+        block, side, head, token, plan.tables.stride(0), plan.window,
+    )  # fmt: skip
+    options = {
+        "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": max(16, members), "MEMBERS": members, "HEAD_DIM": head_dim,
+        "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size, "UNIT": UNIT, "KEYS": config.keys,
+        "CHUNK": max(1, min(16, 8192 // (members * dim_pad))), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
+        "num_warps": config.warps, "num_stages": config.stages, "maxnreg": _registers(config),
+    }  # fmt: skip
+    return Call(decode_shares_kernel, (shares.number * kv_heads,), arguments, options)
+
+
+def _registers(config: DecodeConfig) -> int | None:
+    """Registers a thread may take so that `per_sm` programs are resident: one that waits for the others would run alone."""
+    room = REGISTERS // (config.per_sm * config.warps * 32) // 8 * 8
+    return room if room < 255 else None
 
 
 @cache

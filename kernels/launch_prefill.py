@@ -8,21 +8,19 @@ from typing import NamedTuple
 
 import torch
 import triton
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from workstation.kernels.attention_prefill import prefill_kernel
-from workstation.kernels.attention_prefill_tiled import gather_context_kernel, tiled_prefill_kernel
+from workstation.kernels.attention_prefill_tiled import tiled_prefill_kernel
+from workstation.kernels.gemm_launch import Call
 from workstation.kernels.paging import AttentionPlan
 
 LOG2_E = 1.4426950408889634
-GATHER_KEYS = 64  # keys a program of the gather copies: 16 KiB at head dim 128
-GATHER_ALIGN = 128  # the copy is defined up to a multiple of this, the longest tile
-SOURCES = {"paged": 0, "dense": 1, "descriptor": 2}
+SHORT = 1024  # keys: up to here tiles of 64 keys are faster than those of 128
 
 
 class PrefillConfig(NamedTuple):
-    """A kernel and its tiles. kind: "exact" (any dtype, any head dim), "hopper" (128 rows, warps unused), or a source of keys
-    of the tiled kernel, see there."""
+    """A kernel and its tiles. kind: "exact" (any dtype, any head dim), "tiled" (16-bit, on any GPU) or "hopper" (16-bit, no
+    window, compute capability 9.0; 128 rows, warps unused)."""
 
     kind: str
     rows: int
@@ -40,26 +38,26 @@ def attend_prefills(
     config: PrefillConfig | None = None,
 ) -> None:
     """Write `out` for the plan's sequences behind its decodes. ValueError: `config` cannot serve these inputs."""
-    config = config or choose(q, kv_layer, plan)
-    if config.kind == "exact":
-        _attend_exactly(q, kv_layer, plan, scale, out, config)
-        return
+    prefill_call(q, kv_layer, plan, scale, out, config or choose(q, kv_layer, plan)).launch()
+
+
+def prefill_call(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
+) -> Call:
+    """The launch of `config`'s kernel. ValueError: it cannot serve these inputs."""
     if not serves(config, q, kv_layer, plan):
         raise ValueError(f"{config} does not serve q {list(q.shape)} {q.dtype} with a window of {plan.window}")
-    if config.kind == "hopper":
-        _attend_on_hopper(q, kv_layer, plan, scale, out, config)
-        return
-    _attend_tiled(q, kv_layer, plan, scale, out, config)
+    make = _hopper_call if config.kind == "hopper" else _portable_call
+    return make(q, kv_layer, plan, scale, out, config)
 
 
 def serves(config: PrefillConfig, q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> bool:
+    """Whether `config`'s kernel takes these dtypes, head dim, window, layout and GPU."""
     if config.kind == "exact":
         return True
     if q.dtype == torch.float32 or kv_layer.dtype != q.dtype or q.shape[2] not in (64, 128, 256):
         return False
-    if config.kind == "hopper":
-        return _hopper_serves(q, kv_layer, plan, config)
-    return config.kind == "paged" or plan.window == 0
+    return config.kind == "tiled" or _hopper_serves(q, kv_layer, plan, config)
 
 
 def _hopper_serves(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: PrefillConfig) -> bool:
@@ -87,20 +85,25 @@ def _capability(device: torch.device) -> tuple[int, int]:
 
 
 def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> PrefillConfig:
-    """The fastest kernel that serves the step, with tiles that compile without spills for compute capability 9.0."""
-    longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
-    wide = q.shape[2] > 128
+    """The fastest kernel that serves the step; tiles as measured on an H200, elsewhere such that they fit without spills."""
     if q.dtype == torch.float32:  # no tensor cores: small tiles, for exactness rather than speed
         return PrefillConfig("exact", 32, 16, 8, 3)
+    wide = q.shape[2] > 128
+    longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
     if longest <= 64:
-        narrow = PrefillConfig("paged", 64, 32, 8, 2) if wide else PrefillConfig("paged", 64, 64, 4, 2)
-        return narrow if serves(narrow, q, kv_layer, plan) else PrefillConfig("exact", 64, 32 if wide else 64, 8, 3)
-    hopper = PrefillConfig("hopper", 128, 64 if wide else 128, 4, 2)
+        tiled = PrefillConfig("tiled", 64, 32, 8, 2) if wide else PrefillConfig("tiled", 64, 64, 4, 2)
+        return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 64, 32 if wide else 64, 8, 3)
+    short = min(plan.max_context_len, plan.window or plan.max_context_len) <= SHORT
+    hopper = PrefillConfig("hopper", 128, 64 if wide or short else 128, 4, 4 if short and not wide else 2)
     if serves(hopper, q, kv_layer, plan):
         return hopper
-    stages = 3 if _capability(q.device)[0] == 9 else 2  # below and at 12.0 two of them keep within 99 KiB
-    paged = PrefillConfig("paged", 64 if wide else 128, 32 if wide else 64, 8, stages)
-    return paged if serves(paged, q, kv_layer, plan) else PrefillConfig("exact", 128, 32 if wide else 64, 8, stages)
+    roomy = _capability(q.device)[0] == 9
+    stages = 3 if roomy else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
+    # The loop behind a window makes 128 keys spill.
+    tiled = PrefillConfig("tiled", 128, 128 if roomy and not short and plan.window == 0 else 64, 8, stages)
+    if wide:
+        tiled = PrefillConfig("tiled", 64, 32, 8, stages)
+    return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 128, 32 if wide else 64, 8, stages)
 
 
 class _Tiles(NamedTuple):
@@ -121,65 +124,31 @@ def _tiles(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config:
     return _Tiles(group, rows, query_tokens, sequences, grid)
 
 
-def _attend_exactly(
+def _portable_call(
     q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
-) -> None:
+) -> Call:
     tiles = _tiles(q, kv_layer, plan, config)
     kv_heads, block_size, head_dim = kv_layer.shape[2:]
-    block, side, head, token, _ = kv_layer.stride()
-    prefill_kernel[tiles.grid](
+    arguments = (
         q, kv_layer, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, tiles.sequences,
-        scale * LOG2_E, q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
-        KV_HEADS=kv_heads, GROUP=tiles.group, ROWS=tiles.rows, QUERY_TOKENS=tiles.query_tokens, HEAD_DIM=head_dim,
-        DIM_PAD=triton.next_power_of_2(head_dim), BLOCK_SIZE=block_size, KEYS=config.keys,
-        PRECISION="ieee" if q.dtype == torch.float32 else "tf32",  # else Hopper would round float32 products to TF32
-        num_warps=config.warps, num_stages=config.stages,
+        scale * LOG2_E, q.stride(0), q.stride(1), *kv_layer.stride()[:4], plan.tables.stride(0), plan.window,
     )  # fmt: skip
+    options = {
+        "KV_HEADS": kv_heads, "GROUP": tiles.group, "ROWS": tiles.rows, "QUERY_TOKENS": tiles.query_tokens,
+        "HEAD_DIM": head_dim, "BLOCK_SIZE": block_size, "KEYS": config.keys,
+        "num_warps": config.warps, "num_stages": config.stages,
+    }  # fmt: skip
+    if config.kind == "tiled":
+        return Call(tiled_prefill_kernel, tiles.grid, arguments, options | {"WINDOWED": plan.window > 0})
+    precision = {"PRECISION": "ieee" if q.dtype == torch.float32 else "tf32"}  # else Hopper would round to TF32
+    return Call(prefill_kernel, tiles.grid, arguments, options | {"DIM_PAD": triton.next_power_of_2(head_dim)} | precision)
 
 
-def _attend_tiled(
+def _hopper_call(
     q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
-) -> None:
-    tiles = _tiles(q, kv_layer, plan, config)
-    kv_heads, block_size, head_dim = kv_layer.shape[2:]
-    keys: torch.Tensor = kv_layer
-    descriptor = None
-    capacity = 0
-    if config.kind != "paged":
-        keys, capacity = gather_context(kv_layer, plan)
-        if config.kind == "descriptor":
-            descriptor = TensorDescriptor.from_tensor(keys.view(-1, head_dim), [config.keys, head_dim])
-    block, side, head, token, _ = kv_layer.stride()
-    tiled_prefill_kernel[tiles.grid](
-        q, keys, descriptor, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes,
-        tiles.sequences, scale * LOG2_E, q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), capacity,
-        plan.window,
-        KV_HEADS=kv_heads, GROUP=tiles.group, ROWS=tiles.rows, QUERY_TOKENS=tiles.query_tokens, HEAD_DIM=head_dim,
-        BLOCK_SIZE=block_size, KEYS=config.keys, SOURCE=SOURCES[config.kind], WINDOWED=plan.window > 0,
-        num_warps=config.warps, num_stages=config.stages,
-    )  # fmt: skip
-
-
-def gather_context(kv_layer: torch.Tensor, plan: AttentionPlan) -> tuple[torch.Tensor, int]:
-    """→ (copy [2, Hkv, sequences, capacity, D], capacity): the prefills' keys and values, contiguous."""
-    kv_heads, block_size, head_dim = kv_layer.shape[2:]
-    prefills = plan.context_lens.shape[0] - plan.num_decodes
-    capacity = triton.cdiv(plan.max_context_len, GATHER_ALIGN) * GATHER_ALIGN
-    copy = torch.empty((2, kv_heads, prefills, capacity, head_dim), dtype=kv_layer.dtype, device=kv_layer.device)
-    block, side, head, token, _ = kv_layer.stride()
-    gather_context_kernel[(prefills * capacity // GATHER_KEYS, 2 * kv_heads)](
-        kv_layer, copy, plan.tables, plan.rows, plan.context_lens, plan.num_decodes, capacity, block, side, head, token,
-        plan.tables.stride(0), KV_HEADS=kv_heads, HEAD_DIM=head_dim, BLOCK_SIZE=block_size, KEYS=GATHER_KEYS,
-        ALIGN=GATHER_ALIGN, num_warps=4,
-    )  # fmt: skip
-    return copy, capacity
-
-
-def _attend_on_hopper(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
-) -> None:
+) -> Call:
     from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
     from workstation.kernels.attention_prefill_hopper import hopper_prefill_kernel
 
@@ -187,13 +156,16 @@ def _attend_on_hopper(
     kv_heads, block_size, head_dim = kv_layer.shape[2:]
     strides = [stride // head_dim for stride in kv_layer.stride()[:3]]
     span = 1 + sum((n - 1) * s for n, s in zip(kv_layer.shape[:3], strides, strict=True)) + block_size - 1
-    cache = GluonDescriptor(
+    cache = TensorDescriptor(
         kv_layer.as_strided((span, head_dim), (head_dim, 1)), [span, head_dim], [head_dim, 1], [block_size, 64],
         gl.NVMMASharedLayout(128, 16, 2),
     )  # fmt: skip
-    hopper_prefill_kernel[tiles.grid](
+    arguments = (
         q, cache, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, tiles.sequences,
         scale * LOG2_E, q.stride(0), q.stride(1), *strides, plan.tables.stride(0),
-        KV_HEADS=kv_heads, GROUP=tiles.group, QUERY_TOKENS=tiles.query_tokens, HEAD_DIM=head_dim, BLOCK_SIZE=block_size,
-        KEYS=config.keys, STAGES=config.stages, num_warps=4,
     )  # fmt: skip
+    options = {
+        "KV_HEADS": kv_heads, "GROUP": tiles.group, "QUERY_TOKENS": tiles.query_tokens, "HEAD_DIM": head_dim,
+        "BLOCK_SIZE": block_size, "KEYS": config.keys, "STAGES": config.stages, "num_warps": 4,
+    }  # fmt: skip
+    return Call(hopper_prefill_kernel, tiles.grid, arguments, options)

@@ -20,7 +20,7 @@ from kernel_checks import (
     check_silu_mul,
 )
 
-from workstation.kernels import launch, launch_decode, launch_prefill, ops, reference
+from workstation.kernels import launch_decode, launch_prefill, ops, reference
 from workstation.kernels.launch_decode import DecodeConfig
 from workstation.kernels.launch_prefill import PrefillConfig
 
@@ -84,7 +84,7 @@ def test_attention_with_a_head_dim_of_256() -> None:
     check_attention(Heads(4, 1, 256), [(1, 90), (1, 200), (20, 70)], 0, torch.float16, "cpu")
 
 
-@pytest.mark.parametrize("kind", ["exact", "paged", "dense", "descriptor"])
+@pytest.mark.parametrize("kind", ["exact", "tiled"])
 @pytest.mark.parametrize(
     ("heads", "rows", "keys"), [(Heads(4, 1, 128), 64, 32), (Heads(6, 2, 64), 32, 64), (Heads(2, 2, 64), 32, 32)]
 )
@@ -98,20 +98,22 @@ def test_every_prefill_kernel_is_attention(kind: str, heads: Heads, rows: int, k
 
 
 @pytest.mark.parametrize("window", [5, 70])
-def test_the_paged_prefill_kernel_keeps_its_window(window: int) -> None:
+def test_the_tiled_prefill_kernel_keeps_its_window(window: int) -> None:
     case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (5, 133), (90, 150)], window=window, dtype=torch.float16)
     out = torch.full_like(case.q, torch.nan)
-    config = PrefillConfig("paged", 32, 32, 4, 2)
+    config = PrefillConfig("tiled", 32, 32, 4, 2)
     launch_prefill.attend_prefills(case.q, case.kv_layer, case.plan, case.scale, out, config)
     torch.testing.assert_close(out.float(), case.expected(), atol=TOLERANCE[out.dtype], rtol=TOLERANCE[out.dtype])
 
 
-def test_a_gathered_copy_declines_a_window() -> None:
-    case = paged_case(Heads(4, 2, 64), [(3, 3)], window=5, dtype=torch.float16)
-    with pytest.raises(ValueError, match="window of 5"):
-        launch_prefill.attend_prefills(
-            case.q, case.kv_layer, case.plan, case.scale, torch.empty_like(case.q), PrefillConfig("dense", 32, 32, 4, 2)
-        )
+def test_a_prefill_kernel_declines_what_it_cannot_serve() -> None:
+    case = paged_case(Heads(4, 2, 48), [(3, 3)], dtype=torch.float16)
+    out = torch.empty_like(case.q)
+    for kind in ("tiled", "hopper"):
+        with pytest.raises(ValueError, match=r"does not serve q \[3, 4, 48\]"):
+            launch_prefill.attend_prefills(
+                case.q, case.kv_layer, case.plan, case.scale, out, PrefillConfig(kind, 32, 32, 4, 2)
+            )
 
 
 @pytest.mark.parametrize("window", [0, 33, 200])
@@ -145,17 +147,26 @@ def test_shares_are_equal_and_leave_short_sequences_whole(monkeypatch: pytest.Mo
     torch.testing.assert_close(out, case.expected())
 
 
-def test_tiles_grow_until_they_fit_their_limit(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two tiles a sequence are always allowed: 400 and 20 keys then need tiles of twice the shortest length."""
-    monkeypatch.setattr(launch, "TILE_HEADS", 1)
-    case = paged_case(Heads(4, 2, 16), [(1, 400), (1, 20)])
+@pytest.mark.parametrize(
+    ("lengths", "processors", "units"),
+    [
+        ([1024], 40, 2),  # 16 units: eight shares of two rather than four of four
+        ([100], 40, 1),
+        ([8192], 40, 8),  # 128 units: sixteen pieces rather than 32
+        ([4096], 40, 4),
+        ([200] * 8, 40, 4),  # short sequences: a share each
+        ([2048] * 8, 10, 26),  # as many shares as there are programs
+    ],
+)
+def test_shares_are_neither_tiny_nor_too_many(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], processors: int, units: int
+) -> None:
+    monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
+    case = paged_case(Heads(1, 1, 16), [(1, length) for length in lengths])
     out = torch.empty_like(case.q)
-    launch._attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out)
-    tiles = case.plan.scratch["decode_tiles"]
-    assert tiles.header.tolist() == [3, 2 * launch.SHORTEST_TILE]
-    assert tiles.first.tolist() == [0, 2, 3]
-    assert tiles.tile_sequence[:3].tolist() == [0, 0, 1]
-    torch.testing.assert_close(out, case.expected())
+    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig(64, 4, 2, 1, 4, 8))
+    assert int(case.plan.scratch["decode_shares"].header[0]) == units
+    torch.testing.assert_close(out, case.expected(), atol=2e-5, rtol=2e-5)
 
 
 @pytest.mark.parametrize("window", [0, 33])
