@@ -16,6 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
+from workstation.engine.snapshot import BlockRow, Look, Picture, RequestDetail, RequestRow, SampleDetail
 from workstation.errors import EngineDeadError, OverloadedError
 from workstation.server.app import create_app
 from workstation.server.options import ServedModel, ServerOptions
@@ -113,6 +114,7 @@ class FakeEngine:
         tokens_per_step: how many tokens an event carries.
         seen: every request, in order.  aborted: ids of requests left early or aborted.  active: ids running now.
         dropped: (request id, sample index) of samples ended one by one.
+        looks: what dashboards asked for.
     """
 
     window: int = 4096
@@ -130,6 +132,8 @@ class FakeEngine:
     aborted: list[str] = field(default_factory=list)
     active: set[str] = field(default_factory=set)
     dropped: set[tuple[str, int]] = field(default_factory=set)
+    looks: list[Look] = field(default_factory=list)
+    states: bytes = bytes([1] * 6 + [2] * 2 + [3] * 8 + [0] * 48)
 
     @property
     def info(self) -> EngineInfo:
@@ -157,6 +161,25 @@ class FakeEngine:
             prefix_queries=10,
             prefix_hits=4,
         )
+
+    async def look(self, look: Look) -> Picture:
+        if self.state != "ready":
+            raise EngineDeadError(f"the engine is {self.state}")
+        self.looks.append(look)
+        rows = [self._row(request) for request in self.seen if request.request_id in self.active]
+        picture = Picture(look.number, self.stats(), self.states, rows, len(rows))
+        picture.stats.time = time.monotonic()
+        for row in rows:
+            if row.id == look.request_id:
+                picture.detail = RequestDetail(row, 16, [SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])])
+        if look.first:
+            picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, look.last + 1)]
+        return picture
+
+    def _row(self, request: EngineRequest) -> RequestRow:
+        prompt = len(request.prompt_token_ids)
+        return RequestRow(request.request_id, request.label, "decode", 1, prompt, self.num_cached_tokens, prompt, 4, 3, 0,
+                          request.arrival, request.arrival, request.arrival + 0.1)
 
     async def start(self) -> None:
         self.state = "ready"

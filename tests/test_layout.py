@@ -32,7 +32,8 @@ KNOW_NOTHING_OF_OURS = {"kernels", "tui"}
 PLAIN_DATA = "workstation.engine.request"
 MAY_NAME_PLAIN_DATA = BASE | {"text"}
 # The server reaches the engine through its plain-data doors; only the supervisor speaks its wire.
-ENGINE_DOORS = {PLAIN_DATA, "workstation.engine.client", "workstation.engine", "workstation.engine.wire"}
+ENGINE_DOORS = {PLAIN_DATA, "workstation.engine.client", "workstation.engine.snapshot", "workstation.engine",
+                "workstation.engine.wire"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle"}
 MAX_LINES = 400
 

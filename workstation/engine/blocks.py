@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from hashlib import blake2b
 
 NULL_BLOCK = 0
+FREE, OWNED, SHARED, CACHED = range(4)  # a block's byte in the dashboard's map
 
 
 def root_digest(salt: str) -> bytes:
@@ -59,6 +60,7 @@ class BlockPool:
         self._free: deque[int] = deque(range(1, num_blocks))
         self._cached: OrderedDict[int, None] = OrderedDict()
         self._published: dict[tuple[int, bytes], int] = {}
+        self._states = bytearray(num_blocks)
 
     @property
     def num_free(self) -> int:
@@ -80,6 +82,17 @@ class BlockPool:
     def refs(self, block: int) -> int:
         return self._blocks[block].refs
 
+    def state(self, block: int) -> int:
+        """FREE, OWNED (one reference), SHARED (several) or CACHED."""
+        return self._states[block]
+
+    def is_published(self, block: int) -> bool:
+        return self._blocks[block].key is not None
+
+    def state_bytes(self) -> bytes:
+        """The states of blocks 1 … total, one byte each: a copy."""
+        return bytes(memoryview(self._states)[1:])
+
     def allocate(self) -> int:
         """Hand out one block with refs = 1, evicting the least recently used cached block if none is free.
 
@@ -95,6 +108,7 @@ class BlockPool:
         else:
             raise IndexError("no KV block is free or cached")
         self._blocks[block].refs = 1
+        self._states[block] = OWNED
         return block
 
     def acquire(self, block: int) -> None:
@@ -103,6 +117,7 @@ class BlockPool:
         if entry.refs == 0:
             del self._cached[block]
         entry.refs += 1
+        self._states[block] = SHARED if entry.refs > 1 else OWNED
 
     def release(self, block: int) -> None:
         """Drop one reference; the last one makes the block cached (if published) or free."""
@@ -115,8 +130,12 @@ class BlockPool:
         if entry.refs == 0:
             if entry.key is not None:
                 self._cached[block] = None
+                self._states[block] = CACHED
             else:
                 self._free.append(block)
+                self._states[block] = FREE
+        elif entry.refs == 1:
+            self._states[block] = OWNED
 
     def release_all(self, blocks: Iterable[int]) -> None:
         """Release a table from its tail, so that the tail of a chain is evicted before its head."""
@@ -148,6 +167,7 @@ class BlockPool:
         if entry.refs == 0:
             del self._cached[block]
             self._free.append(block)
+            self._states[block] = FREE
 
     def clear_cache(self) -> int:
         """Forget every published prefix; returns how many cached blocks became free."""
@@ -183,6 +203,8 @@ class BlockPool:
             states = (block in free) + (block in seen) + (entry.refs > 0)
             if states != 1:
                 raise AssertionError(f"block {block} is in {states} states (refs {entry.refs})")
+            if self._states[block] != (CACHED if block in seen else min(entry.refs, SHARED)):
+                raise AssertionError(f"block {block} is drawn in state {self._states[block]} (refs {entry.refs})")
             if block in seen and entry.key is None:
                 raise AssertionError(f"block {block} is cached but not published")
             if block in free and entry.key is not None:

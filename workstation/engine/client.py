@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.snapshot import Look, Picture
 
 EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
 
@@ -47,6 +48,13 @@ class EngineClient(Protocol):
 
     def stats(self) -> EngineStats:
         """The newest snapshot the engine sent (at most a second old while it works)."""
+        ...
+
+    async def look(self, look: Look) -> Picture:
+        """What a dashboard asked for, made between two steps. Callers ask at most ten times a second.
+
+        Raises EngineDeadError when the engine is not ready or dies, OverloadedError when a step lasts longer than 2 s.
+        """
         ...
 
     async def start(self) -> None:

@@ -9,6 +9,7 @@ from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, T
 from workstation.engine.runner import ModelRunner, Step
 from workstation.engine.sampling_state import check_candidates
 from workstation.engine.scheduler import Scheduler
+from workstation.engine.snapshot import Look, Picture, take_picture
 from workstation.errors import InvalidRequestError
 
 
@@ -68,6 +69,13 @@ class Engine:
 
     def stats(self) -> EngineStats:
         return self._scheduler.snapshot()
+
+    def look(self, look: Look) -> Picture:
+        """What a dashboard asked for, with what making it cost."""
+        started = time.perf_counter()
+        picture = take_picture(self._scheduler, look)
+        picture.seconds = time.perf_counter() - started
+        return picture
 
     def check(self) -> None:
         """Prove the books of blocks and rows. Raises AssertionError."""

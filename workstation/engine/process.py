@@ -126,6 +126,8 @@ class EngineLoop:
                 events = self._engine.abort(message.request_id, message.index)
                 if events:
                     self._send(wire.Step(events))
+            elif isinstance(message, wire.Ask):
+                self._send(wire.Shown(self._engine.look(message.look)))
             else:
                 return False
 

@@ -304,6 +304,7 @@ class EngineInfo:
     dtype: str = ""
     device: str = ""
     device_name: str = ""
+    device_uuid: str = ""
     max_model_len: int = 0
     logits_width: int = 0
     num_blocks: int = 0

@@ -355,15 +355,15 @@ class Scheduler:
         return stats
 
     def _tokens_held(self) -> int:
-        """Distinct token slots in use: shared blocks count once."""
-        size, seen, total = self.pool.block_size, set[int](), 0
+        """Distinct token slots in use, shared blocks once: all of the held blocks but what their tails have left."""
+        size, seen, empty = self.pool.block_size, set[int](), 0
         for seq in self.running:
             for table in seq.tables:
-                for entry, block in enumerate(table):
-                    if block and block not in seen:
-                        seen.add(block)
-                        total += min(size, max(0, seq.num_computed - entry * size))
-        return total
+                for entry in range(seq.num_computed // size, len(table)):
+                    if table[entry] and table[entry] not in seen:
+                        seen.add(table[entry])
+                        empty += size - max(0, seq.num_computed - entry * size)
+        return self.pool.num_held * size - empty
 
     def check(self, extra: Iterable[int] = ()) -> None:
         """Prove the pool's books against every table. Raises AssertionError."""

@@ -106,7 +106,8 @@ def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: tor
         model=config.model, architecture=shape.architecture, dtype=str(dtype).removeprefix("torch."), device=str(device),
         device_name=name, max_model_len=plan.max_model_len, logits_width=shape.vocab_size, num_blocks=plan.num_blocks - 1,
         block_size=config.block_size, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
-        weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict())
+        weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict(),
+        device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "")
 
 
 def _log_measured(plan: MemoryPlan, device: torch.device) -> None:

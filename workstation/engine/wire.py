@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.snapshot import Look, Picture
 
 
 class Submit(msgspec.Struct, tag="submit", array_like=True):
@@ -24,6 +25,16 @@ class Abort(msgspec.Struct, tag="abort", array_like=True):
 
 class Shutdown(msgspec.Struct, tag="shutdown", array_like=True):
     """Stop at once; what is in flight is dropped (the server has drained before)."""
+
+
+class Ask(msgspec.Struct, tag="ask", array_like=True):
+    """A dashboard looks in; answered by Shown with the same number."""
+
+    look: Look
+
+
+class Shown(msgspec.Struct, tag="shown", array_like=True):
+    picture: Picture
 
 
 class Ready(msgspec.Struct, tag="ready", array_like=True):
@@ -72,8 +83,8 @@ class Beat(msgspec.Struct, tag="beat", array_like=True):
     stats: EngineStats
 
 
-ToEngine = Submit | Abort | Shutdown
-FromEngine = Ready | Loading | StartFailed | Step | Refused | Crashed | Beat
+ToEngine = Submit | Abort | Ask | Shutdown
+FromEngine = Ready | Loading | StartFailed | Step | Refused | Crashed | Beat | Shown
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

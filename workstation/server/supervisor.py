@@ -27,6 +27,7 @@ from workstation.config import EngineConfig
 from workstation.engine import wire
 from workstation.engine.client import EngineState, Health
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.snapshot import Look, Picture
 
 log = logging.getLogger("ws.supervisor")
 
@@ -35,6 +36,7 @@ RESTART_WINDOW_SECONDS = 60.0
 HEARTBEAT_LIMIT_SECONDS = 20.0
 STEP_LIMIT_SECONDS = 300.0
 STOP_SECONDS = 5.0
+LOOK_SECONDS = 2.0
 WATCH_SECONDS = 0.25
 MAX_DEATHS_OF_A_REQUEST = 2
 REMEMBERED_REQUESTS = 4096
@@ -73,6 +75,8 @@ class EngineProcess:
         self._deaths: deque[float] = deque()
         self._queues: dict[str, asyncio.Queue[TokenEvent | errors.WorkstationError]] = {}
         self._requests: dict[str, EngineRequest] = {}
+        self._looks: dict[int, asyncio.Future[Picture]] = {}
+        self._look_count = 0
         self._suspects: OrderedDict[bytes, int] = OrderedDict()
         self._last_beat = time.monotonic()
         self._step_age = 0.0
@@ -150,9 +154,28 @@ class EngineProcess:
             with contextlib.suppress(zmq.ZMQError):
                 self._inbox.send(wire.encode(wire.Abort(request_id, index)), zmq.NOBLOCK)
 
-    def _admit(self, request: EngineRequest) -> None:
+    async def look(self, look: Look) -> Picture:
+        """See EngineClient.look."""
+        self._check_ready()
+        self._look_count += 1
+        number = self._look_count
+        answer: asyncio.Future[Picture] = asyncio.get_running_loop().create_future()
+        self._looks[number] = answer
+        try:
+            async with asyncio.timeout(LOOK_SECONDS):
+                await self._inbox.send(wire.encode(wire.Ask(dataclasses.replace(look, number=number))))
+                return await answer
+        except TimeoutError:
+            raise errors.OverloadedError(f"the engine has not answered for {LOOK_SECONDS:g} s (a long step?)") from None
+        finally:
+            self._looks.pop(number, None)
+
+    def _check_ready(self) -> None:
         if self._state != "ready":
             raise errors.EngineDeadError(f"the engine is {self._state}" + (f" ({self._cause})" if self._cause else ""))
+
+    def _admit(self, request: EngineRequest) -> None:
+        self._check_ready()
         if self._suspects and self._suspects.get(_fingerprint(request), 0) >= MAX_DEATHS_OF_A_REQUEST:
             raise errors.InvalidRequestError(
                 f"this request was in flight at {MAX_DEATHS_OF_A_REQUEST} deaths of the engine and is not tried again")
@@ -247,6 +270,10 @@ class EngineProcess:
             queue = self._queues.get(message.request_id)
             if queue is not None:
                 queue.put_nowait(_error(message.kind, message.message, message.param))
+        elif isinstance(message, wire.Shown):
+            answer = self._looks.get(message.picture.number)
+            if answer is not None and not answer.done():
+                answer.set_result(message.picture)
         elif isinstance(message, wire.Loading):
             if self._on_loading is not None:
                 self._on_loading(message.done_bytes, message.total_bytes)
@@ -332,3 +359,6 @@ class EngineProcess:
     def _fail_all(self, message: str) -> None:
         for queue in list(self._queues.values()):
             queue.put_nowait(errors.EngineDeadError(message))
+        for answer in self._looks.values():
+            if not answer.done():
+                answer.set_exception(errors.EngineDeadError(message))
