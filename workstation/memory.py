@@ -157,24 +157,44 @@ def plan_memory(
     device: DeviceMemory,
     *,
     dtype_bytes: int | None = None,
+    kv_dtype_bytes: int | None = None,
 ) -> MemoryPlan:
     """The plan for one engine on one device.
 
     Args:
         weight_bytes: of the parameters as they will lie on the device.
-        dtype_bytes: of one activation and one KV element; None derives it from config and shape (`element_bytes`).
+        dtype_bytes: of one activation; None derives it from config and shape (`element_bytes`).
+        kv_dtype_bytes: of one KV element; None is `dtype_bytes`.
     Raises:
         ConfigError: numbers that contradict each other or the model's window.
         OutOfMemoryError: something does not fit; names what would.
     """
     width = dtype_bytes or element_bytes(config, shape, device.kind)
-    return _Planner(shape, config, weight_bytes, device, width).plan()
+    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes).plan()
+
+
+def least_plan(
+    shape: ModelShape,
+    config: EngineConfig,
+    weight_bytes: int,
+    device: DeviceMemory,
+    *,
+    dtype_bytes: int | None = None,
+    kv_dtype_bytes: int | None = None,
+) -> MemoryPlan:
+    """What one sequence of the asked context (or the least context) takes, whether it fits or not; arguments as above.
+
+    The plan fits when `total - context` is at most `budget`. Raises ConfigError.
+    """
+    width = dtype_bytes or element_bytes(config, shape, device.kind)
+    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes).least()
 
 
 class _Planner:
     def __init__(
-        self, shape: ModelShape, config: EngineConfig, weight_bytes: int, device: DeviceMemory, dtype_bytes: int
-    ) -> None:
+        self, shape: ModelShape, config: EngineConfig, weight_bytes: int, device: DeviceMemory, dtype_bytes: int,
+        kv_dtype_bytes: int | None = None,
+    ) -> None:  # fmt: skip
         if not 0.0 < config.gpu_memory_utilization <= 1.0:
             raise ConfigError(
                 f"gpu_memory_utilization must be above 0 and at most 1, got {config.gpu_memory_utilization:g}",
@@ -184,7 +204,7 @@ class _Planner:
             raise ConfigError(f"max_num_seqs must be at least 1, got {config.max_num_seqs}", param="max_num_seqs")
         self.shape, self.config, self.device = shape, config, device
         self.weights, self.dtype_bytes = weight_bytes, dtype_bytes
-        self.block_bytes = shape.kv_bytes_per_block(config.block_size, dtype_bytes)
+        self.block_bytes = shape.kv_bytes_per_block(config.block_size, kv_dtype_bytes or dtype_bytes)
         cuda = device.kind == "cuda"
         self.context = CUDA_CONTEXT_BYTES if cuda else 0
         self.graphs = CUDA_GRAPH_BYTES if cuda and not config.enforce_eager else 0
@@ -194,13 +214,7 @@ class _Planner:
         self.budget = min(share, self.free) if cuda else self.free
 
     def plan(self) -> MemoryPlan:
-        asked = self.config.max_model_len
-        window = self.shape.max_position
-        if asked is not None and not 1 <= asked <= window:
-            raise ConfigError(
-                f"max_model_len must be between 1 and {window} (the model's own window), got {asked}",
-                param="max_model_len",
-            )
+        asked, window = self._asked_length(), self.shape.max_position
         length = asked or window
         plan = self._try(length)
         if plan is not None:
@@ -216,6 +230,20 @@ class _Planner:
                 )
                 return replace(plan, note=note)
         raise self._refusal(length if asked is not None else floor, best if asked is not None else 0)
+
+    def least(self) -> MemoryPlan:
+        length = self._asked_length() or min(LEAST_CONTEXT, self.shape.max_position)
+        blocks = blocks_for(self.shape, length, self.config.block_size, self._tokens(length)) + 1
+        return self._made(length, self._needs(length), blocks)
+
+    def _asked_length(self) -> int | None:
+        asked, window = self.config.max_model_len, self.shape.max_position
+        if asked is not None and not 1 <= asked <= window:
+            raise ConfigError(
+                f"max_model_len must be between 1 and {window} (the model's own window), got {asked}",
+                param="max_model_len",
+            )
+        return asked
 
     def _tokens(self, length: int) -> int:
         """The step's token budget for one context length. Without chunks a whole prompt must fit in a step."""
@@ -260,14 +288,16 @@ class _Planner:
         needs = self._needs(length)
         pool = self._pool_bytes(needs)
         num_blocks = max(pool, 0) // self.block_bytes
-        tokens = self._tokens(length)
-        if num_blocks - 1 < blocks_for(self.shape, length, self.config.block_size, tokens):
+        if num_blocks - 1 < blocks_for(self.shape, length, self.config.block_size, self._tokens(length)):
             return None
+        return self._made(length, needs, num_blocks)
+
+    def _made(self, length: int, needs: _Needs, num_blocks: int) -> MemoryPlan:
         return MemoryPlan(
             weights=self.weights, kv=num_blocks * self.block_bytes, workspace=needs.workspace, logits=needs.logits,
             sampler=needs.sampler, context=self.context, graphs=self.graphs, reserve=self.reserve, budget=self.budget,
             num_blocks=num_blocks, block_size=self.config.block_size, max_model_len=length,
-            max_num_batched_tokens=tokens,
+            max_num_batched_tokens=self._tokens(length),
         )  # fmt: skip
 
     def _largest(self, low: int, high: int) -> int:
