@@ -12,6 +12,7 @@ import pytest
 from huggingface_hub import errors as hub_errors
 
 from workstation import hub
+from workstation.architecture import read_shape
 from workstation.catalog import ModelEntry, catalogue_files, find, load_catalogue, read_catalogue
 from workstation.errors import ConfigError, ModelFolderError, ModelNotFoundError, StartupError
 from workstation.hub import resolve_model, wanted_files
@@ -35,6 +36,34 @@ def test_the_shipped_catalogue_is_well_formed_and_has_the_demo() -> None:
     assert entries["llama-8b"].model == "meta-llama/Llama-3.1-8B-Instruct"
     assert all(entry.context for entry in entries.values())
     assert entries["llama-70b-fp8"].quantization == "fp8"
+
+
+SHIPPED = load_catalogue(catalogue_files({"XDG_CONFIG_HOME": "/nowhere"}))
+# Well-known totals of parameters, in billions, as the models' own pages round them.
+TOTALS = {
+    "llama-1b": 1.24, "llama-3b": 3.21, "llama-8b": 8.03, "llama-70b": 70.55, "qwen3-0.6b": 0.596, "qwen3-1.7b": 1.72,
+    "qwen3-4b": 4.02, "qwen3-8b": 8.19, "qwen3-14b": 14.77, "qwen3-32b": 32.76, "qwen2.5-1.5b": 1.54, "qwen2.5-7b": 7.62,
+    "qwen2.5-14b": 14.77, "qwen2.5-32b": 32.76, "qwen2.5-72b": 72.71, "mistral-7b": 7.25, "mistral-small-24b": 23.57,
+    "llama-2-13b": 13.02,
+}  # fmt: skip
+
+
+def test_the_shipped_catalogue_has_30_entries_and_20_that_can_be_served() -> None:
+    assert len(SHIPPED) >= 30
+    assert sum(not entry.needs for entry in SHIPPED.values()) >= 20
+    assert all(entry.licence for entry in SHIPPED.values())
+
+
+@pytest.mark.parametrize("name", [name for name, entry in SHIPPED.items() if not entry.needs and not entry.is_bundled])
+def test_an_entry_that_can_be_served_has_the_shape_of_its_model(name: str) -> None:
+    shape = read_shape(SHIPPED[name].shape)
+    assert shape.max_position == SHIPPED[name].context
+    assert shape.unread_fields == () and shape.window == 0
+
+
+@pytest.mark.parametrize("name", TOTALS)
+def test_a_shape_adds_up_to_the_well_known_number_of_parameters(name: str) -> None:
+    assert read_shape(SHIPPED[name].shape).num_parameters / 1e9 == pytest.approx(TOTALS[name], rel=0.005)
 
 
 def test_a_persons_own_file_adds_and_replaces_entries(tmp_path: Path) -> None:
@@ -62,6 +91,9 @@ def test_the_own_file_is_found_in_the_config_home(tmp_path: Path) -> None:
         ('[a]\nmodel = "o/a"\nsampling = { top_k = 1.5 }', "top_k must be a whole number"),
         ('[a]\nmodel = "o/a"\nsampling = { temperature = nan }', "temperature must be"),
         ('[a]\nmodel = "o/a"\nserve = 3', "serve must be a table"),
+        ('[a]\nmodel = "o/a"\nshape = { hiden_size = 8 }', "did you mean 'hidden_size'"),
+        ('[a]\nmodel = "o/a"\nshape = "large"', "shape must be a table"),
+        ('[a]\nmodel = "o/a"\nquantization = "fp9"', "quantization must be one of fp8, int4, mxfp4, nvfp4"),
         ('model = "o/a"', "must be a table"),
         ('[qwen3-0.6b]\nmodel = "o/a"', "written in quotes"),
         ('["a b"]\nmodel = "o/a"', "a name is 1 to 64"),

@@ -3,6 +3,9 @@
     [llama-8b]
     model = "meta-llama/Llama-3.1-8B-Instruct"   # hub id, or a folder: absolute, ~, or relative to the file
     context = 131072                             # the model's own window, for `ws models`
+    shape = { model_type = "llama", … }          # the fields of config.json that decide sizes, for `ws estimate` offline
+    tools = "llama3_json"                        # the format its template writes tool calls in
+    licence = "Apache-2.0"
     sampling = { temperature = 0.6, top_p = 0.9 }
     serve = { max_model_len = "32k" }            # settings of `ws serve`, by their names
     notes = "..."
@@ -30,7 +33,15 @@ from workstation.settings import unknown_key
 
 BUNDLED = "bundled:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-_KEYS = ["model", "revision", "quantization", "context", "sampling", "serve", "notes", "needs"]
+_KEYS = ["model", "revision", "quantization", "context", "shape", "tools", "licence", "sampling", "serve", "notes",
+         "needs"]  # fmt: skip
+_QUANTIZATIONS = ("fp8", "int4", "mxfp4", "nvfp4")
+# The fields of a config.json that decide how many bytes a model takes; others do not belong into a catalogue.
+SHAPE_FIELDS = (
+    "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",
+    "head_dim", "vocab_size", "max_position_embeddings", "tie_word_embeddings", "sliding_window", "use_sliding_window",
+    "max_window_layers", "layer_types", "torch_dtype", "attention_bias", "mlp_bias", "quantization_config",
+)  # fmt: skip
 _SAMPLING: dict[str, tuple[float, float]] = {
     "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, 2**31 - 1), "min_p": (0, 1), "repetition_penalty": (0, 100),
     "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2),
@@ -45,6 +56,8 @@ class ModelEntry:
     Attributes:
         model: hub id, folder, or "bundled:demo".  revision: branch, tag or commit on the hub.
         quantization: the weights' form when it is not 16-bit, such as "fp8".  context: tokens of the model's window.
+        shape: fields of config.json that decide sizes, {} when the entry has none.
+        tools: format of tool calls, "" when unknown.  licence: of the weights, "" when unknown.
         sampling: default sampling parameters.  serve: defaults for settings.  needs: why it cannot be served yet, or "".
         source: the file that names it.
     """
@@ -54,6 +67,9 @@ class ModelEntry:
     revision: str | None = None
     quantization: str = ""
     context: int | None = None
+    shape: dict[str, Any] = field(default_factory=dict)
+    tools: str = ""
+    licence: str = ""
     sampling: dict[str, float | int] = field(default_factory=dict)
     serve: dict[str, Any] = field(default_factory=dict)
     notes: str = ""
@@ -125,8 +141,11 @@ def _entry(name: str, table: object, path: Path) -> ModelEntry:
         name=name,
         model=_location(_text(table, "model", label, required=True), path),
         revision=_text(table, "revision", label) or None,
-        quantization=_text(table, "quantization", label),
+        quantization=_quantization(_text(table, "quantization", label), label),
         context=_context(table.get("context"), label),
+        shape=_shape(table.get("shape", {}), f"{label}: shape"),
+        tools=_text(table, "tools", label),
+        licence=_text(table, "licence", label),
         sampling=check_sampling(table.get("sampling", {}), f"{label}: sampling"),
         serve=_table(table.get("serve", {}), f"{label}: serve"),
         notes=_text(table, "notes", label),
@@ -149,6 +168,22 @@ def _text(table: Mapping[str, Any], key: str, label: str, *, required: bool = Fa
     if not isinstance(value, str) or "\0" in value or (required and not value):
         raise ConfigError(f"{label}: {key} must be a {'non-empty ' if required else ''}string, got {value!r}", param=key)
     return value
+
+
+def _quantization(name: str, label: str) -> str:
+    if name and name not in _QUANTIZATIONS:
+        raise ConfigError(f"{label}: quantization must be one of {', '.join(_QUANTIZATIONS)} or absent, got {name!r}",
+                          param="quantization")
+    return name
+
+
+def _shape(value: object, label: str) -> dict[str, Any]:
+    """The fields of config.json; their values are checked where a config.json is read."""
+    shape = _table(value, label)
+    for key in shape:
+        if key not in SHAPE_FIELDS:
+            raise unknown_key(f"{label}.{key}", key, list(SHAPE_FIELDS))
+    return shape
 
 
 def _context(value: object, label: str) -> int | None:
