@@ -15,7 +15,15 @@ from fastapi import FastAPI
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from workstation.engine.client import EngineState, Health
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, RequestTimes, TokenEvent, TokenLogprobs
+from workstation.engine.request import (
+    EngineInfo,
+    EngineRequest,
+    EngineStats,
+    RequestTimes,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from workstation.engine.snapshot import BlockRow, Look, Picture, RequestDetail, RequestRow, SampleDetail
 from workstation.errors import EngineDeadError, OverloadedError
 from workstation.server.app import create_app
@@ -171,10 +179,14 @@ class FakeEngine:
         picture.stats.time = time.monotonic()
         for row in rows:
             if row.id == look.request_id:
-                picture.detail = RequestDetail(row, 16, [SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])])
+                sample = SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])
+                picture.detail = RequestDetail(row, self._params(row.id), 16, [sample])
         if look.first:
             picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, look.last + 1)]
         return picture
+
+    def _params(self, request_id: str) -> SamplingParams:
+        return next(request.params for request in self.seen if request.request_id == request_id)
 
     def _row(self, request: EngineRequest) -> RequestRow:
         prompt = len(request.prompt_token_ids)

@@ -24,6 +24,8 @@ ROUTES = [
     ("POST", "/detokenize"),
     ("GET", "/version"),
     ("GET", "/metrics"),
+    ("GET", "/stats"), ("GET", "/stats/stream"), ("GET", "/stats/blocks"), ("GET", "/stats/requests/{id}"),
+    ("POST", "/stats/requests/{id}/abort"),
 ]
 
 

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from workstation.engine.request import EngineStats
+from workstation.engine.blocks import CACHED, FREE, OWNED, SHARED
+from workstation.engine.request import EngineStats, SamplingParams
 
 if TYPE_CHECKING:
     from workstation.engine.scheduler import Scheduler
@@ -68,6 +69,7 @@ class SampleDetail:
 @dataclass(slots=True)
 class RequestDetail:
     row: RequestRow
+    params: SamplingParams
     max_tokens: int
     samples: list[SampleDetail]
 
@@ -163,7 +165,7 @@ def _row(request: RequestState) -> RequestRow:
 def _detail(request: RequestState) -> RequestDetail:
     samples = [SampleDetail(seq.index, len(seq.tokens), seq.num_computed, [list(table) for table in seq.tables], seq.finished)
                for seq in request.sequences]
-    return RequestDetail(_row(request), request.max_tokens, samples)
+    return RequestDetail(_row(request), request.request.params, request.max_tokens, samples)
 
 
 def _blocks(scheduler: Scheduler, first: int, last: int) -> list[BlockRow]:
@@ -177,3 +179,9 @@ def _blocks(scheduler: Scheduler, first: int, last: int) -> list[BlockRow]:
                     end = max(entry * size, min((entry + 1) * size, seq.num_computed))
                     rows[block].owners.append(Owner(seq.request.request_id, seq.index, group, entry * size, end))
     return list(rows.values())
+
+
+__all__ = [
+    "CACHED", "FREE", "OWNED", "SHARED", "BlockRow", "Look", "Owner", "Picture", "RequestDetail", "RequestRow", "SampleDetail",
+    "take_picture",
+]

@@ -36,6 +36,8 @@ from workstation.server.schemas import (
     DetokenizeRequest,
     TokenizeRequest,
 )
+from workstation.server.stats_desk import StatsDesk
+from workstation.server.stats_routes import StatsRoutes
 from workstation.server.streaming import EventStream
 from workstation.server.tokenize import detokenize, tokenize
 
@@ -49,6 +51,7 @@ class Api:
         self.service = Service(engine, model, options)
         self.gate = Gate(engine)
         self.metrics = Metrics(engine, model.name, self.service.window)
+        self.stats = StatsRoutes(StatsDesk(engine, model.name, self.metrics, self.gate), Gate(engine), options)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
 
     def _check_open(self) -> None:
@@ -185,6 +188,7 @@ def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Resp
         ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
+        *api.stats.table(),
     ]
 
 

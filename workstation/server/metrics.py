@@ -13,6 +13,7 @@ from workstation.engine.client import EngineClient
 from workstation.engine.request import EngineRequest, TokenEvent
 from workstation.errors import EngineDeadError, InvalidRequestError, OverloadedError, WorkstationError
 from workstation.server.job import Job
+from workstation.server.stats_rates import Recent
 
 LABELS = ("model_name", "engine")
 TTFT_BUCKETS = (.001, .005, .01, .02, .04, .06, .08, .1, .25, .5, .75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
@@ -61,6 +62,7 @@ class Metrics:
         self._ended = {reason: success.labels(*labels, reason) for reason in FINISH_REASONS}
         self._rejected = {reason: rejections.labels(*labels, reason) for reason in REJECTIONS}
         self._last_event: dict[tuple[str, int], float] = {}
+        self.ttft, self.itl, self.e2e = Recent(), Recent(4096), Recent()  # the dashboard's spreads
         self.registry.register(_EngineCollector(engine, labels))
 
     def render(self) -> bytes:
@@ -77,9 +79,11 @@ class Metrics:
         cached = 0
         if last is not None:
             self._itl.observe(now - last)
+            self.itl.add(now - last)
         elif (request.request_id, -1) not in self._last_event:
             self._last_event[(request.request_id, -1)] = now
             self._ttft.observe(now - request.arrival)
+            self.ttft.add(now - request.arrival)
             self._computed.observe(len(request.prompt_token_ids) - event.num_cached_tokens)
             cached = event.num_cached_tokens
         self._last_event[key] = now
@@ -111,6 +115,7 @@ class Metrics:
                 self._max_tokens.observe(request.params.max_tokens)
             if first is not None and ends:
                 self._e2e.observe(max(ends) - request.arrival)
+                self.e2e.add(max(ends) - request.arrival)
                 each = output_tokens / (job.samples * len(job.requests))
                 if each > 1:
                     self._tpot.observe((max(ends) - first) / (each - 1))

@@ -1,0 +1,236 @@
+"""The dashboard's contract (docs/stats.md): what `/stats` and its neighbours answer, as typed structs. Version 1.
+
+Nothing here holds text of prompts or answers. Sizes are bytes, times seconds, rates per second; None is "not known".
+"""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from itertools import pairwise
+
+from msgspec import Struct
+
+from workstation.engine.snapshot import CACHED, OWNED, SHARED, BlockRow, Picture, RequestRow, SampleDetail
+
+VERSION = 1
+MAX_CELLS = 4096
+DEFAULT_CELLS = 400
+
+
+class ModelStats(Struct):
+    """What is served, fixed while the engine lives. plan: the memory plan, bytes by name."""
+
+    name: str
+    architecture: str
+    dtype: str
+    device: str
+    device_name: str
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    weight_bytes: int
+    kv_bytes: int
+    plan: dict[str, int]
+
+
+class ServerStats(Struct):
+    """state: starting, ready, restarting, draining or dead.  uptime: since the API process was ready."""
+
+    state: str
+    uptime: float
+    version: str
+    restarts: int
+    heartbeat_age: float
+    cause: str = ""
+
+
+class GpuStats(Struct):
+    """NVML's reading of the engine's card, at most a second old. utilization: 0…1."""
+
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
+    utilization: float | None
+    power_watts: float | None
+    power_limit_watts: float | None
+    temperature_celsius: float | None
+    joules_per_token: float | None = None
+
+
+class CellMap(Struct):
+    """The pool folded into cells, in physical order; cell i stands for blocks [total * i // count, total * (i + 1) // count).
+
+    owned, shared, cached: base64 of `count` little-endian unsigned integers of `width` bytes: how many of a cell's blocks are
+    held by one, held by several, cached; the rest are free. Exact, and 1,000 cells stay under 10 kB in any pool.
+    """
+
+    count: int
+    width: int
+    owned: str
+    shared: str
+    cached: str
+
+
+class BlockStats(Struct):
+    """The pool. waste: share of held token slots that hold no token, 0…1.
+
+    """
+
+    total: int
+    size: int
+    free: int
+    held: int
+    shared: int
+    cached: int
+    waste: float
+    evictions: int
+    preemptions: int
+    cells: CellMap
+
+
+class BatchStats(Struct):
+    """running, waiting, preempted: sequences. step_*: the newest step; budget: tokens a step may compute."""
+
+    running: int
+    waiting: int
+    preempted: int
+    steps: int
+    step_seconds: float
+    step_tokens: int
+    budget: int
+
+
+class Spread(Struct):
+    """Of the newest few hundred observations; None while there is none."""
+
+    p50: float | None = None
+    p99: float | None = None
+
+
+class SpeedStats(Struct):
+    """Counters since the engine's start, and rates over the last seconds. hit_rate: prompt tokens found in the cache, 0…1."""
+
+    prompt_tokens: int
+    generated_tokens: int
+    cached_tokens: int
+    prompt_rate: float | None
+    generate_rate: float | None
+    eviction_rate: float | None
+    preemption_rate: float | None
+    hit_rate: float | None
+    ttft: Spread
+    itl: Spread
+    e2e: Spread
+
+
+class RequestStats(Struct):
+    """A live request. rate: generated tokens/s since its first token.  ttft: None before it.  age: since arrival."""
+
+    id: str
+    client: str
+    state: str
+    prompt: int
+    cached: int
+    computed: int
+    generated: int
+    rate: float | None
+    ttft: float | None
+    blocks: int
+    age: float
+    samples: int
+    preemptions: int
+
+
+class Snapshot(Struct):
+    """One frame. time: Unix seconds at which the engine made it; an old time says that it has not answered since.
+
+    requests: at most 512 rows, running ones first; requests_total counts all.  process_bytes: memory of the engine's process.
+    look_seconds: what the picture cost the engine.
+    """
+
+    version: int
+    time: float
+    server: ServerStats
+    model: ModelStats
+    gpu: GpuStats | None
+    process_bytes: int | None
+    blocks: BlockStats
+    batch: BatchStats
+    speed: SpeedStats
+    requests: list[RequestStats]
+    requests_total: int
+    look_seconds: float
+
+
+class BlocksAnswer(Struct):
+    version: int
+    total: int
+    blocks: list[BlockRow]
+
+
+class Timeline(Struct):
+    """Seconds spent in each part so far; None for a part that has not begun."""
+
+    queue: float
+    prefill: float | None
+    decode: float | None
+
+
+class RequestAnswer(Struct):
+    """Details of a live request: its row, where its time went, and a block table a sample and KV group."""
+
+    version: int
+    request: RequestStats
+    max_tokens: int
+    timeline: Timeline
+    sampling: dict[str, float | int | bool | None]
+    samples: list[SampleDetail]
+
+
+class AbortAnswer(Struct):
+    id: str
+    aborted: bool
+
+
+def fold(states: bytes, cells: int) -> CellMap:
+    """Count the states (one byte a block, as in engine/blocks.py) of min(cells, blocks) cells."""
+    total = len(states)
+    cells = min(cells, total)
+    edges = [total * cell // cells for cell in range(cells + 1)] if cells else [0]
+    largest = -(-total // cells) if cells else 0
+    width = 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
+    counted = [b"".join(states.count(state, begin, end).to_bytes(width, "little")
+                        for begin, end in pairwise(edges)) for state in (OWNED, SHARED, CACHED)]
+    return CellMap(cells, width, *(b64encode(counts).decode() for counts in counted))
+
+
+def request_stats(row: RequestRow, now: float) -> RequestStats:
+    """now: time.monotonic() of the picture."""
+    first = row.first_token
+    busy = now - first if first else 0.0
+    rate = row.generated / busy if busy > 0.05 and row.generated > 1 else None
+    return RequestStats(
+        row.id, row.label, row.state, row.prompt, row.cached, row.computed, row.generated,
+        None if rate is None else round(rate, 2),
+        round(first - row.arrival, 4) if first else None, row.blocks, round(max(0.0, now - row.arrival), 3), row.samples,
+        row.preemptions)
+
+
+def timeline(row: RequestRow, now: float) -> Timeline:
+    """now: time.monotonic() of the picture."""
+    if not row.scheduled:
+        return Timeline(round(now - row.arrival, 4), None, None)
+    queue = round(row.scheduled - row.arrival, 4)
+    if not row.first_token:
+        return Timeline(queue, round(now - row.scheduled, 4), None)
+    return Timeline(queue, round(row.first_token - row.scheduled, 4), round(now - row.first_token, 4))
+
+
+def block_stats(picture: Picture, block_size: int, cells: int) -> BlockStats:
+    stats = picture.stats
+    slots = stats.blocks_held * block_size
+    return BlockStats(
+        total=stats.blocks_total, size=block_size, free=stats.blocks_free, held=stats.blocks_held,
+        shared=picture.states.count(SHARED), cached=stats.blocks_cached,
+        waste=round(1 - stats.kv_tokens_held / slots, 4) if slots else 0.0, evictions=stats.evictions,
+        preemptions=stats.preemptions, cells=fold(picture.states, cells))

@@ -1,0 +1,196 @@
+"""StatsDesk: asks the engine on behalf of every dashboard, at most ten times a second, and only while somebody asks."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections import deque
+from collections.abc import AsyncGenerator
+from pathlib import Path
+
+from workstation import __version__, gpu
+from workstation.engine.client import EngineClient
+from workstation.engine.snapshot import Look, Picture
+from workstation.errors import EngineDeadError, OverloadedError
+from workstation.server import wire
+from workstation.server.errors import HTTPRequestError
+from workstation.server.gate import Gate
+from workstation.server.metrics import Metrics
+from workstation.server.stats import (
+    VERSION,
+    AbortAnswer,
+    BatchStats,
+    BlocksAnswer,
+    GpuStats,
+    ModelStats,
+    RequestAnswer,
+    ServerStats,
+    Snapshot,
+    SpeedStats,
+    Spread,
+    block_stats,
+    request_stats,
+    timeline,
+)
+from workstation.server.stats_rates import Rates
+
+LOOK_PERIOD = 0.1
+GPU_PERIOD = 1.0
+ENERGY_WINDOW = 10.0
+SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+                   "seed", "n", "max_tokens", "min_tokens", "ignore_eos", "logprobs")
+
+
+class StatsDesk:
+    """One for a server. All dashboards share its newest picture; nothing runs while nobody asks."""
+
+    def __init__(self, engine: EngineClient, model_name: str, metrics: Metrics, gate: Gate) -> None:
+        self._engine = engine
+        self._model_name = model_name
+        self._metrics = metrics
+        self._gate = gate
+        self._started = time.monotonic()
+        self._lock = asyncio.Lock()
+        self._looked = -LOOK_PERIOD
+        self._picture: Picture | None = None
+        self._rates = Rates()
+        self._gpu: tuple[float, GpuStats | None] = (-GPU_PERIOD, None)
+        self._energy: deque[tuple[float, float, int]] = deque()  # (when, joules, tokens) of the last ten seconds
+        self.looks = 0
+
+    # ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _look(self, look: Look) -> Picture:
+        """One question at a time, a tenth of a second apart. Raises as EngineClient.look does."""
+        async with self._lock:
+            await self._pause()
+            return await self._ask(look)
+
+    async def _pause(self) -> None:
+        wait = self._looked + LOOK_PERIOD - time.monotonic()
+        if wait > 0:
+            await asyncio.sleep(wait)
+
+    async def _ask(self, look: Look) -> Picture:
+        self._looked = time.monotonic()
+        self.looks += 1
+        if self._picture is None:
+            self._rates.feed(self._engine.stats())  # the last beat: rates from the first picture on
+        self._picture = picture = await self._engine.look(look)
+        self._rates.feed(picture.stats)
+        return picture
+
+    async def _newest(self) -> Picture:
+        """A picture at most a tenth of a second old, or the last one when the engine cannot answer."""
+        async with self._lock:
+            if self._picture is None or time.monotonic() - self._looked >= LOOK_PERIOD:
+                try:
+                    return await self._ask(Look())
+                except (EngineDeadError, OverloadedError):
+                    if self._picture is None:
+                        return Picture(0, self._engine.stats(), b"", [], 0)
+            return self._picture
+
+    async def snapshot(self, cells: int) -> Snapshot:
+        """One frame; answered in every state of the engine, with the last picture there was."""
+        picture = await self._newest()
+        info, stats, health = self._engine.info, picture.stats, self._engine.health()
+        made = stats.time or time.monotonic()
+        return Snapshot(
+            version=VERSION, time=round(time.time() - (time.monotonic() - made), 3),
+            server=ServerStats("draining" if self._gate.draining else health.state, round(time.monotonic() - self._started, 1),
+                               __version__, health.restarts, round(health.heartbeat_age, 2), health.cause),
+            model=ModelStats(self._model_name, info.architecture, info.dtype, info.device, info.device_name, info.max_model_len,
+                             info.max_num_seqs, info.max_num_batched_tokens, info.weight_bytes, info.kv_bytes, info.plan),
+            gpu=await self._card(stats.generated_tokens), process_bytes=_resident(getattr(self._engine, "pid", None)),
+            blocks=block_stats(picture, info.block_size, cells),
+            batch=BatchStats(stats.running, stats.waiting, picture.preempted, stats.steps, round(stats.step_seconds, 6),
+                             stats.step_tokens, info.max_num_batched_tokens),
+            speed=self._speed(picture), requests=[request_stats(row, made) for row in picture.rows],
+            requests_total=picture.requests, look_seconds=round(picture.seconds, 6))
+
+    def _speed(self, picture: Picture) -> SpeedStats:
+        stats, rates = picture.stats, self._rates
+        return SpeedStats(
+            stats.computed_prompt_tokens, stats.generated_tokens, stats.cached_tokens, rates.of("computed_prompt_tokens"),
+            rates.of("generated_tokens"), rates.of("evictions"), rates.of("preemptions"),
+            round(stats.prefix_hits / stats.prefix_queries, 4) if stats.prefix_queries else None,
+            *(Spread(*seen.quantiles((0.5, 0.99))) for seen in (self._metrics.ttft, self._metrics.itl, self._metrics.e2e)))
+
+    async def stream(self, cells: int, rate: float) -> AsyncGenerator[bytes, None]:
+        """Frames as server-sent events until the server is about to leave. A frame is made only when the last one was taken."""
+        period = 1.0 / rate
+        due = time.monotonic()
+        while not (self._gate.draining and self._gate.in_flight == 0):
+            yield wire.sse(await self.snapshot(cells))
+            due = max(due + period, time.monotonic())
+            await asyncio.sleep(due - time.monotonic())
+
+    # ── details ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def blocks(self, first: int, last: int) -> BlocksAnswer:
+        """Single blocks. Raises as EngineClient.look does."""
+        picture = await self._look(Look(first=first, last=last))
+        return BlocksAnswer(VERSION, picture.stats.blocks_total, picture.blocks)
+
+    async def request(self, request_id: str) -> RequestAnswer:
+        """Details of a live request; 404 when there is none of that id."""
+        picture = await self._look(Look(request_id=request_id))
+        detail = picture.detail
+        if detail is None:
+            raise _no_request(request_id)
+        now = picture.stats.time
+        return RequestAnswer(VERSION, request_stats(detail.row, now), detail.max_tokens, timeline(detail.row, now),
+                             {name: getattr(detail.params, name) for name in SAMPLING_FIELDS}, detail.samples)
+
+    async def abort(self, request_id: str) -> AbortAnswer:
+        """End a live request; its client gets an error. 404 when there is none of that id."""
+        picture = await self._look(Look(request_id=request_id))
+        if picture.detail is None:
+            raise _no_request(request_id)
+        self._engine.abort(request_id)
+        return AbortAnswer(request_id, True)
+
+    # ── the card ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _card(self, generated: int) -> GpuStats | None:
+        """NVML's reading, once a second at most and off the event loop; None without a card in use."""
+        now = time.monotonic()
+        info = self._engine.info
+        if not info.device.startswith("cuda"):
+            return None
+        if now - self._gpu[0] >= GPU_PERIOD:
+            self._gpu = (now, self._gpu[1])
+            sample = await asyncio.to_thread(gpu.sample, uuid=info.device_uuid or None)
+            self._gpu = (now, None if sample is None else self._reading(sample, now, generated))
+        return self._gpu[1]
+
+    def _reading(self, sample: gpu.GpuSample, now: float, generated: int) -> GpuStats:
+        """joules_per_token: NVML's energy counter over the tokens of the last ten seconds; None when there were none."""
+        joules = None
+        if sample.energy_joules is not None:
+            if self._energy and generated < self._energy[-1][2]:
+                self._energy.clear()  # the engine was restarted
+            self._energy.append((now, sample.energy_joules, generated))
+            while now - self._energy[0][0] > ENERGY_WINDOW:
+                self._energy.popleft()
+            _, began, tokens = self._energy[0]
+            if generated > tokens:
+                joules = round((sample.energy_joules - began) / (generated - tokens), 3)
+        return GpuStats(sample.name, sample.total_bytes, sample.used_bytes, sample.utilization, sample.power_watts,
+                        sample.power_limit_watts, sample.temperature_celsius, joules)
+
+
+def _no_request(request_id: str) -> HTTPRequestError:
+    return HTTPRequestError(404, "request_not_found", f"no live request has the id {request_id[:80]!r}")
+
+
+def _resident(pid: int | None) -> int | None:
+    """Resident bytes of a process; None where the system does not say."""
+    if pid is None:
+        return None
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return None
