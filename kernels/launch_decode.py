@@ -15,7 +15,8 @@ from workstation.kernels.paging import AttentionPlan
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
 REGISTERS = 65536  # of a multiprocessor, on every NVIDIA GPU since Kepler
-SPARE = 8192  # bytes of shared memory a program takes beside K and V
+SPARE_ROWS = 20  # rows of query and scores a program holds in shared memory beside K and V, and
+SPARE = 8192  # bytes at least
 UNIT = 64  # keys a unit: what shares and sequences are counted in
 
 
@@ -52,8 +53,9 @@ def choose(q: torch.Tensor) -> DecodeConfig:
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
     held = 2 * keys * row_bytes  # K and V of a turn
     room = _shared_memory(q.device)
-    stages = 3 if room >= 2 * (2 * held + SPARE) else 2
-    per_sm = min(3 if q.element_size() == 2 else 2, max(1, room // ((stages - 1) * held + SPARE)))
+    spare = max(SPARE, SPARE_ROWS * row_bytes)
+    stages = 3 if room >= 2 * (2 * held + spare) else 2
+    per_sm = min(3 if q.element_size() == 2 else 2, max(1, room // ((stages - 1) * held + spare)))
     return DecodeConfig(keys, 4, stages, per_sm, 4, 8)
 
 

