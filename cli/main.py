@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from workstation import __version__
-from workstation.cli import bench, chat, evaluate, generate, models, processes, serve
+from workstation.cli import bench, chat, estimate, evaluate, generate, models, processes, serve, top
 from workstation.errors import WorkstationError
 
 app = typer.Typer(
@@ -22,8 +22,10 @@ app = typer.Typer(
 app.command("serve")(serve.command)
 app.command("chat")(chat.command)
 app.command("generate", no_args_is_help=True)(generate.command)
+app.command("top")(top.command)
 app.command("ps")(processes.ps)
 app.command("stop")(processes.stop)
+app.command("estimate", no_args_is_help=True)(estimate.command)
 app.command("models")(models.command)
 app.command("eval")(evaluate.command)
 app.add_typer(bench.app, name="bench")
