@@ -91,7 +91,7 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
     wide = q.shape[2] > 128
     # wgmma and tcgen05 read keys from shared memory; mma.sync holds them in registers, where 64 keys leave room for no mask.
     roomy = _capability(q.device)[0] in (9, 10)
-    masked = 32 if wide or not roomy else 64  # keys a tile where every tile takes a mask or pads the head dim
+    masked = 32 if wide or not roomy else 64  # keys a tile with masks in its loop, or of few rows
     longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
     if longest <= 64:
         tiled = PrefillConfig("tiled", 64, 32 if plan.window else masked, 8 if wide else 4, 2)
@@ -102,7 +102,8 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
         return hopper
     stages = 3 if _capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
     tiled = PrefillConfig("tiled", 64 if wide else 128, masked if wide or plan.window else 64, 8, stages)
-    return tiled if serves(tiled, q, kv_layer, plan) else PrefillConfig("exact", 128, masked, 8, stages)
+    exact = PrefillConfig("exact", 128 if roomy else 64, 32 if wide else 64, 8, stages)
+    return tiled if serves(tiled, q, kv_layer, plan) else exact
 
 
 class _Tiles(NamedTuple):
