@@ -19,6 +19,7 @@ ARROWS: dict[str, set[str]] = {
     "kernels": set(),
     "tui": set(),
     "quant": {"kernels"},
+    "estimate_model": {"quant"},
     "model": {"quant", "kernels"},
     "engine": {"model", "quant", "kernels"},
     "text": set(),

@@ -17,6 +17,8 @@ from typing import Any
 from workstation.catalog import ModelEntry, demo_folder, find
 from workstation.errors import ConfigError, ModelFolderError, ModelNotFoundError, StartupError
 from workstation.memory import gib
+from workstation.model_folder import parse_json_object
+from workstation.safetensors_header import TensorEntry
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 SMALL_FILES = (
@@ -71,13 +73,13 @@ def resolve_model(
     if entry is None:
         folder = Path(model).expanduser()
         if folder.is_dir():
-            return ResolvedModel(folder.resolve().name, _checked(folder.resolve()))
+            return ResolvedModel(folder.resolve().name, checked_folder(folder.resolve()))
         return ResolvedModel(model, _download(model, revision, download_dir, token, weights, say))
     if entry.is_bundled:
-        return ResolvedModel(entry.name, _checked(demo_folder()), entry)
+        return ResolvedModel(entry.name, checked_folder(demo_folder()), entry)
     local = Path(entry.model)
     if local.is_absolute() or local.is_dir():
-        return ResolvedModel(entry.name, _checked(local), entry)
+        return ResolvedModel(entry.name, checked_folder(local), entry)
     revision = revision or entry.revision
     return ResolvedModel(entry.name, _download(entry.model, revision, download_dir, token, weights, say), entry)
 
@@ -100,7 +102,8 @@ def check_name(model: str, entries: Mapping[str, ModelEntry]) -> None:
         find(model, entries)  # raises, naming the nearest
 
 
-def _checked(folder: Path) -> Path:
+def checked_folder(folder: Path) -> Path:
+    """The folder itself. Raises ModelNotFoundError, ModelFolderError when it is missing or holds no config.json."""
     if not folder.is_dir():
         raise ModelNotFoundError(f"there is no folder {str(folder)!r}", param="model")
     if not (folder / "config.json").is_file():
@@ -156,6 +159,70 @@ def _in_cache(repo: str, name: str, cache: str | None, revision: str | None) -> 
     import huggingface_hub as hub
 
     return isinstance(hub.try_to_load_from_cache(repo, name, cache_dir=cache, revision=revision), str)
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteModel:
+    """What the hub says of a model without its weights: config.json, and the tensors when the headers could be read."""
+
+    config: dict[str, Any]
+    tensors: dict[str, TensorEntry] | None
+
+
+def read_remote(repo: str, *, revision: str | None = None, token: str | None = None) -> RemoteModel:
+    """config.json and the safetensors headers (range requests) of `owner/name`; no weights are downloaded.
+
+    Raises ModelNotFoundError, ModelFolderError (no config.json), StartupError (gated, or the hub cannot be reached).
+    """
+    import huggingface_hub as hub
+
+    try:
+        path = Path(hub.hf_hub_download(repo, "config.json", revision=revision, token=token, etag_timeout=20))
+    except Exception as error:
+        if isinstance(error, hub.errors.EntryNotFoundError) and not isinstance(error, hub.errors.LocalEntryNotFoundError):
+            raise ModelFolderError(f"{repo} has no config.json, so it is not a Hugging Face model", param="model") from error
+        raise _hub_refusal(repo, revision, error) or StartupError(
+            f"{repo} is not on this disk and the hub cannot be reached ({_first_line(error)}); connect, or name a "
+            "catalogue entry, a folder or a config.json", param="model") from error
+    config = parse_json_object(path.read_bytes(), "config.json")
+    return RemoteModel(config, _remote_tensors(repo, revision, token))
+
+
+def _remote_tensors(repo: str, revision: str | None, token: str | None) -> dict[str, TensorEntry] | None:
+    """The headers' tensors, or None when the repository has no safetensors or they cannot be read: the shape decides then.
+
+    Zero points are left out: telling that they are zero takes their data.
+    """
+    import huggingface_hub as hub
+
+    try:
+        files = hub.HfApi().get_safetensors_metadata(repo, revision=revision, token=token).files_metadata
+    except Exception:
+        return None
+    found: dict[str, TensorEntry] = {}
+    for file, metadata in files.items():
+        for name, tensor in metadata.tensors.items():
+            start, end = tensor.data_offsets
+            if not name.endswith("zero_point"):
+                found[name] = TensorEntry(name, tensor.dtype, tuple(tensor.shape), file, Path(file), start, end - start)
+    return found
+
+
+def hub_cache(environment: Mapping[str, str]) -> Path:
+    """Where the hub's client keeps downloads."""
+    home = Path(environment.get("HF_HOME") or Path.home() / ".cache" / "huggingface")
+    return Path(environment.get("HF_HUB_CACHE") or home / "hub")
+
+
+def cached_folder(repo: str, revision: str | None, environment: Mapping[str, str]) -> Path | None:
+    """The newest snapshot of `owner/name` in the hub's cache with a config.json, or None; imports no client."""
+    found = [path.parent for path in (cache_of(repo, environment) / "snapshots").glob(f"{revision or '*'}/config.json")]
+    return max(found, key=lambda folder: folder.stat().st_mtime, default=None)
+
+
+def cache_of(repo: str, environment: Mapping[str, str]) -> Path:
+    """The folder of one repository in the hub's cache, there or not."""
+    return hub_cache(environment) / f"models--{repo.replace('/', '--')}"
 
 
 def check_disk(total_bytes: int, target: Path) -> None:

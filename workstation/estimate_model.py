@@ -1,0 +1,175 @@
+"""MODEL → its shape and the bytes of its weights, in every form: from headers when at hand, else from the shape. No torch.
+
+MODEL is a catalogue name, a folder, a config.json, or a hub id (config.json and the headers of its safetensors only).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from workstation import hub
+from workstation.architecture import ModelShape, read_shape
+from workstation.catalog import ModelEntry, demo_folder
+from workstation.errors import ConfigError, ModelFolderError
+from workstation.model_folder import parse_json_object
+from workstation.quant.detect import FORMATS, weight_forms
+from workstation.quant.forms import HEAD_MODULE, all_linears, weight_bytes
+from workstation.safetensors_header import TensorEntry, read_checkpoint
+
+DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
+INT4_GROUP, NVFP4_GROUP = 128, 16
+# How a checkpoint's own method is called here, when its weights are not 16-bit and not FP8.
+_FOUR_BIT = {"awq": "int4", "gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4", "modelopt": "nvfp4"}
+SERVED = ("16-bit", "fp8")
+
+
+@dataclass(frozen=True, slots=True)
+class Weights:
+    """One way to keep a model's weights.
+
+    Attributes:
+        name: "16-bit", "fp8", "int4", "nvfp4", …  nbytes: on the device.
+        served: `ws serve` reads this form.  source: "headers" or "shape".
+    """
+
+    name: str
+    nbytes: int
+    source: str = "shape"
+
+    @property
+    def served(self) -> bool:
+        return self.name in SERVED
+
+
+@dataclass(frozen=True, slots=True)
+class EstimatedModel:
+    """A model as far as an estimate needs it.
+
+    Attributes:
+        own: the weights as the checkpoint has them.  others: the same shape in the usual forms, smallest last.
+        entry: from the catalogue, or None.
+    """
+
+    name: str
+    shape: ModelShape
+    own: Weights
+    others: tuple[Weights, ...]
+    entry: ModelEntry | None = None
+
+    def weights(self, quantization: str | None) -> Weights:
+        """The weights in a form by name; None means as the checkpoint has them. Raises ConfigError."""
+        if quantization in (None, self.own.name):
+            return self.own
+        for form in self.others:
+            if form.name == quantization:
+                return form
+        raise ConfigError(f"--quantization must be one of {', '.join(form.name for form in self.others)}, "
+                          f"got {quantization!r}", param="quantization")
+
+
+def find_model(
+    model: str, entries: Mapping[str, ModelEntry], *, revision: str | None = None, token: str | None = None,
+) -> EstimatedModel:
+    """Read what an estimate needs, from the network only for a hub id that is neither known nor on this disk.
+
+    Raises ModelNotFoundError, ModelFolderError (naming the field), StartupError (network), ConfigError (an entry without a
+    shape whose architecture has not landed).
+    """
+    path = Path(model).expanduser()
+    if model not in entries and path.is_file():
+        return _described(path.parent.name or path.name, read_shape(parse_json_object(path.read_bytes(), path.name)))
+    entry = entries.get(model)
+    if entry is None:
+        hub.check_name(model, entries)
+    folder = _folder(model, entry, revision)
+    if folder is not None:
+        return _from_folder(entry.name if entry else model, folder, entry)
+    if entry is not None and entry.shape:
+        return _described(entry.name, read_shape(entry.shape), entry)
+    if entry is not None and entry.needs:
+        raise ConfigError(f"{entry.name} cannot be estimated: it needs {entry.needs}", param="model")
+    repo = entry.model if entry else model
+    remote = hub.read_remote(repo, revision=revision or (entry.revision if entry else None), token=token)
+    return _described(entry.name if entry else model, read_shape(remote.config), entry, remote.tensors)
+
+
+def _folder(model: str, entry: ModelEntry | None, revision: str | None) -> Path | None:
+    """A folder on this disk that holds the model's config.json, or None."""
+    if entry is not None and entry.is_bundled:
+        return demo_folder()
+    local = Path(entry.model if entry else model).expanduser()
+    if local.is_dir() or local.is_absolute():
+        return hub.checked_folder(local)
+    return hub.cached_folder(str(local), revision or (entry.revision if entry else None), os.environ)
+
+
+def _from_folder(name: str, folder: Path, entry: ModelEntry | None) -> EstimatedModel:
+    shape = read_shape(folder)
+    try:
+        stored = read_checkpoint(folder)
+    except ModelFolderError:
+        if any(folder.glob("*.safetensors")) and folder.parent.name != "snapshots":
+            raise
+        stored = None  # a config alone, or a download that is not complete: the shape decides
+    return _described(name, shape, entry, stored)
+
+
+def _described(
+    name: str, shape: ModelShape, entry: ModelEntry | None = None, stored: Mapping[str, TensorEntry] | None = None,
+) -> EstimatedModel:
+    own = _own_weights(shape, entry, stored)
+    return EstimatedModel(name, shape, own, usual_forms(shape), entry)
+
+
+def _own_weights(
+    shape: ModelShape, entry: ModelEntry | None, stored: Mapping[str, TensorEntry] | None,
+) -> Weights:
+    source = "headers" if stored else "shape"
+    if shape.quantization is None:
+        wanted = entry.quantization if entry and not stored else ""
+        if not wanted:
+            return Weights("16-bit", weight_bytes(shape, DENSE_BYTES), source)
+        return Weights(wanted, form_bytes(shape, wanted))
+    method = str(shape.quantization.get("quant_method", ""))
+    try:
+        return Weights("fp8", weight_bytes(shape, DENSE_BYTES, weight_forms(shape, stored)), source)
+    except ModelFolderError:
+        if method not in _FOUR_BIT:
+            raise
+        if method in FORMATS and not _says_four_bits(shape):
+            raise
+    name = _FOUR_BIT[method]
+    if stored:
+        return Weights(name, sum(tensor.nbytes for tensor in stored.values()), source)
+    return Weights(name, form_bytes(shape, name))
+
+
+def _says_four_bits(shape: ModelShape) -> bool:
+    text = str(shape.quantization).lower()
+    return "'num_bits': 4" in text or "nvfp4" in text
+
+
+def usual_forms(shape: ModelShape) -> tuple[Weights, ...]:
+    """The same shape in the forms people publish, largest first; the embedding and the head stay 16-bit."""
+    return tuple(Weights(name, form_bytes(shape, name)) for name in ("16-bit", "fp8", "nvfp4", "int4"))
+
+
+def form_bytes(shape: ModelShape, name: str) -> int:
+    """Bytes of all weights in a form.
+
+    16-bit, and fp8 with a float32 scale a row, as `ws serve` keeps them; int4 with a 16-bit scale and a 4-bit zero point a
+    group of 128 (AWQ's layout); nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
+    """
+    if name == "16-bit":
+        return weight_bytes(shape, DENSE_BYTES)
+    if name == "fp8":
+        return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, "fp8"))
+    bits = {"int4": 4 + (16 + 4) / INT4_GROUP, "nvfp4": 4 + 8 / NVFP4_GROUP}.get(name)
+    if bits is None:
+        raise ConfigError(f"the bytes of {name} weights cannot be told from a shape", param="quantization")
+    linears = sum(linear.out_features * linear.in_features for linear in all_linears(shape)
+                  if linear.parts[0][0] != HEAD_MODULE)
+    return weight_bytes(shape, DENSE_BYTES) - linears * DENSE_BYTES + int(linears * bits / 8)
