@@ -192,7 +192,7 @@ def library_linear(
             x, weight.t(), scale_a=x_scale[:, None], scale_b=weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
         )
     elif weight_scale is None:
-        y, bias = F.linear(x, weight, bias), None
+        y, bias = F.linear(x, weight, None if bias is None else bias.to(x.dtype)), None
     else:
         dtype = _wide(x.dtype)
         y = F.linear(x.to(dtype), weight.to(dtype)) * weight_scale.to(dtype)
