@@ -10,7 +10,7 @@ from typing import Annotated
 import typer
 
 from workstation import __version__
-from workstation.cli import bench, chat, estimate, evaluate, generate, models, processes, serve, top
+from workstation.cli import bench, chat, doctor, estimate, evaluate, generate, models, processes, pull, rm, serve, show, top
 from workstation.errors import WorkstationError
 
 app = typer.Typer(
@@ -27,6 +27,10 @@ app.command("ps")(processes.ps)
 app.command("stop")(processes.stop)
 app.command("estimate", no_args_is_help=True)(estimate.command)
 app.command("models")(models.command)
+app.command("show", no_args_is_help=True)(show.command)
+app.command("pull", no_args_is_help=True)(pull.command)
+app.command("rm", no_args_is_help=True)(rm.command)
+app.command("doctor")(doctor.command)
 app.command("eval")(evaluate.command)
 app.add_typer(bench.app, name="bench")
 
