@@ -185,6 +185,30 @@ def test_a_folders_weights_are_counted_from_its_headers(tmp_path: Path) -> None:
     assert find_model(str(folder), ENTRIES).own.nbytes <= checkpoint_bytes(folder)
 
 
+def described(tmp_path: Path, description: dict[str, Any]) -> str:
+    path = tmp_path / "config.json"
+    values = {**ENTRIES["llama-70b"].shape, "architectures": ["LlamaForCausalLM"], "quantization_config": description}
+    path.write_text(json.dumps(values))
+    return str(path)
+
+
+@pytest.mark.parametrize(("description", "form"), [
+    ({"quant_method": "awq", "bits": 4, "group_size": 128}, "int4"), ({"quant_method": "gptq", "bits": 4}, "int4"),
+    ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
+        "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}, "int4"),
+    ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+    ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
+], ids=lambda value: str(value)[:40])
+def test_a_checkpoints_description_gives_its_form(tmp_path: Path, description: dict[str, Any], form: str) -> None:
+    assert find_model(described(tmp_path, description), ENTRIES).own.name == form
+
+
+@pytest.mark.parametrize("description", [{"quant_method": "gptq", "bits": 3}, {"quant_method": "bitsandbytes"}])
+def test_a_description_whose_bytes_cannot_be_told_is_refused(tmp_path: Path, description: dict[str, Any]) -> None:
+    with pytest.raises(ModelFolderError, match="is not served"):
+        find_model(described(tmp_path, description), ENTRIES)
+
+
 @pytest.mark.parametrize(("change", "said"), [
     ({"num_hidden_layers": 0}, "num_hidden_layers must be an integer between 1"),
     ({"hidden_size": -4}, "hidden_size must be"), ({"vocab_size": 10**12}, "vocab_size must be"),

@@ -137,9 +137,7 @@ def _own_weights(
     try:
         return Weights("fp8", weight_bytes(shape, DENSE_BYTES, weight_forms(shape, stored)), source)
     except ModelFolderError:
-        if method not in _FOUR_BIT:
-            raise
-        if method in FORMATS and not _says_four_bits(shape):
+        if method not in _FOUR_BIT or not _says_four_bits(shape, method):
             raise
     name = _FOUR_BIT[method]
     if stored:
@@ -147,9 +145,13 @@ def _own_weights(
     return Weights(name, form_bytes(shape, name))
 
 
-def _says_four_bits(shape: ModelShape) -> bool:
+def _says_four_bits(shape: ModelShape, method: str) -> bool:
+    """Whether a description that is not served is of 4-bit weights; AWQ's default is 4, GPTQ names its bits."""
     text = str(shape.quantization).lower()
-    return "'num_bits': 4" in text or "nvfp4" in text
+    if method in FORMATS:
+        return "'num_bits': 4" in text or "nvfp4" in text
+    bits = (shape.quantization or {}).get("bits", (shape.quantization or {}).get("w_bit", 4))
+    return bits == 4 and not isinstance(bits, bool)
 
 
 def usual_forms(shape: ModelShape) -> tuple[Weights, ...]:
