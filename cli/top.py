@@ -30,10 +30,14 @@ def command(
     from workstation.cli.servers import find_server
     from workstation.tui.client import Client
     from workstation.tui.drawing import Glyphs
+    from workstation.tui.frame import BadAnswerError
 
     target = find_server(url).url
     key = api_key.split(",")[0].strip() if api_key else None
-    first = asyncio.run(_first(Client(target, key)))
+    try:
+        first = asyncio.run(_first(Client(target, key)))
+    except BadAnswerError as error:
+        raise StartupError(str(error)) from None
     if as_json:
         import json
 
@@ -51,13 +55,9 @@ def command(
 
 
 async def _first(client: Client) -> Frame:
-    """One frame, or a StartupError with its cause in one line."""
-    from workstation.tui.frame import BadAnswerError
-
+    """One frame. Raises BadAnswerError with its cause in one line."""
     try:
         return await client.frame(400)
-    except BadAnswerError as error:
-        raise StartupError(str(error)) from None
     finally:
         await client.close()
 

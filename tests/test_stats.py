@@ -22,6 +22,7 @@ from workstation.server.app import create_app
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.stats import Snapshot, fold
 from workstation.server.stats_rates import Rates, Recent
+from workstation.tui.frame import parse
 
 Test = Callable[[httpx.AsyncClient], Awaitable[Any]]
 
@@ -67,6 +68,13 @@ def test_a_frame_is_typed_and_says_what_the_engine_says(model: ServedModel) -> N
     assert [row.id for row in frame.requests] == ["a", "b"] and frame.batch.running == 2
     assert frame.requests[0].client == "editor" and frame.requests[0].ttft == pytest.approx(0.1, abs=1e-3)
     assert frame.speed.hit_rate == 0.4 and abs(frame.time - time.time()) < 5
+
+
+def test_the_dashboards_parser_reads_the_servers_frame(model: ServedModel) -> None:
+    engine = busy("a")
+    frame = parse(get(engine, model, "/stats?cells=64").content)
+    assert [(cell.owned, cell.shared, cell.cached, cell.free).index(1) for cell in frame.cells] == [
+        {1: 0, 2: 1, 3: 2, 0: 3}[state] for state in engine.states]
 
 
 def test_cells_add_up_to_the_pool_whatever_their_number() -> None:

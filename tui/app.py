@@ -263,7 +263,7 @@ class Dashboard(App[None]):
         except BadAnswerError as error:
             self.notify(str(error), severity="error", markup=False)
         else:
-            self.notify(f"aborted {chosen}", markup=False)
+            self.notify(f"aborted {chosen[-8:]}", markup=False, timeout=3)
 
 
 def panels_safe(words: str) -> str:
