@@ -183,6 +183,16 @@ def test_ascii_draws_with_ascii_only() -> None:
     assert Glyphs(ascii=True).spark([0, 4, 8], 3).isascii()
 
 
+def test_an_ascii_screen_holds_no_other_character() -> None:
+    async def test(app: Dashboard, pilot: Pilot[None]) -> None:
+        await pilot.pause(0.2)
+        text = "\n".join(screen_text(app))
+        assert "aaaa1111" in text and "READY" in text
+        assert {char for char in text if not char.isascii()} == set()
+
+    drive(Machine(), test, glyphs=Glyphs(ascii=True))
+
+
 def test_cells_of_blocks_are_the_cells_that_hold_them() -> None:
     machine = Machine()
     frame = parse(json.dumps(machine.frame(cells=7)).encode())

@@ -21,6 +21,7 @@ from workstation.tui.screens import KEYS, Question, Sheet
 
 RETRY_SECONDS = 1.0
 DETAILS_SECONDS = 1.0
+TABLE_SECONDS = 1.0
 MAX_CELLS = 4096
 TALL, TINY = 32, 16
 
@@ -53,24 +54,26 @@ class Dashboard(App[None]):
         self._glyphs = glyphs or Glyphs()
         self._history = panels.History()
         self._lit: set[int] = set()
+        self._panels = {name: Static(id=name, markup=False) for name in ("head", "memory", "map", "batch", "speed", "foot")}
+        self._table: DataTable[Text] = DataTable(id="requests", cursor_type="row")
+        self._placed: dict[str, Text] = {}
+        self._table_drawn = 0.0
         self._shown: list[str] = []
         self._columns: list[str] = []
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compose(self) -> ComposeResult:
-        yield Static(id="head", markup=False)
-        yield Static(id="memory", markup=False)
-        yield Static(id="map", markup=False)
-        yield Horizontal(Static(id="batch", markup=False), Static(id="speed", markup=False), id="figures")
-        yield DataTable(id="requests", cursor_type="row", zebra_stripes=False)
+        panel = self._panels
+        yield from (panel["head"], panel["memory"], panel["map"], Horizontal(panel["batch"], panel["speed"], id="figures"))
+        yield self._table
         yield Input(placeholder="filter by id, client or state", id="filter")
-        yield Static(id="foot", markup=False)
+        yield panel["foot"]
 
     def on_mount(self) -> None:
-        self.query_one("#map").border_title = "KV blocks"
-        self.query_one("#requests").border_title = "Requests"
-        self.query_one("#requests").focus()
+        self._panels["map"].border_title = "KV blocks"
+        self._table.border_title = "Requests"
+        self._table.focus()
         self._fit(self.size.width, self.size.height)
         if self.newest is not None:
             self._history.feed(self.newest)
@@ -86,12 +89,14 @@ class Dashboard(App[None]):
         self.call_after_refresh(self.draw)
 
     def _fit(self, width: int, height: int) -> None:
-        self.screen.set_class(height >= TALL, "tall")
-        self.screen.set_class(height < TINY or width < 40, "tiny")
+        base = self.screen_stack[0]
+        base.set_class(height >= TALL, "tall")
+        base.set_class(height < TINY or width < 40, "tiny")
+        base.set_class(self._glyphs.ascii, "ascii")
         names = panels.columns(width)
         if names != self._columns:
             self._columns = names
-            table = self.query_one("#requests", DataTable)
+            table = self._table
             table.clear(columns=True)
             self._shown = []
             for name in names:
@@ -99,7 +104,7 @@ class Dashboard(App[None]):
 
     def map_cells(self) -> int:
         """As many cells as the map has room for, its legend's line left out; never more than the server folds."""
-        size = self.query_one("#map").content_size
+        size = self._panels["map"].content_size
         return max(1, min(MAX_CELLS, size.width * (size.height - 1)))
 
     # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -147,43 +152,50 @@ class Dashboard(App[None]):
 
     def draw(self) -> None:
         """Everything, from the newest frame; after a failure its last picture stays, with its age."""
-        base = self.screen_stack[0]
         frame, width = self.newest, self.size.width
         age = max(0.0, time.time() - frame.data["time"]) if frame is not None else 0.0
-        base.query_one("#head", Static).update(panels.head(frame, self.client.url, self.trouble, width, age))
-        base.query_one("#foot", Static).update(self._foot())
+        self._place("head", panels.head(frame, self.client.url, self.trouble, width, age))
+        self._place("foot", self._foot())
         if frame is None:
             return
-        base.set_class(bool(self.trouble), "down")
-        memory = base.query_one("#memory", Static)
-        memory.update(panels.memory(frame, memory.content_size.width, self._glyphs, memory.content_size.height))
+        size = self._panels["memory"].content_size
+        self._place("memory", panels.memory(frame, size.width, self._glyphs, size.height))
         self._draw_map(frame)
         for name, make in (("batch", panels.batch), ("speed", panels.speed)):
-            widget = base.query_one(f"#{name}", Static)
-            widget.update(make(frame, self._history, self._glyphs, widget.content_size.width))
+            self._place(name, make(frame, self._history, self._glyphs, self._panels[name].content_size.width))
         self._draw_requests(frame)
 
+    def _place(self, name: str, text: Text) -> None:
+        """Put text into a panel, if it says anything new."""
+        if self._glyphs.ascii:
+            text.plain = self._glyphs.plain(text.plain)
+        if self._placed.get(name) != text:
+            self._placed[name] = text
+            self._panels[name].update(text, layout=False)  # panels keep their size
+
     def _draw_map(self, frame: Frame) -> None:
-        widget = self.screen_stack[0].query_one("#map", Static)
+        widget = self._panels["map"]
         text = block_map(frame.cells, max(1, widget.content_size.width), self._glyphs, self._lit)
-        widget.update(text.append("\n").append_text(panels.legend(frame, self._glyphs)))
-        widget.border_subtitle = panels.blocks_line(frame)
+        self._place("map", text.append("\n").append_text(panels.legend(frame, self._glyphs)))
+        widget.border_subtitle = self._glyphs.plain(panels.blocks_line(frame))
 
     def _draw_requests(self, frame: Frame) -> None:
-        table = self.screen_stack[0].query_one("#requests", DataTable)
+        table = self._table
         rows = panels.chosen(frame.requests, self.words, self.order)
         names = [row["id"] for row in rows]
         width = self.size.width
         if names != self._shown:
             self._refill(table, rows, names, width)
-        else:
+        elif time.monotonic() - self._table_drawn >= TABLE_SECONDS:
+            self._table_drawn = time.monotonic()
             for row in rows:
                 for name, cell in zip(self._columns, panels.row_cells(row, width), strict=True):
                     if table.get_cell(row["id"], name) != cell:
                         table.update_cell(row["id"], name, cell)
         total = frame.data["requests_total"]
         shown = f"{len(rows)} of {total}" if len(rows) < total else f"{total}"
-        table.border_subtitle = f"{shown} · by {self.order}" + (f" · filter: {panels_safe(self.words)}" if self.words else "")
+        words = f" · filter: {panels_safe(self.words)}" if self.words else ""
+        table.border_subtitle = self._glyphs.plain(f"{shown} · by {self.order}{words}")
 
     def _refill(self, table: DataTable[Text], rows: list[dict[str, object]], names: list[str], width: int) -> None:
         """New rows, with the cursor on the request that it stood on."""
@@ -207,7 +219,7 @@ class Dashboard(App[None]):
 
     def chosen_id(self) -> str | None:
         """The request under the cursor."""
-        row = self.screen_stack[0].query_one("#requests", DataTable).cursor_row
+        row = self._table.cursor_row
         return self._shown[row] if 0 <= row < len(self._shown) else None
 
     def action_help(self) -> None:
@@ -231,7 +243,7 @@ class Dashboard(App[None]):
         box = self.query_one("#filter", Input)
         box.value = self.words = ""
         box.remove_class("open")
-        self.query_one("#requests").focus()
+        self._table.focus()
         self.draw()
 
     def on_input_changed(self, event: Input.Changed) -> None:
@@ -240,7 +252,7 @@ class Dashboard(App[None]):
 
     def on_input_submitted(self) -> None:
         self.query_one("#filter").remove_class("open")
-        self.query_one("#requests").focus()
+        self._table.focus()
 
     @work(exclusive=True, group="sheet")
     async def on_data_table_row_selected(self) -> None:

@@ -17,6 +17,7 @@ ASCII_SHAPES = {"owned": "#=", "shared": "%~", "cached": "+-", "free": ".."}
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*%#"
 DASH = "-"
+TO_ASCII = str.maketrans({"·": ".", "●": "*", "°": " ", "…": "~"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,10 @@ class Glyphs:
     @property
     def shapes(self) -> dict[str, str]:
         return ASCII_SHAPES if self.ascii else SHAPES
+
+    def plain(self, text: str) -> str:
+        """The text, in ASCII where that is asked for; as long as before."""
+        return text.translate(TO_ASCII) if self.ascii else text
 
     def spark(self, values: Sequence[float], width: int) -> str:
         """The newest `width` values, scaled to the largest of them."""
