@@ -59,27 +59,33 @@ def state_of(cell: Cell) -> tuple[str, bool]:
 
     The largest state that is not free wins, so that one small request in a large pool is seen.
     """
-    busy = {"owned": cell.owned, "shared": cell.shared, "cached": cell.cached}
-    name = max(busy, key=lambda key: busy[key])
-    if busy[name] == 0:
+    owned, shared, cached, free = cell
+    busy = owned + shared + cached
+    if busy == 0:
         return "free", True
-    return name, sum(busy.values()) >= cell.free
+    if owned >= shared and owned >= cached:
+        return "owned", busy >= free
+    return ("shared" if shared >= cached else "cached"), busy >= free
 
 
 def block_map(cells: Sequence[Cell], width: int, glyphs: Glyphs, lit: set[int]) -> Text:
     """Rows of `width` cells; those in `lit` are reversed."""
     text = Text(no_wrap=True)
-    run, style = "", ""
+    run, style, shapes = "", "", glyphs.shapes
+    drawn: dict[Cell, tuple[str, str]] = {}  # most cells are alike
     for number, cell in enumerate(cells):
-        name, full = state_of(cell)
-        wanted = COLOURS[name] + (" reverse" if number in lit else "")
+        look = drawn.get(cell)
+        if look is None:
+            name, full = state_of(cell)
+            look = drawn[cell] = (shapes[name][0 if full else 1], COLOURS[name])
+        shape, wanted = look
+        if number in lit:
+            wanted += " reverse"
         if wanted != style and run:
             text.append(run, style=style)
             run = ""
         style = wanted
-        if number and number % width == 0:
-            run += "\n"
-        run += glyphs.shapes[name][0 if full else 1]
+        run += f"\n{shape}" if number and number % width == 0 else shape
     return text.append(run, style=style)
 
 

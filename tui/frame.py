@@ -7,7 +7,7 @@ import json
 import unicodedata
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 VERSION = 1
 MAX_TEXT = 200
@@ -33,8 +33,7 @@ def scrub(value: Any) -> Any:
     return value
 
 
-@dataclass(frozen=True, slots=True)
-class Cell:
+class Cell(NamedTuple):
     """How many blocks of a cell are held by one, held by several, cached and free."""
 
     owned: int
