@@ -25,7 +25,7 @@ def find_server(url: str | None) -> Target:
         raise StartupError("no server runs here; start one with `ws serve demo`, or give --url")
     if len(found) > 1:
         known = ", ".join(f"{server.base_url} ({server.model})" for server in found)
-        raise ConfigError(f"several servers run here; choose one with --url: {known}", param="url")
+        raise ConfigError(f"several servers run here; name one by its URL: {known}", param="url")
     return Target(root_of(found[0].base_url), found[0])
 
 
