@@ -22,12 +22,10 @@ from workstation import runtime
 from workstation.cli import processes
 from workstation.cli.chat import Conversation, first_model, repl
 from workstation.cli.main import dashed, main
-from workstation.cli.models import state
-from workstation.cli.plan import plan_launch
 from workstation.cli.serve import ready_text, served_names
 from workstation.cli.serve_settings import REMOVED_FLAGS, SERVE_SETTINGS
 from workstation.cli.servers import bearer, find_server, root_of
-from workstation.errors import ConfigError, ModelNotFoundError, StartupError
+from workstation.errors import ConfigError, StartupError
 from workstation.runtime import RunningServer
 
 
@@ -404,32 +402,7 @@ def test_durations_are_short(seconds: float, text: str) -> None:
 # ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_models_lists_names_that_can_be_served(capsys: pytest.CaptureFixture[str]) -> None:
-    main_ends("models", "--json")
-    rows = {row["name"]: row for row in json.loads(capsys.readouterr().out)}
-    assert rows["demo"]["state"] == "bundled"
-    assert rows["llama-70b-fp8"]["quantization"] == "fp8"
-
-
-def test_a_downloaded_model_is_on_disk(tmp_path: Path) -> None:
-    from workstation.catalog import ModelEntry
-
-    entry, home = ModelEntry("m", "owner/name"), {"HF_HUB_CACHE": str(tmp_path)}
-    assert state(entry, home) == "not downloaded"
-    snapshot = tmp_path / "models--owner--name" / "snapshots" / "c0ffee"
-    snapshot.mkdir(parents=True)
-    (snapshot / "model.safetensors").touch()
-    assert state(entry, home) == "on disk"
-
-
 def test_a_reader_that_goes_away_is_answered_with_silence() -> None:
     command = f"{sys.executable} -m workstation.cli.main models | head -c 5"
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.stderr, done.stdout) == ("", "NAME ")
-
-
-@pytest.mark.parametrize(("model", "message"), [("dmeo", "demo"), ("/no/such/folder", "/no/such/folder")])
-def test_a_misspelt_model_is_told_before_a_missing_gpu(model: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("workstation.gpu.has_usable_gpu", lambda: False)
-    with pytest.raises(ModelNotFoundError, match=message):
-        plan_launch(model, {}, {})
