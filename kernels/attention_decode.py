@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.dependent import allow_next, await_previous
+
 FEW = tl.constexpr(8)  # shares a step is cut into at least, if it has as many units
 MOST = tl.constexpr(16)  # pieces of a sequence, about, before shares grow
 
@@ -157,11 +159,13 @@ def decode_shares_kernel(
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """q [S, Hq, D] → out [S, Hq, D]. partial [2 * shares, Hq, D], partial_lse [2 * shares, Hq]. Grid: shares * KV_HEADS.
 
     GROUP_PAD: query heads a KV head, padded for the matrix product; MEMBERS: padded to a power of two only.
     """
+    allow_next(PDL)
     heads: tl.constexpr = KV_HEADS * GROUP
     share = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -177,6 +181,7 @@ def decode_shares_kernel(
     real = (member < GROUP)[:, None] & real_dim[None, :]
     head = kv_head * GROUP + member
     source = kv + kv_head * kv_head_stride
+    await_previous(PDL)
     while unit < last_unit:
         place_of = sequence.to(tl.int64)
         first_unit = tl.load(first + sequence)

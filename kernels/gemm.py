@@ -80,23 +80,6 @@ def linear_silu_mul(
     return reference_gemm.linear_silu_mul(x, weight, weight_scale, x_scale, bias, out_dtype)
 
 
-def linear_partials(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None = None,
-    x_scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`linear` before its last sum: [S, M, N] float32, for a consumer that adds the S parts itself, in their order.
-
-    Scales and bias are applied. S depends on the shape and the GPU, never on the values; it is 1 where K is not split.
-    """
-    _check_operands(x, weight, weight_scale, x_scale, bias)
-    if x.is_cuda or FORCE_TRITON:
-        return _triton().linear_partials(x, weight, weight_scale, x_scale, bias)  # type: ignore[no-any-return]
-    return reference_gemm.linear(x, weight, weight_scale, x_scale, bias, None, torch.float32)[None]
-
-
 def _check_operands(
     x: torch.Tensor,
     weight: torch.Tensor,

@@ -9,6 +9,7 @@ import torch
 import triton
 
 from workstation.kernels.attention_decode import FEW, decode_shares_kernel, plan_shares_kernel
+from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.paging import AttentionPlan
 
@@ -70,11 +71,13 @@ def attend_decodes(
     """Write `out` for the plan's decodes."""
     config = config or choose(q)
     shares: Shares | None = plan.scratch.get("decode_shares")
+    shares_known = shares is not None
     if shares is None:
         shares = make_room(q, kv_layer, plan, config)
         plan_call(kv_layer, plan, config, shares).launch()
         plan.scratch["decode_shares"] = shares
-    decode_call(q, kv_layer, plan, scale, out, config, shares).launch()
+    # The first layer's kernel follows the plan it reads at once, so it may not start early.
+    decode_call(q, kv_layer, plan, scale, out, config, shares, chain=shares_known).launch()
 
 
 def make_room(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> Shares:
@@ -116,6 +119,8 @@ def decode_call(
     out: torch.Tensor,
     config: DecodeConfig,
     shares: Shares,
+    *,
+    chain: bool = False,
 ) -> Call:
     _, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_layer.shape[2:4]
@@ -134,6 +139,7 @@ def decode_call(
         "CHUNK": max(1, min(16, 8192 // (members * dim_pad))), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": _registers(config),
     }  # fmt: skip
+    options |= chained(q.device) if chain else {"PDL": False}
     return Call(decode_shares_kernel, (shares.number * kv_heads,), arguments, options)
 
 

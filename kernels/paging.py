@@ -9,7 +9,7 @@ padding and freed window blocks point to it.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -39,3 +39,17 @@ class AttentionPlan:
     window: int = 0
     block_size: int = 16
     scratch: dict[str, Any] = field(default_factory=dict)
+
+
+class StepInputs(NamedTuple):
+    """What a step's T tokens are and where they stand.
+
+    token_ids, positions: [T] int64; positions of padding are 0.  lengths: [T] int32, position + 1, 0 for padding.
+    rows: [T] int32.  slots: a KV group each, [T] int64, -1 for padding.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    lengths: torch.Tensor
+    rows: torch.Tensor
+    slots: tuple[torch.Tensor, ...]

@@ -18,6 +18,7 @@ from kernel_checks import (
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
+    check_step_inputs,
 )
 
 from workstation.kernels import launch_decode, launch_prefill, ops, reference
@@ -44,6 +45,11 @@ def test_rms_norm(tokens: int, dtype: torch.dtype) -> None:
 def test_rms_norm_reads_strided_rows() -> None:
     x, weight = torch.randn(5, 200)[:, :72], torch.randn(72)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.contiguous(), weight, 1e-5))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 200])
+def test_step_inputs(tokens: int) -> None:
+    check_step_inputs(tokens, "cpu")
 
 
 @DTYPES

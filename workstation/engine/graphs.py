@@ -111,7 +111,7 @@ class DecodeGraphs:
         bounds = HostStep(*(np.empty(0, dtype=np.int64),) * 6, decodes=size, max_query_len=1,
                           max_context_len=self._max_model_len)
         query_start, every = constants
-        plans = self._builder.plans(query_start, (positions + 1).to(torch.int32), rows.to(torch.int32), bounds)
-        model = InputTensors(self._builder.token_ids(tokens, rows), positions.clamp(min=0),
-                             self._builder.slots(positions, rows), plans, every)
+        placed = self._builder.placed(tokens, positions, rows)
+        plans = self._builder.plans(query_start, placed.lengths, placed.rows, bounds)
+        model = InputTensors(placed.token_ids, placed.positions, placed.slots, plans, every)
         return self._forward(model)

@@ -60,6 +60,7 @@ class Decoder:
             if following is not None:
                 qkv, residual = following.enter(out, residual)
         normed, _ = ops.add_rms_norm(out, residual, self.final_norm, eps)
+        assert isinstance(normed, torch.Tensor)
         return normed
 
     __call__ = forward
