@@ -22,16 +22,14 @@ def step_inputs(
     _require_contiguous(tokens=tokens, positions=positions, rows=rows)
     count, block = tokens.shape[0], 128
     wide = [torch.empty_like(tokens) for _ in range(2 + len(tables))]
-    narrow = [torch.empty_like(tokens, dtype=torch.int32) for _ in range(2)]
     if count:
         for group, table in enumerate(tables):
             step_inputs_kernel[(triton.cdiv(count, block),)](
-                tokens, positions, rows, last_token, table, *wide[:2], *narrow, wide[2 + group], count, table.stride(0),
+                tokens, positions, rows, last_token, table, *wide[:2], wide[2 + group], count, table.stride(0),
                 BLOCK_SIZE=block_size, FIRST=group == 0, BLOCK=block, num_warps=1,
             )  # fmt: skip
     token_ids, places, *slots = wide
-    lengths, narrow_rows = narrow
-    return StepInputs(token_ids, places, lengths, narrow_rows, tuple(slots))
+    return StepInputs(token_ids, places, tuple(slots))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

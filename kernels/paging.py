@@ -44,12 +44,9 @@ class AttentionPlan:
 class StepInputs(NamedTuple):
     """What a step's T tokens are and where they stand.
 
-    token_ids, positions: [T] int64; positions of padding are 0.  lengths: [T] int32, position + 1, 0 for padding.
-    rows: [T] int32.  slots: a KV group each, [T] int64, -1 for padding.
+    token_ids, positions: [T] int64; positions of padding are 0.  slots: a KV group each, [T] int64, -1 for padding.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
-    lengths: torch.Tensor
-    rows: torch.Tensor
     slots: tuple[torch.Tensor, ...]

@@ -58,7 +58,7 @@ def step_inputs(
     entries, offsets = places // block_size, places % block_size
     slots = tuple(torch.where(positions < 0, -1, table[rows, entries].to(torch.int64) * block_size + offsets)
                   for table in tables)
-    return StepInputs(token_ids, places, (positions + 1).to(torch.int32), rows.to(torch.int32), slots)
+    return StepInputs(token_ids, places, slots)
 
 
 def rope_and_cache(

@@ -1,4 +1,4 @@
-"""What every layer reads of a step's tokens, from the rows' state: ids, positions, lengths and slots of the KV cache.
+"""What every layer reads of a step's tokens, from the rows' state: ids, positions and slots of the KV cache.
 
 One kernel a KV group instead of a dozen small ones: at a batch of one, each launch costs as long as its work.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 
 @triton.jit(do_not_specialize=["count"])
 def step_inputs_kernel(
-    tokens, positions, rows, last_token, table, token_ids, places, lengths, narrow_rows, slots, count, table_stride,
+    tokens, positions, rows, last_token, table, token_ids, places, slots, count, table_stride,
     BLOCK_SIZE: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """See `ops.step_inputs`. All but the slots is the same for every KV group, and written for the first only."""
@@ -31,5 +31,3 @@ def step_inputs_kernel(
         sampled = tl.load(last_token + row, mask=inside, other=0)
         tl.store(token_ids + at, tl.where(token < 0, sampled, token), mask=inside)
         tl.store(places + at, place, mask=inside)
-        tl.store(lengths + at, (position + 1).to(tl.int32), mask=inside)
-        tl.store(narrow_rows + at, row.to(tl.int32), mask=inside)

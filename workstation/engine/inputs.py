@@ -90,20 +90,19 @@ class InputBuilder:
                                   for group, entry, block in chunk.table_updates])
 
     def samples(self, batch: Batch) -> Ints:
-        """[2, L]: rows and positions of the batch's samples."""
-        return np.array([[sample.row for sample in batch.samples], [sample.position for sample in batch.samples]],
-                        dtype=np.int64)
+        """[3, L]: chunks, rows and positions of the batch's samples."""
+        return np.array([[sample.chunk for sample in batch.samples], [sample.row for sample in batch.samples],
+                         [sample.position for sample in batch.samples]], dtype=np.int64)
 
     def build(self, batch: Batch, step: HostStep) -> StepTensors:
         """The tensors of any batch. Nothing waits for the device."""
-        last = step.query_start[1:] - 1
-        samples = self.samples(batch)
+        chunks, rows, positions = self.samples(batch)
         parts = [step.tokens, step.positions, step.token_rows, step.rows, step.lengths, step.query_start,
-                 np.array([last[sample.chunk] for sample in batch.samples], dtype=np.int64), samples[0], samples[1]]
+                 step.query_start[chunks + 1] - 1, rows, positions]
         sent = torch.split(to_device(np.concatenate(parts), self._rows.device), [len(part) for part in parts])
-        tokens, positions, token_rows, rows, lengths, query_start, logits_indices, sample_rows, sample_at = sent
-        placed = self.placed(tokens, positions, token_rows)
-        plans = self.plans(query_start.to(torch.int32), lengths.to(torch.int32), rows.to(torch.int32), step)
+        tokens, places, token_rows, sequence_rows, lengths, query_start, logits_indices, sample_rows, sample_at = sent
+        placed = self.placed(tokens, places, token_rows)
+        plans = self.plans(query_start.to(torch.int32), lengths.to(torch.int32), sequence_rows.to(torch.int32), step)
         model = InputTensors(placed.token_ids, placed.positions, placed.slots, plans, logits_indices)
         return StepTensors(model, sample_rows, sample_at)
 
