@@ -21,24 +21,11 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
-# Triton 3.6 says thread_barrier and async_copy_global_to_shared; later ones renamed them.
-_align = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-
-
-@gluon.jit
-def _await_previous():
-    gl.inline_asm_elementwise("griddepcontrol.wait; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-
-
-@gluon.jit
-def _allow_next():
-    gl.inline_asm_elementwise("griddepcontrol.launch_dependents; // $0", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+from workstation.kernels.hopper import align, allow_next, await_previous, fetch
 
 
 @gluon.jit
@@ -47,14 +34,14 @@ def _fetch_weights(
 ):
     for tile in gl.static_range(TILES):
         for panel in gl.static_range(PANELS):
-            _fetch(w, [first_channel + tile * tile_stride, at + panel * WIDTH], bar,
+            fetch(w, [first_channel + tile * tile_stride, at + panel * WIDTH], bar,
                    ring.index((stage * TILES + tile) * PANELS + panel))  # fmt: skip
 
 
 @gluon.jit
 def _fetch_rows(x, bar, ring, stage, at, first_row, PANELS: gl.constexpr, WIDTH: gl.constexpr):
     for panel in gl.static_range(PANELS):
-        _fetch(x, [first_row, at + panel * WIDTH], bar, ring.index(stage * PANELS + panel))
+        fetch(x, [first_row, at + panel * WIDTH], bar, ring.index(stage * PANELS + panel))
 
 
 @gluon.jit
@@ -70,8 +57,8 @@ def _produce(
         _fetch_weights(w, ready.index(i), w_ring, i, begin + i * PANELS * WIDTH, first_channel, tile_stride, TILES, PANELS,
                        WIDTH)  # fmt: skip
     if PDL:
-        _await_previous()
-        _allow_next()
+        await_previous()
+        allow_next()
     for i in range(early):
         _fetch_rows(x, ready.index(i), x_ring, i, begin + i * PANELS * WIDTH, first_row, PANELS, WIDTH)
     for i in range(early, steps):
@@ -151,7 +138,7 @@ def _consume(
             first = warpgroup_mma_wait(0, deps=(first,))
         mbarrier.arrive(free.index(stage), count=1)
     if PDL:
-        _await_previous()
+        await_previous()
     last = True
     if SPLITS > 1:
         size: gl.constexpr = TILES * 64 * BLOCK_M
@@ -159,7 +146,7 @@ def _consume(
         _park(first, mine, BLOCK_M, ACC)
         if TILES == 2:
             _park(second, mine + 64 * BLOCK_M, BLOCK_M, ACC)
-        _align()  # all threads' parts are written before one thread says so
+        align()  # all threads' parts are written before one thread says so
         last = gl.atomic_add(arrivals + tile_number, 1, sem="acq_rel") == SPLITS - 1
         if last:
             gl.store(arrivals + tile_number, 0)  # for the next product
@@ -212,7 +199,7 @@ def hopper_gemm_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
-    _align()
+    align()
     step_bytes: gl.constexpr = PANELS * 128 * (TILES * 64 + BLOCK_M)
     gl.warp_specialize(
         [
