@@ -63,12 +63,13 @@ def linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     config = _choose(x, weight, "linear")
     operands = Operands(x, _readable(weight), weight_scale, x_scale, bias, residual)
     if config.kind == "library":
-        return library_linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
-    return run_linear(operands, config, out_dtype)
+        return library_linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype, out)
+    return run_linear(operands, config, out_dtype, out=out)
 
 
 def linear_silu_mul(
@@ -90,11 +91,13 @@ def linear_silu_mul(
     return run_linear(operands, config, out_dtype, silu=True)
 
 
-def run_linear(operands: Operands, config: GemmConfig, out_dtype: torch.dtype, *, silu: bool = False) -> torch.Tensor:
+def run_linear(
+    operands: Operands, config: GemmConfig, out_dtype: torch.dtype, *, silu: bool = False, out: torch.Tensor | None = None
+) -> torch.Tensor:
     """The product with a given configuration, its split parts summed. [M, N], or [M, N / 2] with `silu`."""
     x, weight = operands.x, operands.weight
     m, n = x.shape[0], weight.shape[0] // (2 if silu else 1)
-    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device) if out is None else out
     if m == 0:
         return out
     if config.kind == "hopper":
@@ -178,10 +181,14 @@ def library_linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` by torch: cuBLAS or CUTLASS where they serve the dtypes, else on weights widened first."""
     if not x.is_cuda:
-        return reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+        y = reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+        return y if out is None else out.copy_(y)
+    if out is not None and weight_scale is None and bias is None and residual is None:
+        return torch.mm(x, weight.t(), out=out)
     if x_scale is not None and weight_scale is not None and _scaled_mm_serves(x, weight):
         y = torch._scaled_mm(
             x, weight.t(), scale_a=x_scale[:, None], scale_b=weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
@@ -195,7 +202,8 @@ def library_linear(
     if bias is not None:
         y = y + bias.to(y.dtype)
     y = y.to(out_dtype)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y if out is None else out.copy_(y)
 
 
 def _scaled_mm_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:

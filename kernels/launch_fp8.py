@@ -73,11 +73,10 @@ def linear_fp8(
     if isinstance(x, Quantized):
         return _product_of_quantized(x, weight, scale, bias, out)
     if x.is_cuda and 0 < x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and _by_rows(weight, scale):
-        y = gemm_launch.linear(x, weight, scale, None, bias, None, x.dtype)
-    elif not has_fp8(x.device):
-        y = reference_fp8.linear_fp8(x, weight, scale, bias)
-    else:
+        return gemm_launch.linear(x, weight, scale, None, bias, None, x.dtype, out)
+    if has_fp8(x.device):
         return _weight_only(x, weight, scale, bias, out)
+    y = reference_fp8.linear_fp8(x, weight, scale, bias)
     return y if out is None else out.copy_(y)
 
 
@@ -101,8 +100,7 @@ def _product_of_quantized(
             use_fast_accum=True, out=out,
         )  # fmt: skip
         return out.add_(bias) if bias is not None and fused is None else out
-    y = gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype)
-    return y if out is None else out.copy_(y)
+    return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype, out)
 
 
 def _weight_only(

@@ -77,10 +77,7 @@ class DenseLinear(Linear):
 
     def write(self, x: Operand, out: torch.Tensor) -> None:
         assert isinstance(x, torch.Tensor)
-        if not x.is_cuda or self.bias is not None:
-            super().write(x, out)
-        else:
-            torch.mm(x, self.weight.t(), out=out)
+        gemm.linear(x, self.weight, bias=self.bias, out=out)
 
     @property
     def nbytes(self) -> int:
