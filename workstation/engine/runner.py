@@ -77,7 +77,8 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Capture the decode step's CUDA graphs; without this every step runs kernel by kernel."""
+        """Compile the sampler and capture the decode step's CUDA graphs; without this every step runs kernel by kernel."""
+        self._sampler.prepare(self.model.dtype)
         self._graphs.capture(graph_sizes(self._state.max_rows))
 
     def _logits(self, inputs: InputTensors) -> torch.Tensor:
@@ -153,15 +154,14 @@ class ModelRunner:
                 prompts: list[_PromptRows]) -> Step:
         samples = batch.samples
         steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
-        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps)
-        self._rows.last_token.index_copy_(0, rows, output.tokens)
+        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps, self._rows.last_token)
         step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
         for place, sample in enumerate(samples):
             beam = sample.seq.request.request.beam
             if beam is not None:
                 count = min(2 * beam.beam_width, logits.shape[1])
                 scale = beam.temperature if beam.temperature > 0.0 else 1.0
-                step.beams[place] = top_logprobs(logits[place:place + 1] / scale, count)
+                step.beams[place] = top_logprobs(logits[place:place + 1].float() / scale, count)
         return step
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[_PromptRows]:
