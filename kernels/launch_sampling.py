@@ -40,6 +40,7 @@ class Room:
         self.chunks = triton.cdiv(width, self.chunk)
         self.chunks_pad = triton.next_power_of_2(self.chunks)
         self.capacity = triton.cdiv(width, 16 * HEAD) * 16
+        self.bins = self._empty(torch.int32, 0)
         self._rows = self._filtered_rows = 0
 
     def fit(self, rows: int, *, filtered: bool) -> None:
@@ -49,7 +50,6 @@ class Room:
             self.peaks = self._empty(torch.float32, self._rows, self.chunks)
             self.sums = torch.empty_like(self.peaks)
             self.arrivals = torch.zeros(self._rows, dtype=torch.int32, device=self.device)
-            self.bins = self._empty(torch.int32, 0)
         if filtered and rows > self._filtered_rows:
             self._filtered_rows = triton.next_power_of_2(rows)
             self.bins = self._empty(torch.int32, self._filtered_rows, self.chunks, BINS.value)

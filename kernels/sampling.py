@@ -101,11 +101,11 @@ def bin_size(inverse):
 
 
 @triton.jit
-def _histogram(x, peak, inverse):
-    """How many of x [CHUNK] lie 0, 1, 2 … bins below the bin of their largest. [BINS] int32."""
+def _histogram(x, base, inverse):
+    """How many of x [CHUNK] lie 0, 1, 2 … bins below the bin of base, their largest. [BINS] int32."""
     size = bin_size(inverse)
-    depth = tl.floor(peak / size) - tl.floor(x / size)
-    inside = (depth >= 0) & (depth < BINS - 1)  # neither for a row with NaN or inf
+    depth = tl.floor(base / size) - tl.floor(x / size)
+    inside = (depth >= 0) & (depth < BINS - 1)  # the former holds unless the row has NaN or inf
     return tl.histogram(tl.where(inside, depth, BINS - 1).to(tl.int32), BINS)
 
 
@@ -215,7 +215,7 @@ def sample_kernel(
             tl.store(sums + chunk, tl.sum(tl.exp((x - base) * inverse), 0))
             if FILTERS and filtered:
                 target = bins + (place * chunks + chunk) * BINS + tl.arange(0, BINS)
-                tl.store(target, _histogram(x, peak, inverse))
+                tl.store(target, _histogram(x, base, inverse))
     tl.debug_barrier()  # all threads' results are written before one thread says so
     if tl.atomic_add(arrivals + place, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(arrivals + place, 0)  # for the next step

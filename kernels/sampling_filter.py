@@ -143,7 +143,7 @@ def gather_kernel(
         tl.store(edges + place, edge)
         behind = count + tl.arange(0, PAD)
         nothing = tl.full([PAD], NEG_INF, tl.float32).to(values.dtype.element_ty)
-        tl.store(values + place * capacity + behind, nothing, mask=fits & (behind < padded))
+        tl.store(values + place * capacity + behind, nothing, mask=behind < tl.where(fits, padded, 0))
     if not fits:
         return
     first = tl.program_id(0) * per
