@@ -18,6 +18,7 @@ from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.quantized import Operand, Quantized, Rounding
 
 if TYPE_CHECKING:
+    from workstation.kernels.launch_sampling import Room
     from workstation.kernels.paging import AttentionPlan, StepInputs
 
 # `WS_KERNELS=triton` sends CPU tensors to the Triton kernels too; that needs Triton's interpreter (TRITON_INTERPRET=1).
@@ -37,6 +38,13 @@ def _fp8() -> Any:
     from workstation.kernels import launch_fp8
 
     return launch_fp8
+
+
+@cache
+def _sampling() -> Any:
+    from workstation.kernels import launch_sampling
+
+    return launch_sampling
 
 
 def step_inputs(
@@ -232,6 +240,44 @@ def silu_mul_fp8(
     if isinstance(x, Quantized) and x.values.shape[0] <= MAX_ROWS and weight.shape[0] % 32 == 0 and x.values.is_cuda:
         return _fp8().silu_mul_of_quantized(x, weight, scale, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_fp8(x, weight, scale, bias), rounding)
+
+
+def samples(logits: torch.Tensor) -> bool:
+    """Whether `sample` serves these logits; their twin is the sampler's own path over `engine/sampling_math.py`."""
+    return logits.is_cuda or FORCE_TRITON
+
+
+def sampling_room(width: int, device: torch.device) -> Room:
+    """Scratch for `sample`: one a sampler, for logits [·, width]."""
+    return _sampling().Room(width, device)  # type: ignore[no-any-return]
+
+
+def prepare_sampling(dtype: torch.dtype, table: torch.Tensor, room: Room) -> None:
+    """Compile what `sample` may need for logits of this dtype and for adjusted float32 copies of them."""
+    _sampling().prepare(dtype, table, room)
+
+
+def sample(
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, room: Room,
+    last_token: torch.Tensor | None = None, *, filtered: bool, pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row: greedy, or drawn by inverse CDF after min_p, top_k and top_p (over what top_k left), ties kept.
+
+    Args:
+        logits: [L, V] float32, bfloat16 or float16, a row contiguous; not changed.
+        rows, positions: [L] int64, rows distinct. The row's key and the position decide the uniform number.
+        table: [R, ≥ 5] int64: key, top_k (0: all), and the bits of float64: 1 / temperature (0: greedy), top_p, min_p.
+        room: from `sampling_room`, for V.  last_token: [R] int64; gets the tokens at `rows`.
+        filtered: some row has top_k or top_p: three launches instead of one.
+        pdl: launch programmatically dependent on the kernel that wrote the logits.
+    Returns:
+        tokens [L] int64 (0 where not finite), finite [L] bool: False for rows with NaN or +inf or nothing but -inf.
+    """
+    _check(logits.shape[1] == room.width and logits.stride(1) == 1, "logits", logits, "must be [L, V] for the room's V")
+    _check(rows.shape == positions.shape == logits.shape[:1], "rows", rows, "and positions must be [L]")
+    return _sampling().sample(  # type: ignore[no-any-return]
+        logits, rows, positions, table, room, last_token, filtered=filtered, pdl=pdl
+    )
 
 
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:

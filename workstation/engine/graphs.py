@@ -25,8 +25,8 @@ from workstation.model.inputs import InputTensors
 
 log = logging.getLogger("ws.engine")
 
-# What a captured graph runs: model inputs → logits [L, V].
-Forward = Callable[[InputTensors], torch.Tensor]
+# What a captured graph runs: model inputs → logits [L, V], written into the second argument if it is given.
+Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 
 MOST_DECODES = 512
 PROMPT_TOKENS = (64, 128, 256, 512, 1024)
@@ -124,13 +124,16 @@ class StepGraphs:
         self._device = device
         self._captured: dict[Shape, _Captured] = {}
 
-    def capture(self, shapes: list[Shape]) -> None:
-        """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured."""
+    def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
+        """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
+
+        logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
+        """
         pool = torch.cuda.graph_pool_handle()
         found = {}
         for shape in reversed(shapes):
             try:
-                found[shape] = self._capture(shape, pool)
+                found[shape] = self._capture(shape, pool, logits[:shape.sequences])
             except torch.OutOfMemoryError:
                 log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
         self._captured = {shape: found[shape] for shape in shapes if shape in found}
@@ -174,23 +177,23 @@ class StepGraphs:
         fields.sampled[0, :samples.shape[1]] = ends
         return packed
 
-    def _capture(self, shape: Shape, pool: Any) -> _Captured:
+    def _capture(self, shape: Shape, pool: Any, logits: torch.Tensor) -> _Captured:
         inputs = torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
-        self._run(shape, inputs)  # compiles kernels and warms libraries, which a capture may not
+        self._run(shape, inputs, logits)  # compiles kernels and warms libraries, which a capture may not
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._run(shape, inputs)
+            self._run(shape, inputs, logits)
         return _Captured(inputs, logits, graph)
 
-    def _run(self, shape: Shape, inputs: torch.Tensor) -> torch.Tensor:
+    def _run(self, shape: Shape, inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         fields = _device_fields(shape, inputs)
         placed = self._builder.placed(*fields.tokens)
         bounds = replace(_NO_STEP, decodes=shape.decodes, max_query_len=max(shape.tokens, 1),
                          max_context_len=self._max_model_len)
         plans = self._builder.plans(fields.query_start, fields.lengths, fields.rows, bounds)
         wanted = fields.sampled[0] if shape.chunks else None
-        return self._forward(InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted))
+        return self._forward(InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted), out)
 
 
 def _device_fields(shape: Shape, inputs: torch.Tensor) -> _Fields:

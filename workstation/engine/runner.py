@@ -77,11 +77,16 @@ class ModelRunner:
 
     @torch.inference_mode()
     def capture(self, max_tokens: int) -> None:
-        """Capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs kernel by kernel."""
-        self._graphs.capture(graph_shapes(self._state.max_rows, max_tokens))
+        """Compile the sampler and capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs
+        kernel by kernel."""
+        self._sampler.prepare(self.model.dtype)
+        shapes = graph_shapes(self._state.max_rows, max_tokens)
+        most = max(shape.sequences for shape in shapes)
+        logits = torch.empty(most, self.model.shape.vocab_size, dtype=self.model.dtype, device=self.device)
+        self._graphs.capture(shapes, logits)
 
-    def _logits(self, inputs: InputTensors) -> torch.Tensor:
-        return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs))
+    def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
+        return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
@@ -153,15 +158,14 @@ class ModelRunner:
                 prompts: list[_PromptRows]) -> Step:
         samples = batch.samples
         steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
-        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps)
-        self._rows.last_token.index_copy_(0, rows, output.tokens)
+        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps, self._rows.last_token)
         step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
         for place, sample in enumerate(samples):
             beam = sample.seq.request.request.beam
             if beam is not None:
                 count = min(2 * beam.beam_width, logits.shape[1])
                 scale = beam.temperature if beam.temperature > 0.0 else 1.0
-                step.beams[place] = top_logprobs(logits[place:place + 1] / scale, count)
+                step.beams[place] = top_logprobs(logits[place:place + 1].float() / scale, count)
         return step
 
     def _unsampled(self, batch: Batch, prompts: list[_PromptRows] | None = None) -> Step:
