@@ -26,11 +26,13 @@ DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
 LEAST_CONTEXT = 4096
 MLP_TOKENS = 2048  # the feed-forward part of a larger step runs in pieces of this many tokens, which bounds its activations
-SAMPLING_ROWS = 128  # likewise for sampling that needs temporaries of [rows, vocabulary]
+GRAPH_CHUNKS = 16  # of prompts that a captured step has room for, each with logits of its own
+SAMPLING_ROWS = 64  # likewise for sampling that needs temporaries of [rows, vocabulary]
 # Temporaries live beside their inputs for a moment, and the allocator rounds up.
 ALLOCATOR_SLACK = 1.25
-# A full sort of [rows, vocabulary] float32: values (4), 64-bit indices (8), probabilities and running sum (8).
-SORT_BYTES_PER_LOGIT = 20
+# Penalties on [rows, vocabulary]: logits in float32, counts, and three temporaries of the same size. On the CPU, a full sort:
+# values (4), 64-bit indices (8), probabilities and running sum (8).
+SAMPLER_BYTES_PER_LOGIT = 20
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -56,7 +58,7 @@ class MemoryPlan:
 
     Attributes:
         weights: parameters as they are kept.  kv: the pool.  workspace: activations and tables of the largest step.
-        logits: [rows, vocabulary] in the model's dtype and in float32.  sampler: sorting, penalties, per-row state.
+        logits: [rows, vocabulary] in the model's dtype.  sampler: penalties, sorting, per-row state.
         context, graphs: what CUDA takes for itself.  reserve: left alone for a display.
         budget: what weights, kv, workspace, logits, sampler and graphs may take together.
         note: one sentence when something nobody asked for was made smaller, else "".
@@ -136,6 +138,11 @@ class _Needs:
         return self.workspace + self.logits + self.sampler
 
 
+def logit_rows(max_rows: int) -> int:
+    """Rows of logits a step may have: its samples', or a captured step's, whose prompts have room of their own."""
+    return max_rows + GRAPH_CHUNKS
+
+
 def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_len: int, block_size: int) -> _Needs:
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + shape.num_heads * shape.head_dim
     ffn = 3 * shape.intermediate_size * min(tokens, MLP_TOKENS)  # gate and up, then their product
@@ -143,10 +150,10 @@ def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_l
     indices = tokens * 8 * (3 + len(shape.kv_groups))
     tables = len(shape.kv_groups) * rows * math.ceil(max_len / block_size) * 4
     rope = max_len * shape.rope.rotary_dim * 4
-    logits = rows * shape.vocab_size * (dtype_bytes + 4)
+    logits = logit_rows(rows) * shape.vocab_size * dtype_bytes
     row_state = rows * 256
     penalties = min(rows, 64) * shape.vocab_size * 4
-    sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SORT_BYTES_PER_LOGIT + row_state + penalties
+    sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SAMPLER_BYTES_PER_LOGIT + row_state + penalties
     return _Needs(int(activations * ALLOCATOR_SLACK) + indices + tables + rope, logits, sampler)
 
 
