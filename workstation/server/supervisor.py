@@ -40,6 +40,7 @@ LOOK_SECONDS = 2.0
 WATCH_SECONDS = 0.25
 MAX_DEATHS_OF_A_REQUEST = 2
 REMEMBERED_REQUESTS = 4096
+ENGINE_COMMAND = (sys.executable, "-m", "workstation.engine.process")
 
 
 def _error(kind: str, message: str, param: str | None) -> errors.WorkstationError:
@@ -193,8 +194,7 @@ class EngineProcess:
         self._last_beat, self._step_age = time.monotonic(), 0.0
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workstation.engine.process", self._directory, str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL)
+            *ENGINE_COMMAND, self._directory, str(os.getpid()), stdin=asyncio.subprocess.DEVNULL)
         self._readers = [asyncio.create_task(self._read(socket)) for socket in (self._outbox, self._beats)]
         died: asyncio.Future[Any] = asyncio.ensure_future(self._process.wait())
         waited: list[asyncio.Future[Any]] = [died, self._ready]
