@@ -252,7 +252,8 @@ class LLM:
             self.engine.abort(event.request_id, event.index)  # a stop string: its siblings go on
         if event.cumulative_logprob is not None:
             sample.output.cumulative_logprob = event.cumulative_logprob
-        output.num_cached_tokens = event.num_cached_tokens
+        if not event.plain:
+            output.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             output.prompt_logprobs = [None if row is None else _logprobs(row, self._name) for row in event.prompt_logprobs]
         if event.times is not None:

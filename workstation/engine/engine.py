@@ -36,9 +36,10 @@ class Engine:
             OverloadedError: the queue is full.
         """
         width = self.info.logits_width
-        for token in request.prompt_token_ids:
-            if not 0 <= token < width:
-                raise InvalidRequestError(f"prompt token ids must be between 0 and {width - 1}, got {token}", param="prompt")
+        ids = request.prompt_token_ids
+        if ids and (min(ids) < 0 or max(ids) >= width):
+            bad = next(token for token in ids if not 0 <= token < width)
+            raise InvalidRequestError(f"prompt token ids must be between 0 and {width - 1}, got {bad}", param="prompt")
         request.params.check_token_ids(width)
         if request.beam is None:
             eos = [] if request.params.ignore_eos else request.eos_token_ids

@@ -103,7 +103,7 @@ class EngineLoop:
                 self._heart.step_began = time.monotonic()
                 events = self._engine.step()
                 if events:
-                    self._send(wire.Step(events))
+                    self._send(wire.step(events))
             else:
                 self._heart.step_began = 0.0
             now = time.monotonic()
@@ -125,7 +125,7 @@ class EngineLoop:
             elif isinstance(message, wire.Abort):
                 events = self._engine.abort(message.request_id, message.index)
                 if events:
-                    self._send(wire.Step(events))
+                    self._send(wire.step(events))
             elif isinstance(message, wire.Ask):
                 self._send(wire.Shown(self._engine.look(message.look)))
             else:
