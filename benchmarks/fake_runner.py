@@ -1,4 +1,4 @@
-"""An engine without a model for measurements on any machine: the real Scheduler and Committer, random tokens, a given step time."""
+"""An engine without a model: the real Scheduler and Committer, random tokens, a given step time. Runs on any machine."""
 
 from __future__ import annotations
 

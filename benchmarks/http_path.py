@@ -1,9 +1,9 @@
 """The HTTP path without a model: `PYTHONPATH=.:benchmarks python benchmarks/http_path.py [--streams 1 16 64 256]`.
 
-Three processes, as in service: a streaming client, the real API process, and the real engine loop whose runner only waits a step
-time and makes up tokens. For each number of streams a JSON line: tokens a second, CPU of the API process a token (its main thread,
-and all threads) and a request, CPU of the engine process a step, and what the path adds to the step time: TTFT and TPOT in excess.
-CPU is the processes' own time, so a busy machine spoils the latencies but not these.
+Three processes, as in service: a streaming client, the real API process, and the real engine loop whose runner only waits a
+step time and makes up tokens. For each number of streams a JSON line: tokens a second, CPU of the API process a token (its main
+thread, and all threads) and a request, CPU of the engine process a step, and what the path adds to the step time: TTFT and TPOT
+in excess. CPU is the processes' own time, which a busy machine spoils less than the latencies.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import argparse
 import asyncio
 import cProfile
 import json
-import os
 import pstats
 import random
 import statistics
@@ -91,8 +90,9 @@ def write_words(folder: Path) -> Path:
 
 def cpu_seconds(pid: int, *, main_thread: bool = False) -> float:
     """CPU a process has used, from the kernel's scheduler statistics."""
-    threads = [str(pid)] if main_thread else os.listdir(f"/proc/{pid}/task")
-    return sum(int(Path(f"/proc/{pid}/task/{thread}/schedstat").read_text().split()[0]) for thread in threads) / 1e9
+    tasks = Path(f"/proc/{pid}/task")
+    threads = [tasks / str(pid)] if main_thread else list(tasks.iterdir())
+    return sum(int((thread / "schedstat").read_text().split()[0]) for thread in threads) / 1e9
 
 
 class Server:
@@ -148,7 +148,8 @@ async def measure(arguments: argparse.Namespace, folder: Path, server: Server, c
     return {
         "streams": count, "step_ms": step_ms, "tokens_per_s": round(tokens / wall),
         "events_per_token": round(sum(one.events for one in seen) / tokens, 3),
-        "api_us_per_token": round((main - a_request * len(seen)) / tokens * 1e6, 1), "api_us_per_request": round(a_request * 1e6),
+        "api_us_per_token": round((main - a_request * len(seen)) / tokens * 1e6, 1),
+        "api_us_per_request": round(a_request * 1e6),
         "api_all_threads_us_per_token": round(everything / tokens * 1e6, 1), "engine_us_per_step": round(engine / steps * 1e6),
         "ttft_over_ms": round(statistics.median(one.first for one in seen) * 1e3 - step_ms, 2),
         "tpot_over_ms": round(tpot * 1e3 - step_ms, 3), "itl_p99_ms": round(gaps[int(len(gaps) * 0.99)] * 1e3, 2),

@@ -1,8 +1,8 @@
 """CPU time of a decode step outside the model: `PYTHONPATH=.:benchmarks python benchmarks/step_cpu.py [--rows 1 32 256 512]`.
 
-The real Scheduler, Committer and message encoder on a runner that does nothing. Prints a JSON line a batch size: microseconds of
-the thread's CPU time a step takes for planning (schedule), the commit, packing the runner's inputs, and the step's message; medians
-over many steps.
+The real Scheduler, Committer and message encoder on a runner that does nothing. Prints a JSON line a batch size: microseconds
+of the thread's CPU time a step takes for planning (schedule), the commit, packing the runner's inputs, and the step's message;
+medians over many steps.
 """
 
 from __future__ import annotations

@@ -185,14 +185,30 @@ async def answer_completion(generation: Generation) -> bytes:
     return wire.encode(answer)
 
 
+def _chunk(generation: Generation, choice: wire.CompletionChoice) -> wire.Answer:
+    """OpenAI: with include_usage every chunk but the last carries `usage: null`."""
+    chunk = _answer(generation, [choice])
+    if generation.job.usage_always:
+        chunk.usage = generation.usage()
+    elif generation.job.usage_at_end:
+        chunk.usage = None
+    return chunk
+
+
 async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, None]:
     """Server-sent events: text chunks (an echoed prompt first), a finish chunk a choice, usage when asked for, [DONE]."""
     job = generation.job
     writer = _Writer(generation)
     started: set[int] = set()
     pending_ids: dict[int, list[int]] = {}
+    frames: dict[int, wire.Frame] = {}  # of choices that have begun, where chunks differ in their text alone
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
+            frame = frames.get(delta.choice.index)
+            if frame is not None and delta.finish_reason is None:
+                if delta.text:
+                    yield frame.around(delta.text)
+                continue
             index, prompt_index = delta.choice.index, delta.choice.prompt_index
             first = index not in started
             if job.return_token_ids and not job.hide_output:
@@ -210,12 +226,9 @@ async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, Non
                 choice.token_ids = pending_ids.pop(index, [])
             if first:
                 writer.finish(choice, prompt_index)
-            chunk = _answer(generation, [choice])
-            if job.usage_always:
-                chunk.usage = generation.usage()
-            elif job.usage_at_end:
-                chunk.usage = None
-            yield wire.sse(chunk)
+            yield wire.sse(_chunk(generation, choice))
+            if job.varies_in_text_alone and delta.finish_reason is None:
+                frames[index] = wire.Frame(_chunk(generation, wire.CompletionChoice(index, "")), "text")
     if job.usage_at_end:
         last = _answer(generation, [])
         last.usage = generation.usage()

@@ -62,9 +62,9 @@ class Service:
 
     def check_ids(self, ids: list[Any], param: str) -> list[int]:
         """Prompt ids the model has an embedding for. Raises InvalidRequestError."""
-        for item in ids:
-            if type(item) is not int:
-                raise InvalidRequestError(f"{param} must hold token ids, got {show(item)}", param=param)
+        if ids and set(map(type, ids)) != {int}:
+            other = next(item for item in ids if type(item) is not int)
+            raise InvalidRequestError(f"{param} must hold token ids, got {show(other)}", param=param)
         width = self.logits_width
         if ids and not (min(ids) >= 0 and max(ids) < width):
             bad = next(item for item in ids if not 0 <= item < width)

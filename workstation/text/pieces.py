@@ -14,7 +14,6 @@ from typing import Any, Protocol
 
 from tokenizers.decoders import DecodeStream
 
-
 UNKNOWN = -1  # in place of a byte: the tokenizer does not know the id
 
 
@@ -42,7 +41,8 @@ class DecoderSpec:
     """What a tokenizer.json's decoder section does, reduced to the kinds above.
 
     Attributes:
-        kind: "bytes", "pieces", "words" (no decoder: tokens joined by spaces) or "other".  replacements: (pattern, text) pairs applied to a piece.
+        kind: "bytes", "pieces", "words" (no decoder: tokens joined by spaces) or "other".
+        replacements: (pattern, text) pairs applied to a piece.
         byte_fallback: `<0xNN>` pieces are bytes.  strip: spaces dropped from the start of the whole text.
         first_drops_marks: Metaspace: the first token loses all its space marks.
     """
