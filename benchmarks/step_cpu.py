@@ -8,7 +8,6 @@ medians over many steps.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import statistics
 import time
@@ -17,9 +16,9 @@ from typing import Any
 
 from fake_runner import fake_engine
 
+from workstation.collector import calm_collector
 from workstation.engine import wire
 from workstation.engine.engine import Engine
-from workstation.engine.host import calm_collector
 from workstation.engine.inputs import pack
 from workstation.engine.request import EngineRequest, SamplingParams
 
@@ -89,8 +88,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 32, 256, 512])
     parser.add_argument("--prompt", type=int, default=512, help="tokens of each prompt")
     arguments = parser.parse_args()
-    gc.freeze()
-    with calm_collector():
+    with calm_collector(freeze=True):
         for rows in arguments.rows:
             print(json.dumps(measure(rows, arguments.prompt)), flush=True)
 

@@ -13,8 +13,8 @@ from typing import Any
 from workstation import gpu
 from workstation.architecture import read_shape
 from workstation.catalog import load_catalogue
+from workstation.collector import calm_collector
 from workstation.config import EngineConfig
-from workstation.engine.host import calm_collector
 from workstation.engine.request import BeamSearchParams, EngineRequest, EngineStats, SamplingParams, TokenEvent, TokenLogprobs
 from workstation.engine.start import build_engine
 from workstation.errors import ConfigError, EngineError, InvalidRequestError

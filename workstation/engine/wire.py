@@ -2,7 +2,7 @@
 
 Two unix sockets in a private directory: `inbox` (server → engine) and `outbox` (engine → server). Every message is a tagged
 struct, typed on arrival; nothing is ever unpickled. One `Step` message carries all new tokens of an engine step; nearly all of
-them are plain (see TokenEvent) and travel as three parallel lists: a map of 14 fields for each would cost several times as much.
+them are plain (see TokenEvent) and travel as three parallel lists: a map of 14 fields each would cost several times as much.
 """
 
 from __future__ import annotations
