@@ -10,6 +10,7 @@ import pytest
 from engines import make_engine
 from tiny import write_tiny
 
+from workstation import LLM
 from workstation.engine import wire
 from workstation.engine.client import Inbox
 from workstation.engine.request import EngineRequest, SamplingParams, TokenEvent, TokenLogprobs
@@ -167,3 +168,13 @@ def test_what_ends_a_request_badly_is_not_joined_with_its_tokens() -> None:
         assert [(event.token_ids, event.error) async for event in inbox] == [([1, 2], None), ([], "broken")]
 
     go(test)
+
+
+def test_an_offline_answer_cut_by_a_stop_string_still_says_what_was_cached() -> None:
+    llm = LLM("demo", device="cpu", num_threads=1, max_num_seqs=2)
+    prompt = "Copy this: " + "the quick brown fox jumps over the lazy dog " * 4
+    whole = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))[0]
+    middle = whole.outputs[0].text[8:14]
+    again = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, stop=[middle]))[0]
+    assert again.outputs[0].finish_reason == "stop"
+    assert again.num_cached_tokens >= 16

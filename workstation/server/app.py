@@ -64,7 +64,7 @@ class Api:
             self.metrics.reject(error)
             raise
 
-    async def _done(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
+    async def _prepared(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
         """Parse, validate, render and tokenise.
 
         Off the event loop, so that one huge prompt delays nobody's tokens; but token ids in a body of ordinary size are ready
@@ -92,7 +92,7 @@ class Api:
             return prepare_chat(self.service, body, label)
 
         self._check_open()
-        generation = self._generation(await self._done(request, prepare))
+        generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_chat(generation), self.gate, self.service.options)
         return await self._whole(request, answer_chat(generation))
@@ -105,7 +105,7 @@ class Api:
             return prepare_completion(self.service, body, label)
 
         self._check_open()
-        generation = self._generation(await self._done(request, prepare))
+        generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_completion(generation), self.gate, self.service.options)
         return await self._whole(request, answer_completion(generation))
@@ -137,11 +137,11 @@ class Api:
                 "max_input_tokens": window, "meta": {"n_ctx": window}}
 
     async def tokenize(self, request: Request) -> Response:
-        return _json(await self._done(
+        return _json(await self._prepared(
             request, lambda payload: wire.encode(tokenize(self.service, validate(payload, TokenizeRequest)))))
 
     async def detokenize(self, request: Request) -> Response:
-        return _json(await self._done(
+        return _json(await self._prepared(
             request, lambda payload: wire.encode(detokenize(self.service, validate(payload, DetokenizeRequest)))))
 
     async def health(self, request: Request) -> Response:

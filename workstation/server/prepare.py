@@ -67,7 +67,8 @@ class Service:
         """Prompt ids the model has an embedding for. Raises InvalidRequestError."""
         width = self.logits_width
         try:
-            return msgspec.convert(ids, _ids_below(width))
+            checked: list[int] = msgspec.convert(ids, _ids_below(width))
+            return checked
         except msgspec.ValidationError:
             pass
         for item in ids:
