@@ -49,7 +49,8 @@ def command(
         found = find_model(model, load_catalogue(), revision=settings["revision"], token=settings["hf_token"])
     except ModelFolderError as error:
         raise ConfigError(error.message, param=error.param) from error
-    config = _with_rows(engine_config(settings, found.name, "cuda"), concurrency, max_num_seqs)
+    served = replace(engine_config(settings, found.name, "cuda"), online=True)
+    config = _with_rows(served, concurrency, max_num_seqs)
     weights = found.weights(quantization or settings["quantization"])
     result = estimate(found, machine, Question(config, weights, kv_cache_dtype, concurrency, tensor_parallel_size))
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else show(result))

@@ -19,7 +19,8 @@ class EngineConfig:
         quantization: "fp8" quantises the linear layers of a 16-bit checkpoint while loading; a quantised checkpoint's own
             format is found without it.
         max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
-        max_num_batched_tokens: a step's token budget; None picks by device.
+        max_num_batched_tokens: a step's token budget; None picks by device, and `online` (a server's streams wait for every
+            step, prompts of others included) picks at most 4,096.
         gpu_memory_utilization: share of the device's memory the engine may use, 0…1.
         kv_cache_memory_bytes / num_blocks: exact size of the KV pool, in bytes or blocks; overrides the share.
         overlap: schedule step N+1 while step N runs; None means "on a GPU".
@@ -33,6 +34,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    online: bool = False
     gpu_memory_utilization: float = 0.90
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None

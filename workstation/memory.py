@@ -106,11 +106,15 @@ def element_bytes(config: EngineConfig, shape: ModelShape, kind: str) -> int:
     return 4 if kind == "cpu" else ELEMENT_BYTES.get(shape.dtype, 2)
 
 
-def default_token_budget(device: DeviceMemory) -> int:
-    """Tokens a step may compute when nobody said: large cards hide more prompt work behind one step."""
-    if device.kind == "cpu":
+def default_token_budget(device: DeviceMemory, *, online: bool = False) -> int:
+    """Tokens a step may compute when nobody said.
+
+    Large cards hide more prompt work behind one step; on a server the gap between two tokens of a stream is as long as the
+    longest step, which is why it stops at half of that.
+    """
+    if device.kind == "cpu" or device.total_bytes < 70 * GIB:
         return 2048
-    return 8192 if device.total_bytes >= 70 * GIB else 2048
+    return 4096 if online else 8192
 
 
 def blocks_for(shape: ModelShape, tokens: int, block_size: int, token_budget: int) -> int:
@@ -257,7 +261,7 @@ class _Planner:
         given = self.config.max_num_batched_tokens
         if given is not None and given < 1:
             raise ConfigError(f"max_num_batched_tokens must be at least 1, got {given}", param="max_num_batched_tokens")
-        tokens = given or default_token_budget(self.device)
+        tokens = given or default_token_budget(self.device, online=self.config.online)
         if self.config.enable_chunked_prefill or tokens >= length:
             return tokens
         if given is None:
