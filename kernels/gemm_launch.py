@@ -28,6 +28,7 @@ from workstation.kernels.tuning import (
 
 FP8 = torch.float8_e4m3fn
 REDUCE_BLOCK = 1024
+CHAINED_BYTES = 128 << 20  # of weights, above 64 rows: a 70B's gate-up and down took longer in a chain, an 8B's less long
 INTERPRETER = Device("interpreter", 4, 227 * KIB, 90)
 
 
@@ -243,8 +244,11 @@ def _misplaced(*tensors: torch.Tensor) -> bool:
 
 @cache
 def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
-    config = choose(Problem(scheme, output, m, n, k), device_of(device))
-    return replace(config, pdl=True) if chained(device)["PDL"] else config
+    problem = Problem(scheme, output, m, n, k)
+    config = choose(problem, device_of(device))
+    # Many rows of a large weight: the product outlasts by far what an early start hides, and its waiting successors cost more.
+    short = m <= 64 or n * k * problem.weight_bytes <= CHAINED_BYTES
+    return replace(config, pdl=True) if chained(device)["PDL"] and short else config
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -124,7 +125,9 @@ def test_a_number_of_requests_without_a_context_gets_the_longest_that_fits_them_
 def test_what_does_not_fit_is_told_what_would() -> None:
     lines = advice(ask("llama-70b", "rtx-pro-6000"))
     assert lines[0].startswith("--quantization fp8 fits: 67.69 GiB")
-    assert "--context 35376 is the longest" in advice(ask("llama-8b", "rtx-4090", max_model_len=65536))[0]
+    longest = re.match(r"--context (\d+) is the longest", advice(ask("llama-8b", "rtx-4090", max_model_len=65536))[0])
+    assert longest and ask("llama-8b", "rtx-4090", max_model_len=int(longest[1])).fit.fits
+    assert not ask("llama-8b", "rtx-4090", max_model_len=int(longest[1]) + 16).fit.fits
     assert "no form of it fits" in advice(ask("llama-70b", "rtx-4090"))[0]
     assert advice(ask("llama-8b", "h200")) == []
 

@@ -16,6 +16,7 @@ from workstation.memory import (
     GIB,
     DeviceMemory,
     blocks_for,
+    graph_prompts,
     plan_memory,
 )
 
@@ -34,6 +35,22 @@ WEIGHTS = 16_060_522_496
 H200 = DeviceMemory("cuda", total_bytes=140 * GIB, free_bytes=139 * GIB)
 SMALL = DeviceMemory("cuda", total_bytes=24 * GIB, free_bytes=23 * GIB)
 CONFIG = EngineConfig(model="somewhere")
+
+
+def test_captured_prompts_end_where_the_gpu_takes_as_long_as_the_launches() -> None:
+    shape = llama_8b()
+    large = replace(shape, hidden_size=8192, intermediate_size=28672, num_heads=64)
+    assert graph_prompts(shape, 8192)[-1] == 1024
+    assert graph_prompts(large, 8192)[-1] == 256
+    assert graph_prompts(shape, 300) == [64, 128, 256]
+    assert graph_prompts(shape, 10) == []
+
+
+def test_graphs_take_what_their_largest_step_does_and_nothing_when_there_are_none() -> None:
+    whole = plan_memory(llama_8b(), CONFIG, WEIGHTS, H200)
+    small = plan_memory(llama_8b(), replace(CONFIG, max_num_batched_tokens=64, max_num_seqs=16), WEIGHTS, H200)
+    eager = plan_memory(llama_8b(), replace(CONFIG, enforce_eager=True), WEIGHTS, H200)
+    assert whole.graphs > small.graphs > eager.graphs == 0
 
 
 def test_a_block_of_llama_8b_is_two_mebibytes() -> None:

@@ -21,15 +21,20 @@ from workstation.errors import ConfigError, OutOfMemoryError
 GIB = 1 << 30
 MIB = 1 << 20
 CUDA_CONTEXT_BYTES = 600 * MIB
-CUDA_GRAPH_BYTES = 512 * MIB
+GRAPH_NODES_BYTES = 208 * MIB  # what the driver keeps for some sixty captured steps
 DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
 LEAST_CONTEXT = 4096
 MLP_TOKENS = 2048  # the feed-forward part of a larger step runs in pieces of this many tokens, which bounds its activations
+# A captured step with prompts has up to so many of their tokens, beside decodes; but no more than keep a GPU about as long
+# as the CPU takes to launch the layers kernel by kernel: 1,024 tokens of an 8B model, 256 of a 70B.
+GRAPH_PROMPTS = (64, 128, 256, 512, 1024, 2048)
+GRAPH_DECODES = (0, 16, 64, 256)
+GRAPH_WORK = 230_000_000_000  # tokens × a layer's weights
 GRAPH_CHUNKS = 16  # of prompts that a captured step has room for, each with logits of its own
-SAMPLING_ROWS = 64  # likewise for sampling that needs temporaries of [rows, vocabulary]
+SAMPLING_ROWS = 32  # likewise for sampling that needs temporaries of [rows, vocabulary]
 # Temporaries live beside their inputs for a moment, and the allocator rounds up.
-ALLOCATOR_SLACK = 1.25
+ALLOCATOR_SLACK = 1.1
 # Penalties on [rows, vocabulary]: logits in float32, counts, and three temporaries of the same size. On the CPU, a full sort:
 # values (4), 64-bit indices (8), probabilities and running sum (8).
 SAMPLER_BYTES_PER_LOGIT = 20
@@ -147,10 +152,26 @@ def logit_rows(max_rows: int) -> int:
     return max_rows + GRAPH_CHUNKS
 
 
-def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_len: int, block_size: int) -> _Needs:
+def graph_prompts(shape: ModelShape, max_tokens: int) -> list[int]:
+    """Prompt tokens that captured steps have room for, ascending; max_tokens: a step's budget."""
+    heads = shape.num_heads + shape.num_kv_heads  # q and o, k and v
+    weights = shape.hidden_size * (2 * heads * shape.head_dim + 3 * shape.intermediate_size)
+    return [tokens for tokens in GRAPH_PROMPTS if tokens <= max_tokens and tokens * weights <= GRAPH_WORK]
+
+
+def _graph_bytes(shape: ModelShape, rows: int, max_tokens: int, dtype_bytes: int) -> int:
+    """Captured steps share one pool, so the largest one's activations count."""
+    tokens = max(graph_prompts(shape, max_tokens), default=0) + min(rows, max(GRAPH_DECODES))
+    return GRAPH_NODES_BYTES + _activations(shape, max(tokens, min(rows, 512)), dtype_bytes)
+
+
+def _activations(shape: ModelShape, tokens: int, dtype_bytes: int) -> int:
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + shape.num_heads * shape.head_dim
     ffn = 3 * shape.intermediate_size * min(tokens, MLP_TOKENS)  # gate and up, then their product
-    activations = (3 * tokens * shape.hidden_size + max(tokens * heads, ffn)) * dtype_bytes
+    return int((3 * tokens * shape.hidden_size + max(tokens * heads, ffn)) * dtype_bytes * ALLOCATOR_SLACK)
+
+
+def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_len: int, block_size: int) -> _Needs:
     indices = tokens * 8 * (3 + len(shape.kv_groups))
     tables = len(shape.kv_groups) * rows * math.ceil(max_len / block_size) * 4
     rope = max_len * shape.rope.rotary_dim * 4
@@ -158,7 +179,7 @@ def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_l
     row_state = rows * 256
     penalties = min(rows, 64) * shape.vocab_size * 4
     sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SAMPLER_BYTES_PER_LOGIT + row_state + penalties
-    return _Needs(int(activations * ALLOCATOR_SLACK) + indices + tables + rope, logits, sampler)
+    return _Needs(_activations(shape, tokens, dtype_bytes) + indices + tables + rope, logits, sampler)
 
 
 def plan_memory(
@@ -218,7 +239,9 @@ class _Planner:
         self.block_bytes = shape.kv_bytes_per_block(config.block_size, kv_dtype_bytes or dtype_bytes)
         cuda = device.kind == "cuda"
         self.context = CUDA_CONTEXT_BYTES if cuda else 0
-        self.graphs = CUDA_GRAPH_BYTES if cuda and not config.enforce_eager else 0
+        tokens = config.max_num_batched_tokens or default_token_budget(device, online=config.online)
+        captured = cuda and not config.enforce_eager
+        self.graphs = _graph_bytes(shape, config.max_num_seqs, tokens, dtype_bytes) if captured else 0
         self.reserve = DISPLAY_RESERVE_BYTES if device.display else 0
         self.free = device.free_bytes - self.reserve - (0 if device.has_context else self.context)
         share = int(config.gpu_memory_utilization * device.total_bytes) - self.context

@@ -12,7 +12,7 @@ in a few chunks; a launch kernel by kernel would take the CPU longer than such a
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -21,7 +21,7 @@ import torch
 
 from workstation.engine.inputs import PADDING, HostStep, InputBuilder, Ints
 from workstation.engine.transfer import to_device
-from workstation.memory import GRAPH_CHUNKS
+from workstation.memory import GRAPH_CHUNKS, GRAPH_DECODES
 from workstation.model.inputs import InputTensors
 
 log = logging.getLogger("ws.engine")
@@ -30,8 +30,6 @@ log = logging.getLogger("ws.engine")
 Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 
 MOST_DECODES = 512
-PROMPT_TOKENS = (64, 128, 256, 512, 1024)
-DECODES_BESIDE = (0, 16, 64, 256)
 
 
 class Shape(NamedTuple):
@@ -55,17 +53,15 @@ class Shape(NamedTuple):
         return step.decodes <= self.decodes and tokens <= self.tokens and chunks <= self.chunks
 
 
-def graph_shapes(max_rows: int, max_tokens: int) -> list[Shape]:
+def graph_shapes(max_rows: int, prompts: Sequence[int]) -> list[Shape]:
     """Shapes to capture, the smallest first.
 
-    Decodes of 1, 2, 4, 8, then every 16th up to max_rows (at most 512); prompts of 64 … 1,024 tokens, at most max_tokens
-    (the step's budget), beside 0 … 256 decodes.
+    Decodes of 1, 2, 4, 8, then every 16th up to max_rows (at most 512); so many tokens of prompts beside 0 … 256 decodes.
     """
     top = min(max_rows, MOST_DECODES)
     sizes = [size for size in (1, 2, 4, 8) if size < top] + list(range(16, top, 16))
-    beside = sorted({min(size, top) for size in DECODES_BESIDE})
-    mixed = [Shape(size, tokens, min(GRAPH_CHUNKS, max_rows)) for size in beside for tokens in PROMPT_TOKENS
-             if tokens <= max_tokens]
+    beside = sorted({min(size, top) for size in GRAPH_DECODES})
+    mixed = [Shape(size, tokens, min(GRAPH_CHUNKS, max_rows)) for size in beside for tokens in prompts]
     return sorted([*(Shape(size) for size in [*sizes, top]), *mixed], key=lambda shape: (shape.all_tokens, shape.chunks))
 
 

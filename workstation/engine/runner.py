@@ -24,7 +24,7 @@ from workstation.engine.sampler import SampleLogprobs, Sampler, prompt_logprobs,
 from workstation.engine.sampling_state import SamplingState, banned_next
 from workstation.engine.transfer import record_event, to_device, to_host
 from workstation.kernels import ops
-from workstation.memory import logit_rows
+from workstation.memory import graph_prompts, logit_rows
 from workstation.model.inputs import InputTensors
 from workstation.model.transformer import Decoder
 
@@ -84,7 +84,8 @@ class ModelRunner:
         kernel by kernel."""
         self._sampler.prepare(self.model.dtype)
         assert self._logits_room is not None, "graphs are captured on a GPU"
-        self._graphs.capture(graph_shapes(self._state.max_rows, max_tokens), self._logits_room)
+        shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
+        self._graphs.capture(shapes, self._logits_room)
 
     def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
