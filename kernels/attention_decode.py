@@ -18,6 +18,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.fp8_codes import widen_cached
+
 FEW = tl.constexpr(8)  # shares a step is cut into at least, if it has as many units
 MOST = tl.constexpr(16)  # pieces of a sequence, about, before shares grow
 
@@ -138,6 +140,7 @@ def decode_shares_kernel(
     share_sequence,
     arrivals,
     scale,
+    value_scale,
     q_token_stride,
     q_head_stride,
     kv_block_stride,
@@ -161,6 +164,7 @@ def decode_shares_kernel(
     """q [S, Hq, D] → out [S, Hq, D]. partial [2 * shares, Hq, D], partial_lse [2 * shares, Hq]. Grid: shares * KV_HEADS.
 
     GROUP_PAD: query heads a KV head, padded for the matrix product; MEMBERS: padded to a power of two only.
+    scale: on the scores, a stored key's own and log2(e) included.  value_scale: of stored values, applied once, at the end.
     """
     heads: tl.constexpr = KV_HEADS * GROUP
     share = tl.program_id(0) // KV_HEADS
@@ -204,16 +208,16 @@ def decode_shares_kernel(
             inside = seen[:, None] & real_dim[None, :]
             key = tl.load(source + place[:, None] + dim[None, :], mask=inside, other=0.0)
             value = tl.load(source + kv_side_stride + place[:, None] + dim[None, :], mask=inside, other=0.0)
-            score = tl.dot(query, tl.trans(key).to(query.dtype), input_precision=PRECISION) * scale
+            score = tl.dot(query, tl.trans(widen_cached(key, query.dtype)), input_precision=PRECISION) * scale
             score = tl.where(seen[None, :], score, float("-inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             weight = tl.exp2(score - higher[:, None])
             fade = tl.exp2(highest - higher)
             total = total * fade + tl.sum(weight, 1)
             acc = acc * fade[:, None]
-            acc = tl.dot(weight.to(query.dtype), value.to(query.dtype), acc, input_precision=PRECISION)
+            acc = tl.dot(weight.to(query.dtype), widen_cached(value, query.dtype), acc, input_precision=PRECISION)
             highest = higher
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # an empty sequence gives zeros
+        acc = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]  # an empty sequence gives zeros
         earliest = first_unit // size
         pieces = (behind - 1) // size - earliest + 1
         if (pieces == 1) | (behind - first_unit <= whole):

@@ -10,7 +10,8 @@ import triton
 
 from workstation.kernels.attention_decode import FEW, decode_shares_kernel, plan_shares_kernel
 from workstation.kernels.gemm_launch import Call
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.launch_fp8 import readable
+from workstation.kernels.paging import UNSCALED, AttentionPlan, KVScales
 
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
@@ -44,14 +45,18 @@ class Shares(NamedTuple):
     number: int
 
 
-def choose(q: torch.Tensor) -> DecodeConfig:
+def choose(q: torch.Tensor, kv_layer: torch.Tensor) -> DecodeConfig:
     """K and V take 16 KiB each a turn, at most. Two turns are under way where shared memory has room for it, else one.
 
-    At head dim 128 on an H200 these are the measured 64 keys, 4 warps, 3 stages, 3 programs a multiprocessor.
+    At head dim 128 on an H200 these are the measured 64 keys, 4 warps, 3 stages, 3 programs a multiprocessor. An FP8 cache
+    is read twice as many keys at a time, hence the same bytes, unless the query is float32: widened keys fill registers.
     """
-    row_bytes = triton.next_power_of_2(q.shape[2]) * q.element_size()
+    dim = triton.next_power_of_2(q.shape[2])
+    row_bytes = dim * q.element_size()  # of the query, and of a key in registers
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    held = 2 * keys * row_bytes  # K and V of a turn
+    if kv_layer.element_size() == 1 and q.element_size() == 2:
+        keys *= 2
+    held = 2 * keys * dim * kv_layer.element_size()  # K and V of a turn
     room = _shared_memory(q.device)
     spare = max(SPARE, SPARE_ROWS * row_bytes)
     stages = 3 if room >= 2 * (2 * held + spare) else 2
@@ -66,15 +71,16 @@ def attend_decodes(
     scale: float,
     out: torch.Tensor,
     config: DecodeConfig | None = None,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Write `out` for the plan's decodes."""
-    config = config or choose(q)
+    config = config or choose(q, kv_layer)
     shares: Shares | None = plan.scratch.get("decode_shares")
     if shares is None:
         shares = make_room(q, kv_layer, plan, config)
         plan_call(kv_layer, plan, config, shares).launch()
         plan.scratch["decode_shares"] = shares
-    decode_call(q, kv_layer, plan, scale, out, config, shares).launch()
+    decode_call(q, kv_layer, plan, scale, out, config, shares, scales).launch()
 
 
 def make_room(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> Shares:
@@ -116,6 +122,7 @@ def decode_call(
     out: torch.Tensor,
     config: DecodeConfig,
     shares: Shares,
+    scales: KVScales = UNSCALED,
 ) -> Call:
     _, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_layer.shape[2:4]
@@ -124,9 +131,9 @@ def decode_call(
     members = triton.next_power_of_2(group)
     dim_pad = triton.next_power_of_2(head_dim)
     arguments = (
-        q, kv_layer, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
-        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * LOG2_E, q.stride(0), q.stride(1),
-        block, side, head, token, plan.tables.stride(0), plan.window,
+        q, readable(kv_layer), out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
+        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * scales.key * LOG2_E, scales.value,
+        q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
     )  # fmt: skip
     options = {
         "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": max(16, members), "MEMBERS": members, "HEAD_DIM": head_dim,

@@ -64,7 +64,7 @@ def prefill(case: PagedCase, device: Device) -> tuple[launch_prefill.PrefillConf
 
 def decode(case: PagedCase, device: Device) -> tuple[launch_decode.DecodeConfig, Any, Any]:
     """→ (what is chosen, the compiled kernel that plans, the one that attends)."""
-    config = launch_decode.choose(case.q)
+    config = launch_decode.choose(case.q, case.kv_layer)
     shares = launch_decode.make_room(case.q, case.kv_layer, case.plan, config)
     plan = launch_decode.plan_call(case.kv_layer, case.plan, config, shares)
     attend = launch_decode.decode_call(
@@ -115,7 +115,7 @@ def test_a_window_on_hopper_goes_to_the_tiled_kernel_and_wgmma(monkeypatch: pyte
 def test_decode_fits_hopper_as_often_as_its_grid_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, H200)
     case = paged_case(GROUPED, [(1, 300), (1, 40)], dtype=torch.bfloat16)
-    assert launch_decode.choose(case.q) == launch_decode.DecodeConfig(64, 4, 3, 3, 4, 8)
+    assert launch_decode.choose(case.q, case.kv_layer) == launch_decode.DecodeConfig(64, 4, 3, 3, 4, 8)
     check_decode(case, H200)
 
 
