@@ -26,6 +26,8 @@ or.b32 pair, pair, sign; fma.rn.{type} $1, pair, factor, zero;
 _UNPACK_BFLOAT16 = tl.constexpr(_UNPACK.format(factor="0x7b807b80", shift=4, mask="0x07f007f0", type="bf16x2"))
 _UNPACK_FLOAT16 = tl.constexpr(_UNPACK.format(factor="0x5c005c00", shift=1, mask="0x3f803f80", type="f16x2"))
 
+_SPLIT = tl.constexpr("prmt.b32 $0, $2, $3, 0x6420; prmt.b32 $1, $2, $3, 0x7531;")  # even bytes, odd bytes
+
 
 @triton.jit
 def widen(tile, target: tl.constexpr):
@@ -55,6 +57,25 @@ def widen_cached(tile, target: tl.constexpr):
     if tile.dtype == tl.uint8:
         wide = tl.where((tile & 0x7F) == 0x7F, float("nan"), wide)
     return wide
+
+
+@triton.jit
+def widen_pairs(pairs, target: tl.constexpr, HAS_FP8: tl.constexpr):
+    """Two neighbouring codes an element (uint16) → the first ones and the second ones, each in the type `target`.
+
+    Tensor cores want neighbouring keys in one register, and shared memory is transposed on the way there (ldmatrix) in units
+    of 16 bits only: of single bytes each would be a load of its own.
+    """
+    if INTERPRETED:
+        first, second = (pairs & 0xFF).to(tl.uint8), (pairs >> 8).to(tl.uint8)
+    else:
+        first, second = tl.inline_asm_elementwise(
+            _SPLIT, "=r,=r,r,r", [pairs], dtype=(tl.uint8, tl.uint8), is_pure=True, pack=4
+        )
+    if HAS_FP8:
+        first = first.to(tl.float8e4nv, bitcast=True)
+        second = second.to(tl.float8e4nv, bitcast=True)
+    return widen_cached(first, target), widen_cached(second, target)
 
 
 @triton.jit

@@ -8,10 +8,10 @@ from typing import NamedTuple
 import torch
 import triton
 
+from workstation.kernels import launch_fp8
 from workstation.kernels.attention_decode import FEW, decode_shares_kernel, plan_shares_kernel
 from workstation.kernels.gemm_launch import Call
-from workstation.kernels.launch_fp8 import readable
-from workstation.kernels.paging import UNSCALED, AttentionPlan, KVScales
+from workstation.kernels.paging import FP8, UNSCALED, AttentionPlan, KVScales
 
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
@@ -59,6 +59,8 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor) -> DecodeConfig:
     held = 2 * keys * dim * kv_layer.element_size()  # K and V of a turn
     room = _shared_memory(q.device)
     spare = max(SPARE, SPARE_ROWS * row_bytes)
+    if kv_layer.element_size() < q.element_size() == 4:
+        spare += 2 * keys * row_bytes  # without tensor cores, what was widened returns to shared memory
     stages = 3 if room >= 2 * (2 * held + spare) else 2
     per_sm = min(3 if q.element_size() == 2 else 2, max(1, room // ((stages - 1) * held + spare)))
     return DecodeConfig(keys, 4, stages, per_sm, 4, 8)
@@ -126,12 +128,13 @@ def decode_call(
 ) -> Call:
     _, num_heads, head_dim = q.shape
     kv_heads, block_size = kv_layer.shape[2:4]
+    stored = kv_layer.view(torch.uint16) if kv_layer.dtype == FP8 else kv_layer
     block, side, head, token, _ = kv_layer.stride()
     group = num_heads // kv_heads
     members = triton.next_power_of_2(group)
-    dim_pad = triton.next_power_of_2(head_dim)
+    dim_pad = max(32, triton.next_power_of_2(head_dim))  # the halves of a paired key are products of 16, the least there is
     arguments = (
-        q, readable(kv_layer), out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
+        q, stored, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
         shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * scales.key * LOG2_E, scales.value,
         q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
     )  # fmt: skip
@@ -140,6 +143,7 @@ def decode_call(
         "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size, "UNIT": UNIT, "KEYS": config.keys,
         "CHUNK": max(1, min(16, 8192 // (members * dim_pad))), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": _registers(config),
+        "HAS_FP8": launch_fp8.has_fp8(kv_layer.device),
     }  # fmt: skip
     return Call(decode_shares_kernel, (shares.number * kv_heads,), arguments, options)
 

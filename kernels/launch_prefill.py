@@ -112,7 +112,8 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
     if serves(hopper, q, kv_layer, plan):
         return hopper
     stages = 3 if _capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
-    tiled = PrefillConfig("tiled", 64 if wide else 128, masked if wide or plan.window else 64, 8, stages)
+    crowded = wide or plan.window > 0 or (not roomy and kv_layer.dtype != q.dtype)  # registers hold FP8 keys and the wider
+    tiled = PrefillConfig("tiled", 64 if wide else 128, masked if crowded else 64, 8, stages)
     exact = PrefillConfig("exact", 128 if roomy else 64, 32 if wide else 64, 8, stages)
     return tiled if serves(tiled, q, kv_layer, plan) else exact
 
