@@ -43,17 +43,18 @@ PREFILLS: dict[str, PrefillConfig | str | None] = {
 }
 DECODES: dict[str, DecodeConfig | None] = {
     "chosen": None,
-    "32-4w-4s": DecodeConfig(32, 4, 4, 3, 4, 8),
-    "64-4w-2s": DecodeConfig(64, 4, 2, 3, 4, 8),
+    "shares-64-3s": DecodeConfig("shares", 64, 4, 3, 3, 4, 8),
+    "hopper-2s": DecodeConfig("hopper", 64, 4, 2, 2, 4, 8),
+    "hopper-6s-1": DecodeConfig("hopper", 64, 4, 6, 1, 4, 8),
 }
 FP8_DECODES: dict[str, DecodeConfig | None] = {
     "fp8": None,
-    "fp8-64-4w-3s": DecodeConfig(64, 4, 3, 3, 4, 8),
-    "fp8-64-4w-4s": DecodeConfig(64, 4, 4, 3, 4, 8),
-    "fp8-128-8w-3s": DecodeConfig(128, 8, 3, 2, 4, 8),
+    "fp8-64-4w-3s": DecodeConfig("shares", 64, 4, 3, 3, 4, 8),
+    "fp8-64-4w-4s": DecodeConfig("shares", 64, 4, 4, 3, 4, 8),
+    "fp8-128-8w-3s": DecodeConfig("shares", 128, 8, 3, 2, 4, 8),
 }
 OTHERS = ("chosen", "hopper-128-2s", "hopper-64-4s")  # on the other models
-OTHER_DECODES = ("chosen", "32-4w-4s", "fp8")
+OTHER_DECODES = ("chosen", "shares-64-3s", "fp8")
 CHUNKS = [[(new, past + new)] for new in (2048, 8192) for past in (0, 8192, 24576)] + [[(512, 512)] * 16]
 MIXES = [[(1, context)] * batch for context in (200, 1024, 8192) for batch in (1, 8, 32, 128, 256)]
 MIXES += [[(1, 2048)], [(1, 4096)]]

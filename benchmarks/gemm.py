@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import random
 import time
+from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -28,7 +29,16 @@ from workstation.kernels import tuning
 from workstation.kernels.gemm_compile import compile_for, fingerprint
 from workstation.kernels.gemm_launch import device_of, split_count
 from workstation.kernels.offline import resources
-from workstation.kernels.tuning import LIBRARY, Device, GemmConfig, Output, Problem, Scheme, default_config, shared_bytes
+from workstation.kernels.tuning import (
+    LIBRARY,
+    Device,
+    GemmConfig,
+    Problem,
+    Scheme,
+    choose,
+    default_config,
+    shared_bytes,
+)
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
     "8b": [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)],
@@ -39,21 +49,20 @@ HEADS = {"8b": (128256, 4096), "70b": (128256, 8192), "0.6b": (151936, 1024)}  #
 GATE_UP = {(28672, 4096), (57344, 8192), (6144, 1024)}  # 6144 x 4096 is a QKV, so the pair decides
 ROWS = [1, 8, 32, 128, 16, 64, 256, 2, 4]  # the most telling first, for when time runs out
 SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight"]
+KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
 TOLERANCE = 1e-2  # bfloat16 results, and FP8 sums inside the tensor cores
 KEEP_OWN = 0.98  # the library must be this much faster to be chosen
 
 
 @dataclass
 class Point:
-    """One problem's outcome: microseconds by the library, and of the best configuration, whole and parts only."""
+    """One problem's outcome: microseconds by the library, and of the best configuration."""
 
     problem: Problem
     library_us: float | None = None
     config: GemmConfig | None = None
     us: float = float("inf")
     error: float = float("inf")
-    parts_config: GemmConfig | None = None
-    parts_us: float = float("inf")
     tried: int = 0
     wrong: list[Any] = field(default_factory=list)
 
@@ -76,20 +85,23 @@ def problems(models: list[str], schemes: list[Scheme], rows: list[int]) -> list[
     return found
 
 
-def candidates(problem: Problem, device: Device) -> list[GemmConfig]:
-    """Tiles that fit, each with the splits that give every multiprocessor one to four programs; the default first."""
+def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -> list[GemmConfig]:
+    """Tiles that fit, each with the splits that give every multiprocessor one to four programs; what runs today first."""
     least = max(16, 1 << (problem.m - 1).bit_length())
     row_tiles = {least, least // 2} if least >= 128 else {least}
-    found = [default_config(problem, device)]
+    today = choose(problem, device)
+    found = [today if today != LIBRARY else default_config(problem, device)]
     widest = max(problem.weight_bytes, problem.row_bytes)
     for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), (128, 256), (3, 4, 5, 6)):
-        for warps in (4, 8):
+        for warps in (4, 8) if "dot" in kinds else ():
             accumulators = block_n * block_m // (warps * 32)
             if accumulators > 64 if warps == 4 else block_n < 128 and accumulators < 16:
                 continue
             tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
             found += _with_splits(problem, tile, device)
-    if problem.m == 1:
+    if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
+        found += _hopper(problem, row_tiles)
+    if problem.m == 1 and "gemv" in kinds:
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
             found += _with_splits(problem, GemmConfig("gemv", block_n, 1, block_k, 1, 4, stages), device)
     unique: dict[tuple[GemmConfig, int], GemmConfig] = {}
@@ -97,6 +109,24 @@ def candidates(problem: Problem, device: Device) -> list[GemmConfig]:
         if _fits(problem, config, device):
             unique.setdefault((replace(config, splits=1), split_count(problem.k, config)), config)
     return list(unique.values())
+
+
+def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
+    """Rings for one, two or three programs a multiprocessor; splits that give it one to three programs."""
+    found = []
+    width = tuning.PANEL_BYTES // problem.weight_bytes
+    silu = problem.output == "silu_mul"
+    for block_m, tiles, panels, ring in itertools.product(row_tiles, (1, 2), (1, 2), (66, 100, 205)):
+        if (silu and tiles == 1) or tiles * block_m > 256:
+            continue
+        stages = ring * tuning.KIB // (panels * tuning.PANEL_BYTES * (tiles * tuning.CHANNELS + block_m))
+        programs = -(-problem.n // (tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
+        for splits in (1, 2, 3, 4):
+            fills = splits == 1 or (programs * splits <= 132 * (200 // ring) and problem.k >= 4 * splits * panels * width)
+            if stages >= 3 and fills:
+                block_n = tuning.CHANNELS if silu else tiles * tuning.CHANNELS
+                found.append(GemmConfig("hopper", block_n, block_m, panels * width, splits, 4, stages, True))
+    return found
 
 
 def _with_splits(problem: Problem, tile: GemmConfig, device: Device) -> list[GemmConfig]:
@@ -108,6 +138,8 @@ def _with_splits(problem: Problem, tile: GemmConfig, device: Device) -> list[Gem
 
 def _fits(problem: Problem, config: GemmConfig, device: Device) -> bool:
     fused = 2 if tuning.fuses_silu(problem, config) else 1
+    if config.kind == "hopper":
+        return shared_bytes(problem, config, device.capability) <= device.shared_bytes
     accumulators = fused * config.block_n * config.block_m // (config.warps * 32)
     if config.kind == "gemv":
         accumulators = fused * config.block_n * config.block_k // (config.warps * 32)
@@ -169,11 +201,8 @@ def _try(point: Point, bench: Bench, config: GemmConfig, times: list[tuple[float
         if not error < TOLERANCE:
             point.wrong.append([asdict(config), error])
             return
-        split = split_count(point.problem.k, config) > 1
+        split = split_count(point.problem.k, config) > 1 and config.kind != "hopper"
         took = time_config(bench, config, 3, parts_only=split)
-        reading = config.splits * point.problem.m * point.problem.n * 4 / 4e6 if split else 0.0  # by the consumer, µs
-        if took + reading < point.parts_us and point.problem.output == "linear":
-            point.parts_us, point.parts_config = took + reading, config
         if split and took < min([known for known, _ in times], default=float("inf")):
             took = time_config(bench, config, 3)
         elif split:
@@ -196,10 +225,10 @@ def verify(point: Point, weights: Weights) -> None:
 
 def try_dependent_launch(points: list[Point], weights: Weights, compiler: Compiler, capability: int, end: float) -> None:
     """Each winner once more with programmatic dependent launch, as long as time lasts."""
-    winners = [(p.problem, replace(p.config, pdl=True)) for p in points if p.config]
+    winners = [(p.problem, replace(p.config, pdl=True)) for p in points if p.config and p.config.kind != "hopper"]
     compiler.compile(winners, capability, max(0.0, (end - time.monotonic()) / 2))
     for point in points:
-        if time.monotonic() > end or point.config is None:
+        if time.monotonic() > end or point.config is None or point.config.kind == "hopper":
             continue
         config = replace(point.config, pdl=True)
         if not compiler.ready(point.problem, config, capability):
@@ -215,8 +244,6 @@ def try_dependent_launch(points: list[Point], weights: Weights, compiler: Compil
         point.us = plain
         if right and took < 0.99 * plain:
             point.us, point.config = took, config
-            if point.parts_config:
-                point.parts_config = replace(point.parts_config, pdl=True)
 
 
 def tuned_rows(points: list[Point]) -> list[list[Any]]:
@@ -224,18 +251,10 @@ def tuned_rows(points: list[Point]) -> list[list[Any]]:
     rows = []
     for point in points:
         library = point.library_us or float("inf")
-        for output, config, took in _choices(point):
-            if config is not None or point.library_us:
-                best = config if config is not None and took * KEEP_OWN <= library else LIBRARY
-                rows.append(tuning.make_row(replace(point.problem, output=output), best))
+        if point.config is not None or point.library_us:
+            best = point.config if point.config is not None and point.us * KEEP_OWN <= library else LIBRARY
+            rows.append(tuning.make_row(point.problem, best))
     return sorted(rows, key=lambda row: row[:5])
-
-
-def _choices(point: Point) -> list[tuple[Output, GemmConfig | None, float]]:
-    own: list[tuple[Output, GemmConfig | None, float]] = [(point.problem.output, point.config, point.us)]
-    if point.problem.output == "linear":
-        own.append(("partials", point.parts_config, point.parts_us))
-    return own
 
 
 def write(folder: Path, points: list[Point], device: Device, compiler: Compiler) -> None:
@@ -252,11 +271,11 @@ def write(folder: Path, points: list[Point], device: Device, compiler: Compiler)
 
 
 def table(points: list[Point]) -> None:
-    print("scheme     output    n x k            m  library us  GB/s | ours us   GB/s  parts us  error    configuration")
+    print("scheme     output    n x k            m  library us  GB/s | ours us   GB/s  error    configuration")
     for point in sorted(points, key=lambda p: (p.problem.scheme, p.problem.n * p.problem.k, p.problem.output, p.problem.m)):
         p, c, library = point.problem, point.config, point.library_us
         theirs = f"{library:10.1f} {point.gigabytes_per_second(library):5.0f}" if library else " " * 16
-        ours = f"{point.us:8.1f} {point.gigabytes_per_second(point.us):6.0f} {point.parts_us:9.1f} {point.error:.1e}"
+        ours = f"{point.us:8.1f} {point.gigabytes_per_second(point.us):6.0f} {point.error:.1e}"
         tile = f"{c.kind} {c.block_n},{c.block_m},{c.block_k} s{c.splits} w{c.warps} st{c.stages} {'pdl' * c.pdl}" if c else "-"
         print(f"{p.scheme:10} {p.output:8} {p.n:6} x {p.k:5} {p.m:5} {theirs} | {ours}  {tile}")
 
@@ -269,7 +288,9 @@ def main() -> None:
     compiler = Compiler(options.workers)  # before the first CUDA call
     device = device_of(torch.device("cuda", 0))
     todo = problems(options.models, options.schemes, options.rows)
-    plans = {problem: candidates(problem, device) for problem in todo}
+    if options.weights:
+        todo = [problem for problem in todo if f"{problem.n}x{problem.k}" in options.weights]
+    plans = {problem: candidates(problem, device, options.kinds) for problem in todo}
     shuffled = random.Random(options.seed)
     for configs in plans.values():
         tail = configs[1:]
@@ -307,6 +328,8 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--models", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--schemes", nargs="+", choices=SCHEMES, default=SCHEMES)
     parser.add_argument("--rows", nargs="+", type=int, default=ROWS)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
+    parser.add_argument("--weights", nargs="+", metavar="NxK", help="only these weight shapes")
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-pdl", dest="pdl", action="store_false", help="do not try programmatic dependent launch")

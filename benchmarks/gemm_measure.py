@@ -106,7 +106,7 @@ def launches_of(bench: Bench, operands: Operands, config: GemmConfig) -> tuple[l
     width = bench.problem.n // 2 if bench.silu else bench.problem.n
     out = torch.full((m, width), torch.nan, dtype=torch.bfloat16, device="cuda")
     splits = gemm_launch.split_count(k, config)
-    if splits == 1:
+    if splits == 1 or config.kind == "hopper":
         return [gemm_launch.gemm_call(operands, config, out, m, width, k, silu=bench.silu)], out
     partial = torch.full((splits, m, bench.problem.n), torch.nan, device="cuda")
     product = gemm_launch.gemm_call(operands, config, partial, m, bench.problem.n, k, silu=False)
@@ -118,7 +118,8 @@ def time_config(bench: Bench, config: GemmConfig, repeats: int, *, parts_only: b
     calls: list[Launch] = []
     shared, _ = launches_of(bench, bench.inputs[0], config)
     for operands in bench.inputs:
-        product = shared[0]._replace(arguments=(operands.x, operands.weight, *shared[0].arguments[2:]))
+        product = launches_of(bench, operands, config)[0][0]
+        product = product._replace(arguments=(*product.arguments[:2], *shared[0].arguments[2:]))
         calls += [product.launch] + [call.launch for call in shared[1:] if not parts_only]
     return time_graph(calls, repeats) / len(bench.inputs)
 

@@ -21,6 +21,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.dependent import allow_next, await_previous
 from workstation.kernels.fp8_codes import widen_pairs
 
 FEW = tl.constexpr(8)  # shares a step is cut into at least, if it has as many units
@@ -164,12 +165,14 @@ def decode_shares_kernel(
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
     HAS_FP8: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """q [S, Hq, D] → out [S, Hq, D]. partial [2 * shares, Hq, D], partial_lse [2 * shares, Hq]. Grid: shares * KV_HEADS.
 
     GROUP_PAD: query heads a KV head, padded for the matrix product; MEMBERS: padded to a power of two only.
     scale: on the scores, a stored key's own and log2(e) included.  value_scale: of stored values, applied once, at the end.
     """
+    allow_next(PDL)
     heads: tl.constexpr = KV_HEADS * GROUP
     share = tl.program_id(0) // KV_HEADS
     kv_head = tl.program_id(0) % KV_HEADS
@@ -192,6 +195,7 @@ def decode_shares_kernel(
         kv_block_stride, kv_side_stride = kv_block_stride // 2, kv_side_stride // 2
         kv_head_stride, kv_token_stride = kv_head_stride // 2, kv_token_stride // 2
     source = kv + kv_head * kv_head_stride
+    await_previous(PDL)
     while unit < last_unit:
         place_of = sequence.to(tl.int64)
         first_unit = tl.load(first + sequence)

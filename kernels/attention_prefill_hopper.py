@@ -16,42 +16,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 
 from workstation.kernels.attention_prefill import find_tile
-
-# Triton 3.6 says thread_barrier, _reinterpret and async_copy_global_to_shared; later ones renamed them, one by one.
-_align = gl.barrier if hasattr(gl, "barrier") else gl.thread_barrier
-_fetch = tma.async_load if hasattr(tma, "async_load") else tma.async_copy_global_to_shared
-HAS_REINTERPRET = gl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))
-PANEL = gl.constexpr(64)  # components a copy brings: 128 bytes, the span of the shared memory's swizzle
-
-
-@gluon.jit
-def _as_tiles(ring, STAGES: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr):
-    """The ring's pieces seen as [STAGES, KEYS, HEAD_DIM]: panel by panel is how such a tile lies under this swizzle."""
-    if HAS_REINTERPRET:
-        tiles = ring.reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
-    else:
-        tiles = ring._reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
-    return tiles
-
-
-@gluon.jit
-def _fetch_tile(
-    cache, table, tile, last_block, first_row, block_rows, bar, ring, slot, BLOCKS: gl.constexpr, PANELS: gl.constexpr
-):
-    """Blocks [tile * BLOCKS, + BLOCKS) of one head into ring slots [slot * PANELS * BLOCKS, …): panel by panel."""
-    for i in gl.static_range(BLOCKS):
-        index = tile * BLOCKS + i
-        block = gl.load(table + gl.minimum(index, last_block))
-        block = gl.where(index <= last_block, block, 0)  # behind the end: the null block, zeros
-        row = block * block_rows + first_row
-        for panel in gl.static_range(PANELS):
-            _fetch(cache, [row, panel * PANEL], bar, ring.index((slot * PANELS + panel) * BLOCKS + i))
+from workstation.kernels.hopper import PANEL, align, as_tiles, fetch_tile, zero_behind
 
 
 @gluon.jit
@@ -66,11 +36,11 @@ def _produce(
         tile = tiles - 1 - i
         mbarrier.wait(keys_free.index(stage), phase ^ 1)
         mbarrier.expect(keys_ready.index(stage), KEYS * HEAD_DIM * 2)
-        _fetch_tile(cache, table, tile, last_block, key_row, block_rows, keys_ready.index(stage), key_ring, stage,
+        fetch_tile(cache, table, tile, last_block, key_row, block_rows, keys_ready.index(stage), key_ring, stage,
                     KEYS // BLOCK_SIZE, HEAD_DIM // PANEL)  # fmt: skip
         mbarrier.wait(values_free.index(stage), phase ^ 1)
         mbarrier.expect(values_ready.index(stage), KEYS * HEAD_DIM * 2)
-        _fetch_tile(cache, table, tile, last_block, value_row, block_rows, values_ready.index(stage), value_ring, stage,
+        fetch_tile(cache, table, tile, last_block, value_row, block_rows, values_ready.index(stage), value_ring, stage,
                     KEYS // BLOCK_SIZE, HEAD_DIM // PANEL)  # fmt: skip
 
 
@@ -143,17 +113,9 @@ def _consume(
 
     filled = length - (length - 1) // BLOCK_SIZE * BLOCK_SIZE  # slots of the sequence's last block that hold values
     if (tiles * KEYS >= length) & (filled < BLOCK_SIZE):
-        # A block may hold NaN behind the end, and 0 * NaN is NaN. Both warpgroups write the same bytes.
-        BLOCK: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
-        mbarrier.wait(values_ready.index(0), 0)
-        slot = gl.arange(0, BLOCK_SIZE, layout=gl.SliceLayout(1, BLOCK))
+        mbarrier.wait(values_ready.index(0), 0)  # both warpgroups write the same bytes
         within = (length - 1) // BLOCK_SIZE - last * (KEYS // BLOCK_SIZE)
-        for panel in gl.static_range(HEAD_DIM // PANEL):
-            place = value_ring.index(panel * (KEYS // BLOCK_SIZE) + within)
-            values = place.load(BLOCK)
-            place.store(gl.where((slot < filled)[:, None], values, gl.zeros_like(values)))
-        fence_async_shared()
-        _align()
+        zero_behind(value_ring, 0, within, filled, KEYS // BLOCK_SIZE, HEAD_DIM, BLOCK_SIZE)
 
     masked = gl.maximum(tiles - clear, 1)
     mbarrier.wait(keys_ready.index(1 % STAGES), (1 // STAGES) & 1, pred=tiles > 1)
@@ -227,8 +189,8 @@ def hopper_prefill_kernel(
         pieces: gl.constexpr = STAGES * (HEAD_DIM // PANEL) * (KEYS // BLOCK_SIZE)
         key_ring = gl.allocate_shared_memory(cache.dtype, [pieces, BLOCK_SIZE, PANEL], RING)
         value_ring = gl.allocate_shared_memory(cache.dtype, [pieces, BLOCK_SIZE, PANEL], RING)
-        key_tiles = _as_tiles(key_ring, STAGES, KEYS, HEAD_DIM)
-        value_tiles = _as_tiles(value_ring, STAGES, KEYS, HEAD_DIM)
+        key_tiles = as_tiles(key_ring, STAGES, KEYS, HEAD_DIM)
+        value_tiles = as_tiles(value_ring, STAGES, KEYS, HEAD_DIM)
         keys_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         keys_free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
         values_ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -249,7 +211,7 @@ def hopper_prefill_kernel(
             where = (start + token).to(gl.int64) * q_token_stride + (kv_head * GROUP + row % GROUP) * q_head_stride
             query.index(half).store(gl.load(q + where[:, None] + dim[None, :], mask=real[:, None], other=0.0))
         fence_async_shared()
-        _align()
+        align()
 
         bars = (keys_ready, keys_free, values_ready, values_free)
         key_row = kv_head * head_rows

@@ -38,6 +38,7 @@ def linear(
     bias: torch.Tensor | None = None,
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`x @ weight^T * scales + bias + residual`, summed in float32 and rounded once.
 
@@ -47,6 +48,7 @@ def linear(
         weight_scale: [N] float32, with FP8 weights only.  x_scale: [M] float32, with FP8 activations only.
         bias: [N].  residual: [M, N] contiguous, of the result's dtype.
         out_dtype: the result's; x's by default, bfloat16 for FP8 activations.
+        out: [M, N] contiguous, of the result's dtype, to write into.
     Returns:
         [M, N] contiguous.
     """
@@ -55,9 +57,15 @@ def linear(
     if residual is not None:
         _check(residual.shape == (x.shape[0], weight.shape[0]), "residual", residual, "must be [M, N]")
         _check(residual.is_contiguous() and residual.dtype == out_dtype, "residual", residual, f"must be dense {out_dtype}")
+    if out is not None:
+        _check(out.shape == (x.shape[0], weight.shape[0]) and out.is_contiguous() and out.dtype == out_dtype, "out", out,
+               f"must be dense [M, N] {out_dtype}")  # fmt: skip
     if x.is_cuda or FORCE_TRITON:
-        return _triton().linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)  # type: ignore[no-any-return]
-    return reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+        return _triton().linear(  # type: ignore[no-any-return]
+            x, weight, weight_scale, x_scale, bias, residual, out_dtype, out
+        )
+    y = reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+    return y if out is None else out.copy_(y)
 
 
 def linear_silu_mul(
@@ -78,23 +86,6 @@ def linear_silu_mul(
     if x.is_cuda or FORCE_TRITON:
         return _triton().linear_silu_mul(x, weight, weight_scale, x_scale, bias, out_dtype)  # type: ignore[no-any-return]
     return reference_gemm.linear_silu_mul(x, weight, weight_scale, x_scale, bias, out_dtype)
-
-
-def linear_partials(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None = None,
-    x_scale: torch.Tensor | None = None,
-    bias: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """`linear` before its last sum: [S, M, N] float32, for a consumer that adds the S parts itself, in their order.
-
-    Scales and bias are applied. S depends on the shape and the GPU, never on the values; it is 1 where K is not split.
-    """
-    _check_operands(x, weight, weight_scale, x_scale, bias)
-    if x.is_cuda or FORCE_TRITON:
-        return _triton().linear_partials(x, weight, weight_scale, x_scale, bias)  # type: ignore[no-any-return]
-    return reference_gemm.linear(x, weight, weight_scale, x_scale, bias, None, torch.float32)[None]
 
 
 def _check_operands(

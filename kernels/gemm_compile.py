@@ -21,7 +21,8 @@ def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
     scale = None if problem.scheme == "16bit" else torch.float32
     x_scale = torch.float32 if problem.scheme == "fp8" else None
     silu = fuses_silu(problem, config)
-    out = torch.bfloat16 if config.splits == 1 and problem.output != "partials" else torch.float32
+    whole = config.splits == 1 or config.kind == "hopper"
+    out = torch.bfloat16 if whole else torch.float32
     n = problem.n // 2 if silu else problem.n
     return gemm_call(Operands(x, weight, scale, x_scale), config, out, problem.m, n, problem.k, silu=silu)
 
@@ -29,8 +30,15 @@ def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
 def fingerprint(problem: Problem, config: GemmConfig, capability: int) -> tuple[Any, ...]:
     """Equal for products that run the same compiled kernel on one kind of device."""
     call = call_of(problem, replace(config, splits=min(config.splits, 2)), capability)
-    kinds = [str(value) if isinstance(value, torch.dtype) else None for value in call.arguments[:6]]
+    kinds = [_kind(value) for value in call.arguments[:9]]
     return capability, call.kernel.__name__, *kinds, *sorted(call.options.items())
+
+
+def _kind(value: Any) -> str | None:
+    """What a compiled kernel knows of an argument: a pointer's type, a descriptor's box."""
+    if isinstance(value, torch.dtype):
+        return str(value)
+    return f"{value.base.dtype} {value.block_shape}" if hasattr(value, "block_shape") else None
 
 
 def compile_for(problem: Problem, config: GemmConfig, capability: int) -> Any:

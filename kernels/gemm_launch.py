@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import triton
 from torch.nn import functional as F
 
 from workstation.kernels import reference_gemm
+from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_small import gemm_kernel, gemv_kernel, reduce_kernel
 from workstation.kernels.tuning import (
     FP8_CAPABILITY,
@@ -62,12 +63,13 @@ def linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     config = _choose(x, weight, "linear")
     operands = Operands(x, _readable(weight), weight_scale, x_scale, bias, residual)
     if config.kind == "library":
-        return library_linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
-    return run_linear(operands, config, out_dtype)
+        return library_linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype, out)
+    return run_linear(operands, config, out_dtype, out=out)
 
 
 def linear_silu_mul(
@@ -89,26 +91,17 @@ def linear_silu_mul(
     return run_linear(operands, config, out_dtype, silu=True)
 
 
-def linear_partials(
-    x: torch.Tensor,
-    weight: torch.Tensor,
-    weight_scale: torch.Tensor | None,
-    x_scale: torch.Tensor | None,
-    bias: torch.Tensor | None,
+def run_linear(
+    operands: Operands, config: GemmConfig, out_dtype: torch.dtype, *, silu: bool = False, out: torch.Tensor | None = None
 ) -> torch.Tensor:
-    config = _choose(x, weight, "partials")
-    operands = Operands(x, _readable(weight), weight_scale, x_scale, bias)
-    if config.kind == "library":
-        return library_linear(x, weight, weight_scale, x_scale, bias, None, _wide(x.dtype)).float()[None]
-    return run_partials(operands, config)
-
-
-def run_linear(operands: Operands, config: GemmConfig, out_dtype: torch.dtype, *, silu: bool = False) -> torch.Tensor:
     """The product with a given configuration, its split parts summed. [M, N], or [M, N / 2] with `silu`."""
     x, weight = operands.x, operands.weight
     m, n = x.shape[0], weight.shape[0] // (2 if silu else 1)
-    out = torch.empty((m, n), dtype=out_dtype, device=x.device)
+    out = torch.empty((m, n), dtype=out_dtype, device=x.device) if out is None else out
     if m == 0:
+        return out
+    if config.kind == "hopper":
+        gemm_call(operands, config, out, m, n, x.shape[1], silu=silu).launch()
         return out
     if split_count(x.shape[1], config) == 1:
         gemm_call(operands, config, out, m, n, x.shape[1], silu=silu).launch()
@@ -140,10 +133,15 @@ def split_count(k: int, config: GemmConfig) -> int:
 
 
 def gemm_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k: int, *, silu: bool) -> Call:
-    """`gemm_kernel` or `gemv_kernel` for a weight of n channels (2n with silu), writing out [splits, m, n].
+    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; `hopper` sums its splits: [m, n].
 
-    The residual belongs to the last sum, so it is taken here with one split only.
+    The residual belongs to the last sum, so the others take it here with one split only.
     """
+    if config.kind == "hopper":
+        from workstation.kernels.launch_gemm_hopper import hopper_call  # Gluon, for one kind of GPU only
+
+        o = operands
+        return Call(*hopper_call(o.x, o.weight, o.x_scale, o.weight_scale, o.bias, o.residual, out, config, m, n, k, silu=silu))
     chunk = chunk_size(k, config)
     splits = triton.cdiv(k, chunk)
     pointers = (operands.x, operands.weight, out, operands.x_scale, operands.weight_scale, operands.bias)
@@ -183,10 +181,14 @@ def library_linear(
     bias: torch.Tensor | None,
     residual: torch.Tensor | None,
     out_dtype: torch.dtype,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`linear` by torch: cuBLAS or CUTLASS where they serve the dtypes, else on weights widened first."""
     if not x.is_cuda:
-        return reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+        y = reference_gemm.linear(x, weight, weight_scale, x_scale, bias, residual, out_dtype)
+        return y if out is None else out.copy_(y)
+    if out is not None and weight_scale is None and bias is None and residual is None:
+        return torch.mm(x, weight.t(), out=out)
     if x_scale is not None and weight_scale is not None and _scaled_mm_serves(x, weight):
         y = torch._scaled_mm(
             x, weight.t(), scale_a=x_scale[:, None], scale_b=weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
@@ -200,7 +202,8 @@ def library_linear(
     if bias is not None:
         y = y + bias.to(y.dtype)
     y = y.to(out_dtype)
-    return y if residual is None else y + residual
+    y = y if residual is None else y + residual
+    return y if out is None else out.copy_(y)
 
 
 def _scaled_mm_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -240,7 +243,8 @@ def _misplaced(*tensors: torch.Tensor) -> bool:
 
 @cache
 def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
-    return choose(Problem(scheme, output, m, n, k), device_of(device))
+    config = choose(Problem(scheme, output, m, n, k), device_of(device))
+    return replace(config, pdl=True) if chained(device)["PDL"] else config
 
 
 @cache

@@ -12,7 +12,8 @@ FP8 (e4m3fn: 1 sign, 4 exponent, 3 mantissa bits; arXiv:2209.05433): y[m, n] = x
 On Hopper the tensor cores add FP8 products with about 14 bits of mantissa inside a chunk, in float32 between chunks.
 With 16-bit activations the weight is widened in registers, exactly.
 
-Programmatic dependent launch (PDL): the first weights are prefetched into the L2 before waiting for the previous kernel.
+Programmatic dependent launch (PDL, see `dependent.py`): the first weights are prefetched into the L2 before waiting for the
+previous kernel; the next one is let in only after that, so that the chain of waiting kernels stays short.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -23,6 +24,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.dependent import allow_next, await_previous
 from workstation.kernels.fp8_codes import widen
 
 
@@ -100,8 +102,10 @@ def gemm_kernel(
     real = row < m
     if PDL:
         _prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if SILU:
+            _prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
+    await_previous(PDL)
+    allow_next(PDL)
     weight_at = rows[:, None] + (begin + step)[None, :]
     x_at = x + row[None, :].to(tl.int64) * x_stride + (begin + step)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
@@ -170,8 +174,10 @@ def gemv_kernel(
     rows = w + tl.minimum(channel, n - 1).to(tl.int64) * w_stride
     if PDL:
         _prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+        if SILU:
+            _prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
+    await_previous(PDL)
+    allow_next(PDL)
     weight_at = rows[:, None] + (begin + step)[None, :]
     acc = tl.zeros((BLOCK_N, BLOCK_K), dtype=tl.float32)
     if SILU:
@@ -219,9 +225,8 @@ def reduce_kernel(
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < n
     width = n * 2 if SILU else n
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
+    await_previous(PDL)
+    allow_next(PDL)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
     up = tl.zeros((BLOCK,), dtype=tl.float32)
     for split in tl.static_range(SPLITS):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.dependent import allow_next, await_previous
 from workstation.kernels.fp8_codes import round_to_codes
 
 
@@ -62,11 +63,13 @@ def rope_and_cache_kernel(
     HEADS: tl.constexpr,
     HALF_PAD: tl.constexpr,
     REST_PAD: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """One program: HEADS heads of one token. Query heads go to q_out [T, Hq, D], key and value heads to the cache.
 
     A cache of bytes keeps e4m3 codes of key / key_scale and value / value_scale; in any other the scales mean nothing.
     """
+    allow_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
     at = tl.arange(0, HALF_PAD)
@@ -76,6 +79,12 @@ def rope_and_cache_kernel(
     is_query = head < NUM_HEADS
     is_value = head >= NUM_HEADS + NUM_KV_HEADS
     dtype: tl.constexpr = q_out.dtype.element_ty
+
+    angle = cos_sin + tl.load(positions + token) * ROTARY + at
+    cos = tl.load(angle, mask=at < half, other=1.0)[None, :]
+    sin = tl.load(angle + half, mask=at < half, other=0.0)[None, :]
+    slot = tl.load(slots + token)
+    await_previous(PDL)
 
     source = qkv + (token * all_heads + head)[:, None] * HEAD_DIM
     pair = (head < all_heads)[:, None] & (at < half)[None, :]
@@ -92,9 +101,6 @@ def rope_and_cache_kernel(
         second = tl.where(is_query[:, None], qs, ks)
         rest = tl.where(is_query[:, None], qr, kr)
 
-    angle = cos_sin + tl.load(positions + token) * ROTARY + at
-    cos = tl.load(angle, mask=at < half, other=1.0)[None, :]
-    sin = tl.load(angle + half, mask=at < half, other=0.0)[None, :]
     turned_first = tl.where(is_value[:, None], value_first, first * cos - second * sin)
     turned_second = tl.where(is_value[:, None], value_second, second * cos + first * sin)
     rest = tl.where(is_value[:, None], value_rest, rest)
@@ -104,7 +110,6 @@ def rope_and_cache_kernel(
     tl.store(query + half + at[None, :], turned_second.to(dtype), mask=pair & is_query[:, None])
     tl.store(query + ROTARY + tail[None, :], rest.to(dtype), mask=spare & is_query[:, None])
 
-    slot = tl.load(slots + token)
     if slot >= 0:
         stored = (head >= NUM_HEADS)[:, None]
         kv_head = tl.where(is_value, head - NUM_HEADS - NUM_KV_HEADS, head - NUM_HEADS)

@@ -6,11 +6,30 @@ import torch
 import triton
 
 from workstation.kernels.activation import silu_mul_kernel
+from workstation.kernels.dependent import chained
 from workstation.kernels.kv_store import copy_blocks_kernel, rope_and_cache_kernel
 from workstation.kernels.launch_decode import attend_decodes
 from workstation.kernels.launch_prefill import attend_prefills
 from workstation.kernels.norm import add_rms_norm_kernel, rms_norm_kernel
-from workstation.kernels.paging import AttentionPlan, KVScales, codes
+from workstation.kernels.paging import AttentionPlan, KVScales, StepInputs, codes
+from workstation.kernels.step_inputs import step_inputs_kernel
+
+
+def step_inputs(
+    tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, last_token: torch.Tensor,
+    tables: tuple[torch.Tensor, ...], block_size: int,
+) -> StepInputs:
+    _require_contiguous(tokens=tokens, positions=positions, rows=rows)
+    count, block = tokens.shape[0], 128
+    wide = [torch.empty_like(tokens) for _ in range(2 + len(tables))]
+    if count:
+        for group, table in enumerate(tables):
+            step_inputs_kernel[(triton.cdiv(count, block),)](
+                tokens, positions, rows, last_token, table, *wide[:2], wide[2 + group], count, table.stride(0),
+                BLOCK_SIZE=block_size, FIRST=group == 0, BLOCK=block, num_warps=1,
+            )  # fmt: skip
+    token_ids, places, *slots = wide
+    return StepInputs(token_ids, places, tuple(slots))
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -20,7 +39,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if rows.shape[0]:
         block = triton.next_power_of_2(width)
         rms_norm_kernel[(rows.shape[0],)](
-            rows, weight, out, width, rows.stride(0), eps, BLOCK=block, num_warps=_row_warps(block)
+            rows, weight, out, width, rows.stride(0), eps, BLOCK=block, num_warps=_row_warps(block), **chained(x.device)
         )
     return out
 
@@ -34,7 +53,9 @@ def add_rms_norm(
     rows = x.numel() // width
     if rows:
         block = triton.next_power_of_2(width)
-        add_rms_norm_kernel[(rows,)](x, residual, weight, out, width, eps, BLOCK=block, num_warps=_row_warps(block))
+        add_rms_norm_kernel[(rows,)](
+            x, residual, weight, out, width, eps, BLOCK=block, num_warps=_row_warps(block), **chained(x.device)
+        )
     return out, residual
 
 
@@ -44,7 +65,9 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     out = torch.empty((*gate_up.shape[:-1], width), dtype=gate_up.dtype, device=gate_up.device)
     rows = out.numel() // max(width, 1)
     if rows:
-        silu_mul_kernel[(rows, triton.cdiv(width, 1024))](gate_up, out, width, BLOCK=1024, num_warps=4)
+        silu_mul_kernel[(rows, triton.cdiv(width, 1024))](
+            gate_up, out, width, BLOCK=1024, num_warps=4, **chained(out.device)
+        )
     return out
 
 
@@ -75,7 +98,7 @@ def rope_and_cache(
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY=rotary,
         BLOCK_SIZE=kv_layer.shape[3], HAS_NORM=q_norm is not None, HEADS=heads,
         HALF_PAD=triton.next_power_of_2(rotary // 2), REST_PAD=triton.next_power_of_2(max(head_dim - rotary, 1)),
-        num_warps=4,
+        num_warps=4, **chained(qkv.device),
     )  # fmt: skip
     return out
 

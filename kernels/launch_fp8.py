@@ -8,92 +8,108 @@ import torch
 import triton
 
 from workstation.kernels import gemm_launch, reference_fp8
+from workstation.kernels.activation import silu_mul_round_kernel
+from workstation.kernels.dependent import chained
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
 from workstation.kernels.norm import add_rms_norm_fp8_kernel
 from workstation.kernels.paging import codes
 from workstation.kernels.quantize import quantize_per_token_kernel
-from workstation.kernels.quantized import Quantized
+from workstation.kernels.quantized import Operand, Quantized, Rounding
 
 FIRST_WITH_FP8 = (8, 9)
 
 
-def quantize_fp8_per_token(x: torch.Tensor, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
-    tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
-    if tokens:
-        block = triton.next_power_of_2(width)
-        quantize_per_token_kernel[(tokens,)](
-            x, out, scale, width, x.stride(0), bound, BLOCK=block, num_warps=min(16, max(1, block // 512))
+def quantize_fp8(x: torch.Tensor, rounding: Rounding) -> Quantized:
+    out = _room(x, x.shape[1])
+    if x.shape[0]:
+        quantize_per_token_kernel[(x.shape[0],)](
+            x, out.values, out.scale, x.shape[1], x.stride(0), rounding.bound, **_whole_row(x.shape[1]), **chained(x.device)
         )
-    return out, scale
+    return out
 
 
 def add_rms_norm_fp8(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, bound: float
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding
 ) -> tuple[Quantized, torch.Tensor]:
     tokens, width = x.shape
-    out = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(tokens, dtype=torch.float32, device=x.device)
+    out = _room(x, width)
     if tokens:
-        block = triton.next_power_of_2(width)
         add_rms_norm_fp8_kernel[(tokens,)](
-            x, residual, weight, out, scale, width, eps, bound, BLOCK=block, num_warps=min(16, max(1, block // 512))
+            x, residual, weight, out.values, out.scale, width, eps, rounding.bound, **_whole_row(width), **chained(x.device)
         )
-    return Quantized(out, scale, x.dtype), residual
+    return out, residual
 
 
-def product_of_quantized(
-    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, silu: bool
+def silu_mul_round(gate_up: torch.Tensor, rounding: Rounding) -> Quantized:
+    tokens, width = gate_up.shape[0], gate_up.shape[1] // 2
+    out = _room(gate_up, width)
+    if tokens:
+        silu_mul_round_kernel[(tokens,)](
+            gate_up, out.values, out.scale, width, gate_up.stride(0), rounding.bound, **_whole_row(width),
+            **chained(gate_up.device),
+        )  # fmt: skip
+    return out
+
+
+def _room(x: torch.Tensor, width: int) -> Quantized:
+    values = torch.empty((x.shape[0], width), dtype=torch.float8_e4m3fn, device=x.device)
+    return Quantized(values, torch.empty(x.shape[0], dtype=torch.float32, device=x.device), x.dtype)
+
+
+def _whole_row(width: int) -> dict[str, int]:
+    block = triton.next_power_of_2(width)
+    return {"BLOCK": block, "num_warps": min(16, max(1, block // 512))}
+
+
+def silu_mul_of_quantized(
+    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if silu:
-        return gemm_launch.linear_silu_mul(x.values, weight, scale, x.scale, bias, x.dtype)
-    return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype)
+    return gemm_launch.linear_silu_mul(x.values, weight, scale, x.scale, bias, x.dtype)
 
 
 def linear_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
+    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
-    if not has_fp8(x.device):
-        return reference_fp8.linear_fp8(x, weight, scale, bias)
-    if quantized and multiplies_fp8(x, weight, scale):
-        return _scaled_product(x, weight, scale, bias, bound)
-    return _weight_only(x, weight, scale, bias)
+    if isinstance(x, Quantized):
+        return _product_of_quantized(x, weight, scale, bias, out)
+    if x.is_cuda and 0 < x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and _by_rows(weight, scale):
+        return gemm_launch.linear(x, weight, scale, None, bias, None, x.dtype, out)
+    if has_fp8(x.device):
+        return _weight_only(x, weight, scale, bias, out)
+    y = reference_fp8.linear_fp8(x, weight, scale, bias)
+    return y if out is None else out.copy_(y)
 
 
-def silu_mul_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, *, quantized: bool, bound: float
-) -> torch.Tensor | None:
-    """The fused product of few rows, or None where no kernel serves it."""
-    if not (quantized and multiplies_fp8(x, weight, scale)) or weight.shape[0] % 32:
-        return None
-    return product_of_quantized(Quantized(*quantize_fp8_per_token(x, bound), x.dtype), weight, scale, bias, silu=True)
+def multiplies_fp8(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """float32 is asked for when exactness matters."""
+    return dtype != torch.float32 and _by_rows(weight, scale) and has_fp8(weight.device) and scales_rows(weight.device)
 
 
-def multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-    """FP8 by FP8 wants a scale a row and multiples of 16; float32 is asked for when exactness matters."""
-    fits = scale.dim() == 1 and x.dtype != torch.float32 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
-    return fits and x.is_cuda and x.shape[0] > 0 and has_fp8(x.device) and scales_rows(x.device)
+def _by_rows(weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """A scale a row, and a shape that `gemm_small.py` serves."""
+    return scale.dim() == 1 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
 
 
-def _scaled_product(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, bound: float
+def _product_of_quantized(
+    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
-    x8, token_scale = quantize_fp8_per_token(x, bound)
-    if x.shape[0] <= MAX_ROWS:
-        return product_of_quantized(Quantized(x8, token_scale, x.dtype), weight, scale, bias, silu=False)
-    fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
-    out = torch._scaled_mm(
-        x8, weight.t(), scale_a=token_scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,
-        use_fast_accum=True,
-    ).to(x.dtype)  # fmt: skip
-    return out.add_(bias) if bias is not None and fused is None else out
+    if x.values.shape[0] > MAX_ROWS and out is not None and x.dtype == torch.bfloat16:
+        fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+        torch._scaled_mm(
+            x.values, weight.t(), scale_a=x.scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,
+            use_fast_accum=True, out=out,
+        )  # fmt: skip
+        return out.add_(bias) if bias is not None and fused is None else out
+    return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype, out)
 
 
-def _weight_only(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def _weight_only(
+    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
     tokens, (rows, columns) = x.shape[0], weight.shape
-    out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty(tokens, rows, dtype=x.dtype, device=x.device)
     if not tokens:
         return out
     small = tokens <= 64 or x.dtype == torch.float32

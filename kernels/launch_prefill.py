@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
-from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -13,6 +11,7 @@ from workstation.kernels.attention_prefill import prefill_kernel
 from workstation.kernels.attention_prefill_tiled import tiled_prefill_kernel
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.launch_fp8 import readable
+from workstation.kernels.launch_hopper import cache_rows, capability, lies_in_rows
 from workstation.kernels.paging import FP8, UNSCALED, AttentionPlan, KVScales
 
 LOG2_E = 1.4426950408889634
@@ -71,28 +70,9 @@ def serves(config: PrefillConfig, q: torch.Tensor, kv_layer: torch.Tensor, plan:
 
 
 def _hopper_serves(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: PrefillConfig) -> bool:
-    head_dim, block_size = q.shape[2], kv_layer.shape[3]
-    rows = kv_layer.shape[0] * kv_layer.stride(0) // head_dim
-    by_rows = kv_layer.stride(3) == head_dim and all(stride % head_dim == 0 for stride in kv_layer.stride()[:3])
-    fits = config.keys % block_size == 0 and block_size >= 8 and q.shape[1] // kv_layer.shape[2] <= config.rows
     same = kv_layer.dtype == q.dtype  # TMA brings keys as they are: nobody there would widen them
-    return same and plan.window == 0 and by_rows and fits and rows < 2**31 and _is_hopper(q.device)
-
-
-@cache
-def _is_hopper(device: torch.device) -> bool:
-    if _capability(device) != (9, 0):
-        return False
-    try:  # Gluon is young: a Triton without what the kernel uses leaves the other kernels
-        importlib.import_module("workstation.kernels.attention_prefill_hopper")
-    except (ImportError, AttributeError):
-        return False
-    return True
-
-
-@cache
-def _capability(device: torch.device) -> tuple[int, int]:
-    return torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)  # the interpreter
+    few = q.shape[1] // kv_layer.shape[2] <= config.rows
+    return same and plan.window == 0 and few and lies_in_rows(kv_layer, config.keys)
 
 
 def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> PrefillConfig:
@@ -101,7 +81,7 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
         return PrefillConfig("exact", 32, 16, 8, 3)
     wide = q.shape[2] > 128
     # wgmma and tcgen05 read keys from shared memory; mma.sync holds them in registers, where 64 keys leave room for no mask.
-    roomy = _capability(q.device)[0] in (9, 10)
+    roomy = capability(q.device)[0] in (9, 10)
     masked = 32 if wide or not roomy else 64  # keys a tile with masks in its loop, or of few rows
     longest = plan.max_query_len * q.shape[1] // kv_layer.shape[2]  # query rows of the longest chunk
     if longest <= 64:
@@ -111,7 +91,7 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
     hopper = PrefillConfig("hopper", 128, 64 if wide or short else 128, 4, 4 if short and not wide else 2)
     if serves(hopper, q, kv_layer, plan):
         return hopper
-    stages = 3 if _capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
+    stages = 3 if capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
     crowded = wide or plan.window > 0 or (not roomy and kv_layer.dtype != q.dtype)  # registers hold FP8 keys and the wider
     tiled = PrefillConfig("tiled", 64 if wide else 128, masked if crowded else 64, 8, stages)
     exact = PrefillConfig("exact", 128 if roomy else 64, 32 if wide else 64, 8, stages)
@@ -166,19 +146,11 @@ def _portable_call(
 def _hopper_call(
     q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
 ) -> Call:
-    from triton.experimental.gluon import language as gl
-    from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
-
     from workstation.kernels.attention_prefill_hopper import hopper_prefill_kernel
 
     tiles = _tiles(q, kv_layer, plan, config)
     kv_heads, block_size, head_dim = kv_layer.shape[2:]
-    strides = [stride // head_dim for stride in kv_layer.stride()[:3]]
-    span = 1 + sum((n - 1) * s for n, s in zip(kv_layer.shape[:3], strides, strict=True)) + block_size - 1
-    cache = TensorDescriptor(
-        kv_layer.as_strided((span, head_dim), (head_dim, 1)), [span, head_dim], [head_dim, 1], [block_size, 64],
-        gl.NVMMASharedLayout(128, 16, 2),
-    )  # fmt: skip
+    cache, strides = cache_rows(kv_layer)
     arguments = (
         q, cache, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, tiles.sequences,
         scale * LOG2_E, q.stride(0), q.stride(1), *strides, plan.tables.stride(0),

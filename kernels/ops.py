@@ -17,10 +17,11 @@ import torch
 from workstation.kernels import reference, reference_fp8
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
-from workstation.kernels.quantized import Quantized
+from workstation.kernels.quantized import Operand, Quantized, Rounding
 
 if TYPE_CHECKING:
-    from workstation.kernels.paging import AttentionPlan
+    from workstation.kernels.launch_sampling import Room
+    from workstation.kernels.paging import AttentionPlan, StepInputs
 
 # `WS_KERNELS=triton` sends CPU tensors to the Triton kernels too; that needs Triton's interpreter (TRITON_INTERPRET=1).
 FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
@@ -41,6 +42,30 @@ def _fp8() -> Any:
     return launch_fp8
 
 
+@cache
+def _sampling() -> Any:
+    from workstation.kernels import launch_sampling
+
+    return launch_sampling
+
+
+def step_inputs(
+    tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, last_token: torch.Tensor,
+    tables: tuple[torch.Tensor, ...], block_size: int,
+) -> StepInputs:
+    """A step's inputs from the rows' state, on the device.
+
+    Args:
+        tokens: [T] int64, negative where only the device knows the token: the last one its row sampled.
+        positions: [T] int64, negative for padding.  rows: [T] int64, the rows the tokens belong to.
+        last_token: [R] int64.  tables: a KV group each, [R, W] int32.
+    """
+    _check(tokens.shape == positions.shape == rows.shape and tokens.dim() == 1, "tokens", tokens, "must be [T] like the rest")
+    if tokens.is_cuda or FORCE_TRITON:
+        return _triton().step_inputs(tokens, positions, rows, last_token, tables, block_size)  # type: ignore[no-any-return]
+    return reference.step_inputs(tokens, positions, rows, last_token, tables, block_size)
+
+
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """`(x / sqrt(mean(x^2) + eps)).to(x.dtype) * weight` over the last dimension (RMSNorm, arXiv:1910.07467).
 
@@ -53,22 +78,34 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """`residual += x` in place, then RMSNorm of the sum: (normed, residual), both [T, H]."""
-    _check(x.shape == residual.shape, "residual", residual, "must have x's shape")
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
+) -> tuple[Operand, torch.Tensor]:
+    """`residual += x` in place, then RMSNorm of the sum: (normed, residual), both [T, H], rows contiguous.
+
+    With `rounding` the first is FP8: equal to `quantize_fp8` of the normed sum, in one kernel.
+    """
+    _check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
     _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
     if x.is_cuda or FORCE_TRITON:
+        if rounding is not None:
+            return _fp8().add_rms_norm_fp8(x, residual, weight, eps, rounding)  # type: ignore[no-any-return]
         return _triton().add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
-    return reference.add_rms_norm(x, residual, weight, eps)
+    normed, residual = reference.add_rms_norm(x, residual, weight, eps)
+    return (normed if rounding is None else reference_fp8.quantize_fp8(normed, rounding)), residual
 
 
-def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
-    """SwiGLU's product: `silu(gate) * up` for gate_up [T, 2F] = gate | up. Returns [T, F] (arXiv:2002.05202)."""
+def silu_mul(gate_up: torch.Tensor, rounding: Rounding | None = None) -> Operand:
+    """SwiGLU's product: `silu(gate) * up` for gate_up [T, 2F] = gate | up. Returns [T, F] (arXiv:2002.05202).
+
+    With `rounding` it is FP8: equal to `quantize_fp8` of the product, in one kernel.
+    """
     _check(gate_up.shape[-1] % 2 == 0, "gate_up", gate_up, "must be [T, 2F]")
     if gate_up.is_cuda or FORCE_TRITON:
+        if rounding is not None:
+            return _fp8().silu_mul_round(gate_up, rounding)  # type: ignore[no-any-return]
         return _triton().silu_mul(gate_up)  # type: ignore[no-any-return]
-    return reference.silu_mul(gate_up)
+    product = reference.silu_mul(gate_up)
+    return product if rounding is None else reference_fp8.quantize_fp8(product, rounding)
 
 
 def rope_and_cache(
@@ -161,88 +198,98 @@ def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) ->
         reference.copy_blocks(kv, source, target)
 
 
-def quantize_fp8_per_token(x: torch.Tensor, bound: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-    """Activations to FP8 with one scale a token: `x ≈ x8 * scale[:, None]`, scale = max |x| / 448.
+def quantize_fp8(x: torch.Tensor, rounding: Rounding) -> Quantized:
+    """Activations to FP8 with one scale a token: `x ≈ values * scale[:, None]`, scale = max |x| / 448.
 
-    x: [T, K], rows contiguous. bound: the largest value a scale is made from; what lies beyond it saturates.
-    Returns (x8 [T, K] float8_e4m3fn, scale [T] float32). A row of zeros has the scale 1 / 448.
+    x: [T, K], rows contiguous. A row of zeros has the scale 1 / 448.
     """
     _check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
-    limit = float("inf") if bound is None else bound
     if x.is_cuda or FORCE_TRITON:
-        return _fp8().quantize_fp8_per_token(x, limit)  # type: ignore[no-any-return]
-    return reference_fp8.quantize_fp8_per_token(x, limit)
+        return _fp8().quantize_fp8(x, rounding)  # type: ignore[no-any-return]
+    return reference_fp8.quantize_fp8(x, rounding)
 
 
-def add_rms_norm_fp8(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, bound: float | None = None
-) -> tuple[Quantized, torch.Tensor]:
-    """`add_rms_norm`, its result rounded to FP8 per token: equal to `quantize_fp8_per_token` of it, in one kernel.
-
-    x, residual: [T, H], rows contiguous; residual += x in place.  bound: see `quantize_fp8_per_token`.
-    """
-    _check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
-    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
-    limit = float("inf") if bound is None else bound
-    if x.is_cuda or FORCE_TRITON:
-        return _fp8().add_rms_norm_fp8(x, residual, weight, eps, limit)  # type: ignore[no-any-return]
-    normed, residual = reference.add_rms_norm(x, residual, weight, eps)
-    return Quantized(*reference_fp8.quantize_fp8_per_token(normed, limit), x.dtype), residual
-
-
-def multiplies_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor) -> bool:
-    """Whether x [T, K] would be rounded to FP8 for this weight, and few enough rows for our own kernels."""
-    return x.is_cuda and x.shape[0] <= MAX_ROWS and bool(_fp8().multiplies_fp8(x, weight, scale))
-
-
-def linear_quantized(
-    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *, silu: bool = False
-) -> torch.Tensor:
-    """`linear_fp8` (or `silu_mul_fp8`) for activations that are FP8 already: [T, N] or [T, N / 2] of x.dtype."""
-    _check(x.values.shape[0] <= MAX_ROWS, "x", x.values, f"must have at most {MAX_ROWS} rows")
-    return _fp8().product_of_quantized(x, weight, scale, bias, silu=silu)  # type: ignore[no-any-return]
+def multiplies_fp8(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor) -> bool:
+    """Whether activations of this dtype may be rounded to FP8 for this weight: the device multiplies FP8 by FP8
+    (compute capability 8.9 and above), with a scale a row, for 16-bit types and shapes that are multiples of 16."""
+    return weight.is_cuda and bool(_fp8().multiplies_fp8(dtype, weight, scale))
 
 
 def linear_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *,
-    quantized_activations: bool = True, bound: float | None = None,
+    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`y = x · Wᵀ + b` with FP8 weights: W[n, k] = weight[n, k] * scale[n], or * scale[n // 128, k // 128].
 
-    With a scale a row, `quantized_activations` rounds x to FP8 per token where the GPU multiplies FP8 (compute capability
-    8.9 and above) and x is 16-bit. Everywhere else the weights are widened and x keeps its dtype.
-
     Args:
-        x: [T, K].  weight: [N, K] float8_e4m3fn.  scale: [N] or [⌈N/128⌉, ⌈K/128⌉] float32.  bias: [N] of x's dtype.
-        bound: see `quantize_fp8_per_token`.
+        x: [T, K]: Quantized where `multiplies_fp8`; else weights are widened and x keeps its dtype.
+        weight: [N, K] float8_e4m3fn.  scale: [N] or [⌈N/128⌉, ⌈K/128⌉] float32.  bias: [N] of x's dtype.
+        out: [T, N] of x's dtype, contiguous, to write into.
     Returns:
         [T, N] of x's dtype.
     """
     rows, columns = weight.shape
-    _check(x.dim() == 2 and x.shape[1] == columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    values = x.values if isinstance(x, Quantized) else x
+    _check(values.dim() == 2 and values.shape[1] == columns and values.stride(1) == 1, "x", values,
+           "must be [T, K] with contiguous rows")  # fmt: skip
     _check(weight.dtype == torch.float8_e4m3fn and weight.is_contiguous(), "weight", weight, "must be contiguous e4m3")
     grid = (-(-rows // 128), -(-columns // 128))
     _check(scale.shape in ((rows,), grid) and scale.dtype == torch.float32, "scale", scale, "must be [N] or a block's each")
     _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
-    if x.is_cuda or FORCE_TRITON:
-        limit = float("inf") if bound is None else bound
-        return _fp8().linear_fp8(  # type: ignore[no-any-return]
-            x, weight, scale, bias, quantized=quantized_activations, bound=limit
-        )
-    return reference_fp8.linear_fp8(x, weight, scale, bias)
+    _check(out is None or out.shape == (values.shape[0], rows), "out", out, "must be [T, N]")
+    if values.is_cuda or FORCE_TRITON:
+        return _fp8().linear_fp8(x, weight, scale, bias, out)  # type: ignore[no-any-return]
+    y = reference_fp8.linear_fp8(x, weight, scale, bias)
+    return y if out is None else out.copy_(y)
 
 
 def silu_mul_fp8(
-    x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None, *,
-    quantized_activations: bool = True, bound: float | None = None,
-) -> torch.Tensor:
-    """`silu_mul(linear_fp8(…))` for weight [2F, K] = gate | up, in one kernel where the rows are few. Returns [T, F]."""
-    if (x.is_cuda or FORCE_TRITON) and x.shape[0] <= MAX_ROWS:
-        limit = float("inf") if bound is None else bound
-        fused = _fp8().silu_mul_fp8(x, weight, scale, bias, quantized=quantized_activations, bound=limit)
-        if fused is not None:
-            return fused  # type: ignore[no-any-return]
-    return silu_mul(linear_fp8(x, weight, scale, bias, quantized_activations=quantized_activations, bound=bound))
+    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
+    rounding: Rounding | None = None,
+) -> Operand:
+    """`silu_mul(linear_fp8(…), rounding)` for weight [2F, K] = gate | up; few rows that are FP8 already take one kernel,
+    and their result is left unrounded."""
+    if isinstance(x, Quantized) and x.values.shape[0] <= MAX_ROWS and weight.shape[0] % 32 == 0 and x.values.is_cuda:
+        return _fp8().silu_mul_of_quantized(x, weight, scale, bias)  # type: ignore[no-any-return]
+    return silu_mul(linear_fp8(x, weight, scale, bias), rounding)
+
+
+def samples(logits: torch.Tensor) -> bool:
+    """Whether `sample` serves these logits; their twin is the sampler's own path over `engine/sampling_math.py`."""
+    return logits.is_cuda or FORCE_TRITON
+
+
+def sampling_room(width: int, device: torch.device) -> Room:
+    """Scratch for `sample`: one a sampler, for logits [·, width]."""
+    return _sampling().Room(width, device)  # type: ignore[no-any-return]
+
+
+def prepare_sampling(dtype: torch.dtype, table: torch.Tensor, room: Room) -> None:
+    """Compile what `sample` may need for logits of this dtype and for adjusted float32 copies of them."""
+    _sampling().prepare(dtype, table, room)
+
+
+def sample(
+    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, room: Room,
+    last_token: torch.Tensor | None = None, *, filtered: bool, pdl: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One token a row: greedy, or drawn by inverse CDF after min_p, top_k and top_p (over what top_k left), ties kept.
+
+    Args:
+        logits: [L, V] float32, bfloat16 or float16, a row contiguous; not changed.
+        rows, positions: [L] int64, rows distinct. The row's key and the position decide the uniform number.
+        table: [R, ≥ 5] int64: key, top_k (0: all), and the bits of float64: 1 / temperature (0: greedy), top_p, min_p.
+        room: from `sampling_room`, for V.  last_token: [R] int64; gets the tokens at `rows`.
+        filtered: some row has top_k or top_p: three launches instead of one.
+        pdl: launch programmatically dependent on the kernel that wrote the logits.
+    Returns:
+        tokens [L] int64 (0 where not finite), finite [L] bool: False for rows with NaN or +inf or nothing but -inf.
+    """
+    _check(logits.shape[1] == room.width and logits.stride(1) == 1, "logits", logits, "must be [L, V] for the room's V")
+    _check(rows.shape == positions.shape == logits.shape[:1], "rows", rows, "and positions must be [L]")
+    return _sampling().sample(  # type: ignore[no-any-return]
+        logits, rows, positions, table, room, last_token, filtered=filtered, pdl=pdl
+    )
 
 
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:

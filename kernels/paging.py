@@ -58,3 +58,14 @@ class AttentionPlan:
     window: int = 0
     block_size: int = 16
     scratch: dict[str, Any] = field(default_factory=dict)
+
+
+class StepInputs(NamedTuple):
+    """What a step's T tokens are and where they stand.
+
+    token_ids, positions: [T] int64; positions of padding are 0.  slots: a KV group each, [T] int64, -1 for padding.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    slots: tuple[torch.Tensor, ...]

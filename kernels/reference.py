@@ -13,11 +13,11 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from workstation.kernels.paging import FP8, KVScales, codes
+from workstation.kernels.paging import FP8, KVScales, StepInputs, codes
 from workstation.kernels.reference_attention import attention, flat_rows, row_strides
 from workstation.kernels.reference_fp8 import to_codes
 
-__all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cache", "silu_mul"]
+__all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cache", "silu_mul", "step_inputs"]
 
 # Up to here two passes of layer_norm's one kernel are cheaper than the seven small calls behind torch's rms_norm.
 MIRRORED_NORM_ELEMENTS = 2048
@@ -48,6 +48,18 @@ def add_rms_norm(
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     gate, up = gate_up.chunk(2, -1)
     return F.silu(gate).mul_(up)
+
+
+def step_inputs(
+    tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, last_token: torch.Tensor,
+    tables: tuple[torch.Tensor, ...], block_size: int,
+) -> StepInputs:
+    token_ids = torch.where(tokens < 0, last_token[rows], tokens)
+    places = positions.clamp(min=0)
+    entries, offsets = places // block_size, places % block_size
+    slots = tuple(torch.where(positions < 0, -1, table[rows, entries].to(torch.int64) * block_size + offsets)
+                  for table in tables)
+    return StepInputs(token_ids, places, slots)
 
 
 def rope_and_cache(

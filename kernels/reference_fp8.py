@@ -5,17 +5,19 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from workstation.kernels.quantized import Operand, Quantized, Rounding
+
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
 BLOCK = 128
 CHUNK_ELEMENTS = 1 << 24
 
 
-def quantize_fp8_per_token(x: torch.Tensor, bound: float) -> tuple[torch.Tensor, torch.Tensor]:
+def quantize_fp8(x: torch.Tensor, rounding: Rounding) -> Quantized:
     values = x.float()
-    largest = values.abs().amax(-1).clamp(max=bound)
+    largest = values.abs().amax(-1).clamp(max=rounding.bound)
     scale = torch.where(largest == 0, 1.0, largest) / FP8_MAX
-    return (values / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale
+    return Quantized((values / scale[..., None]).clamp(-FP8_MAX, FP8_MAX).to(FP8), scale, x.dtype)
 
 
 def to_codes(values: torch.Tensor, scale: float) -> torch.Tensor:
@@ -33,8 +35,10 @@ def from_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return wide.masked_fill_(wide.abs() > FP8_MAX, torch.nan).to(dtype)
 
 
-def linear_fp8(x: torch.Tensor, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_fp8(x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """scale [N] float32, or [⌈N/128⌉, ⌈K/128⌉] for 128 × 128 blocks."""
+    if isinstance(x, Quantized):
+        x = (x.values.float() * x.scale[:, None]).to(x.dtype)
     rows, columns = weight.shape
     out = torch.empty(x.shape[0], rows, dtype=x.dtype, device=x.device)
     step = max(BLOCK, CHUNK_ELEMENTS // columns // BLOCK * BLOCK)

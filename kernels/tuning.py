@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 Scheme = Literal["16bit", "fp8", "fp8_weight"]  # bf16 or fp16; FP8 weights and activations; FP8 weights only
-Output = Literal["linear", "partials", "silu_mul"]
-Kind = Literal["dot", "gemv", "library"]
+Output = Literal["linear", "silu_mul"]
+Kind = Literal["dot", "gemv", "hopper", "library"]
 
 MAX_ROWS = 256  # beyond, the library's large tiles win
 TUNED = Path(__file__).parent / "tuned"
 KIB = 1024
 FP8_CAPABILITY = 89  # the first with e4m3fn conversions and products
+CHANNELS, PANEL_BYTES = 64, 128  # of a tile of weights in `gemm_hopper.py`: the rows of a wgmma, the span of a swizzle
 READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands from shared memory: wgmma, tcgen05
 # Without a measurement the library gets what lies above: its FP8 products are slow at few rows, its 16-bit ones less so,
 # and FP8 weights with 16-bit activations it cannot read at all.
@@ -61,7 +62,8 @@ class Problem:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """`dot`: tensor cores; `gemv`: CUDA cores, one row only; `library`: torch, and the sizes mean nothing.
+    """`dot`: tensor cores; `gemv`: CUDA cores, one row only; `hopper`: `gemm_hopper.py`, compute capability 9.0 only;
+    `library`: torch, and the sizes mean nothing.
 
     block_n: output channels a program computes (of gate and of up each, when it fuses SiLU); block_m: activation rows;
     block_k: the step along K; splits: chunks of K, at most (a short K has fewer); pdl: programmatic dependent launch.
@@ -91,8 +93,8 @@ LIBRARY = GemmConfig("library")
 
 
 def fuses_silu(problem: Problem, config: GemmConfig) -> bool:
-    """Whether the product itself applies SiLU·mul: with K in one chunk. Otherwise the sum over the chunks does."""
-    return problem.output == "silu_mul" and config.splits == 1
+    """Whether the product itself applies SiLU·mul: K is in one chunk, or summed inside. Else the sum over the chunks does."""
+    return problem.output == "silu_mul" and (config.splits == 1 or config.kind == "hopper")
 
 
 def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
@@ -104,6 +106,10 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     """
     if config.kind == "library":
         return 0
+    if config.kind == "hopper":
+        rows = 2 * CHANNELS if problem.output == "silu_mul" else config.block_n
+        ring = config.stages * config.block_k * problem.weight_bytes * (rows + config.block_m)
+        return ring + min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
     stage = config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes)

@@ -13,6 +13,7 @@ from fp8_checks import (
     check_nan_reaches_the_result,
     check_norm_that_rounds,
     check_quantize,
+    check_silu_mul_that_rounds,
     check_strided_rows,
 )
 
@@ -46,3 +47,9 @@ def test_bounds_nan_and_strides() -> None:
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (3, 96), (17, 1000)])
 def test_the_norm_that_rounds_equals_the_norm_and_then_the_rounding(tokens: int, width: int, dtype: torch.dtype) -> None:
     check_norm_that_rounds(tokens, width, dtype, "cpu")
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000)])
+def test_the_product_that_rounds_equals_the_product_and_then_the_rounding(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_silu_mul_that_rounds(tokens, width, dtype, "cpu")

@@ -18,6 +18,7 @@ from kernel_checks import (
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
+    check_step_inputs,
 )
 
 from workstation.kernels import launch_decode, launch_prefill, ops, reference
@@ -44,6 +45,11 @@ def test_rms_norm(tokens: int, dtype: torch.dtype) -> None:
 def test_rms_norm_reads_strided_rows() -> None:
     x, weight = torch.randn(5, 200)[:, :72], torch.randn(72)
     torch.testing.assert_close(ops.rms_norm(x, weight, 1e-5), reference.rms_norm(x.contiguous(), weight, 1e-5))
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 200])
+def test_step_inputs(tokens: int) -> None:
+    check_step_inputs(tokens, "cpu")
 
 
 @DTYPES
@@ -127,7 +133,7 @@ def test_decode_is_attention_however_the_keys_are_shared(
     case = paged_case(Heads(8, 2, 64), lengths, window=window)
     for _ in range(2):
         out = torch.full_like(case.q, torch.nan)
-        config = DecodeConfig(32, 4, 2, 2, least, whole)
+        config = DecodeConfig("shares", 32, 4, 2, 2, least, whole)
         launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, config)
         torch.testing.assert_close(out, case.expected(), atol=2e-5, rtol=2e-5)
 
@@ -137,7 +143,7 @@ def test_shares_are_equal_and_leave_short_sequences_whole(monkeypatch: pytest.Mo
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: 5)
     case = paged_case(Heads(2, 1, 16), [(1, 180), (1, 192), (1, 1024)])
     out = torch.empty_like(case.q)
-    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig(32, 4, 2, 1, 1, 3))
+    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig("shares", 32, 4, 2, 1, 1, 3))
     shares = case.plan.scratch["decode_shares"]
     assert shares.number == 5
     assert shares.first.tolist() == [0, 3, 6, 22]
@@ -164,7 +170,7 @@ def test_shares_are_neither_tiny_nor_too_many(
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
     case = paged_case(Heads(1, 1, 16), [(1, length) for length in lengths])
     out = torch.empty_like(case.q)
-    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig(64, 4, 2, 1, 4, 8))
+    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig("shares", 64, 4, 2, 1, 4, 8))
     assert int(case.plan.scratch["decode_shares"].header[0]) == units
     torch.testing.assert_close(out, case.expected(), atol=2e-5, rtol=2e-5)
 

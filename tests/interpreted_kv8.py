@@ -126,7 +126,7 @@ def test_decode_however_the_keys_are_shared(
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
     case = paged_case(Heads(8, 2, 64), [(1, length) for length in (1, 17, 300, 0, 46, 700)], window=window, scales=SCALES)
     for _ in range(2):
-        check_decode(case, DecodeConfig(keys, 4, 2, 2, least, whole))
+        check_decode(case, DecodeConfig("shares", keys, 4, 2, 2, least, whole))
 
 
 def test_broken_keys_stay_with_their_sequence(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,25 @@ def check_silu_mul(tokens: int, width: int, dtype: torch.dtype, device: str) -> 
     close(ops.silu_mul(gate_up), gate / (1 + (-gate).exp()) * up, dtype)
 
 
+def check_step_inputs(tokens: int, device: str) -> None:
+    """Every third token comes from its row, every fifth is padding, and a second KV group has a table of its own."""
+    gen = torch.Generator().manual_seed(tokens)
+    ids, rows = (torch.randint(0, high, (tokens,), generator=gen) for high in (500, 7))
+    positions = torch.randint(0, 90, (tokens,), generator=gen)
+    ids[::3], positions[4::5] = -1, -1
+    last_token = torch.randint(0, 500, (7,), generator=gen)
+    tables = [torch.randint(1, 40, (7, 6), generator=gen, dtype=torch.int32) for _ in range(2)]
+    given = ops.step_inputs(*(item.to(device) for item in (ids, positions, rows, last_token)),
+                            tuple(table.to(device) for table in tables), 16)
+    for place in range(tokens):
+        row, position = int(rows[place]), int(positions[place])
+        padding = position < 0
+        assert given.token_ids[place] == (last_token[row] if ids[place] < 0 else ids[place])
+        assert given.positions[place] == max(position, 0)
+        for table, slots in zip(tables, given.slots, strict=True):
+            assert slots[place] == (-1 if padding else int(table[row, position // 16]) * 16 + position % 16)
+
+
 def check_rope_and_cache(tokens: int, heads: Heads, rotary_dim: int, normed: bool, dtype: torch.dtype, device: str) -> None:
     """Every third token is padding (slot -1); whatever is not a slot of this step must keep its contents."""
     total = heads.query + 2 * heads.kv

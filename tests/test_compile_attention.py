@@ -12,7 +12,7 @@ import torch
 from kernel_cases import Heads, PagedCase, paged_case
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
-from workstation.kernels import launch_decode, launch_fp8, launch_prefill
+from workstation.kernels import launch_decode, launch_fp8, launch_hopper, launch_prefill
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.offline import Resources, resources, targeting
 from workstation.kernels.paging import KVScales
@@ -41,8 +41,9 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def pretend(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
     """The launch code sees CPU tensors as on this device."""
-    launch_prefill._is_hopper.cache_clear()
-    monkeypatch.setattr(launch_prefill, "_capability", lambda _: divmod(device.capability, 10))
+    launch_hopper.is_hopper.cache_clear()
+    for module in (launch_hopper, launch_prefill):
+        monkeypatch.setattr(module, "capability", lambda _: divmod(device.capability, 10))
     monkeypatch.setattr(launch_fp8, "has_fp8", lambda _: device.capability >= FP8_CAPABILITY)
     monkeypatch.setattr(launch_decode, "_shared_memory", lambda _: device.shared_bytes + RESERVED)
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda _: device.processors)
@@ -51,7 +52,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, device: Device) -> None:
 @pytest.fixture(autouse=True)
 def forgotten_devices() -> Any:
     yield
-    launch_prefill._is_hopper.cache_clear()
+    launch_hopper.is_hopper.cache_clear()
 
 
 def compile_for(call: Call, device: Device) -> Any:
@@ -68,7 +69,7 @@ def prefill(case: PagedCase, device: Device) -> tuple[launch_prefill.PrefillConf
 
 def decode(case: PagedCase, device: Device) -> tuple[launch_decode.DecodeConfig, Any, Any]:
     """→ (what is chosen, the compiled kernel that plans, the one that attends)."""
-    config = launch_decode.choose(case.q, case.kv_layer)
+    config = launch_decode.choose(case.q, case.kv_layer, case.plan)
     shares = launch_decode.make_room(case.q, case.kv_layer, case.plan, config)
     plan = launch_decode.plan_call(case.kv_layer, case.plan, config, shares)
     attend = launch_decode.decode_call(
@@ -94,7 +95,8 @@ def check_decode(case: PagedCase, device: Device) -> None:
     check(plan, device)
     needed = check(attend, device, EXACT_SPILLS if case.q.dtype == torch.float32 else parked(case, device))
     assert config.per_sm * (needed.shared + RESERVED) <= device.shared_bytes + RESERVED
-    assert config.per_sm * config.warps * 32 * -(-needed.registers // 8) * 8 <= REGISTERS
+    warps = config.warps * (2 if config.kind == "hopper" else 1)  # a warpgroup beside the multiplying one
+    assert config.per_sm * warps * 32 * -(-needed.registers // 8) * 8 <= REGISTERS
 
 
 @pytest.mark.parametrize(("shapes", "tile"), [(CHUNK, (128, 2)), (SHORT_CHUNKS, (64, 4))], ids=["long", "short"])
@@ -123,8 +125,18 @@ def test_a_window_on_hopper_goes_to_the_tiled_kernel_and_wgmma(monkeypatch: pyte
 def test_decode_fits_hopper_as_often_as_its_grid_counts_on(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend(monkeypatch, H200)
     case = paged_case(GROUPED, [(1, 300), (1, 40)], dtype=torch.bfloat16)
-    assert launch_decode.choose(case.q, case.kv_layer) == launch_decode.DecodeConfig(64, 4, 3, 3, 4, 8)
+    assert launch_decode.choose(case.q, case.kv_layer, case.plan).kind == "hopper"
     check_decode(case, H200)
+    windowed = paged_case(GROUPED, [(1, 300), (1, 40)], window=1500, dtype=torch.bfloat16)
+    config = launch_decode.choose(windowed.q, windowed.kv_layer, windowed.plan)
+    assert config == launch_decode.DecodeConfig("shares", 64, 4, 3, 3, 4, 8)
+    check_decode(windowed, H200)
+
+
+def test_hopper_decode_is_fed_by_tma_and_chained(monkeypatch: pytest.MonkeyPatch) -> None:
+    pretend(monkeypatch, H200)
+    _, _, compiled = decode(paged_case(GROUPED, [(1, 300)], dtype=torch.float16), H200)
+    assert "cp.async.bulk.tensor.2d" in compiled.asm["ptx"] and "wgmma.mma_async" in compiled.asm["ptx"]
 
 
 @pytest.mark.parametrize("capability", [89, 120])

@@ -34,7 +34,7 @@ def test_greedy_tokens_in_fp32_equal_the_cpu_twins(folders: dict[str, Path], kin
 
 @pytest.mark.parametrize("changes", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"overlap": False}, {"enable_prefix_caching": False},
-    {"max_num_seqs": 2}, {"num_blocks": 12, "max_model_len": 128},
+    {"max_num_seqs": 2}, {"num_blocks": 12, "max_model_len": 128}, {"enforce_eager": True},
 ], ids=str)
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_do_not_depend_on_the_schedule_in_fp32(folders: dict[str, Path], kind: str, changes: dict[str, Any]) -> None:

@@ -12,13 +12,16 @@ from fp8_checks import (
     check_nan_stays,
     check_norm_that_rounds,
     check_quantize,
+    check_silu_mul_that_rounds,
     check_strided_rows,
+    check_writing_into_a_buffer,
     exact,
     random_layer,
     relative_error,
 )
 
 from workstation.kernels import ops, reference_fp8
+from workstation.kernels.quantized import Rounding
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -66,7 +69,7 @@ def test_rows_may_lie_apart() -> None:
 def test_no_tokens_give_no_rows() -> None:
     weight, scale = random_layer(32, 16, False, "cpu")
     assert ops.linear_fp8(torch.empty(0, 16), weight, scale).shape == (0, 32)
-    assert ops.quantize_fp8_per_token(torch.empty(0, 16))[1].shape == (0,)
+    assert ops.quantize_fp8(torch.empty(0, 16), Rounding()).scale.shape == (0,)
 
 
 def test_a_misshapen_argument_is_refused_by_name() -> None:
@@ -105,7 +108,7 @@ def test_quantised_activations_on_a_gpu(tokens: int, rows: int, columns: int, bi
 @pytest.mark.gpu
 @GPU
 def test_float32_on_a_gpu_does_not_round_its_activations() -> None:
-    check_linear(9, 256, 512, blocked=False, bias=True, dtype=torch.float32, device="cuda", quantized=False)
+    check_linear(9, 256, 512, blocked=False, bias=True, dtype=torch.float32, device="cuda")
     weight, scale = random_layer(256, 512, False, "cuda")
     x = torch.randn(9, 512, device="cuda")
     assert relative_error(ops.linear_fp8(x, weight, scale), exact(x, weight, scale, None)) < 2e-6
@@ -140,3 +143,31 @@ def test_the_norm_that_rounds_equals_the_norm_and_then_the_rounding(tokens: int,
 @pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000), (128, 8192)])
 def test_the_norm_that_rounds_on_a_gpu(tokens: int, width: int, dtype: torch.dtype) -> None:
     check_norm_that_rounds(tokens, width, dtype, "cuda")
+
+
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000)])
+def test_the_product_that_rounds_equals_the_product_and_then_the_rounding(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_silu_mul_that_rounds(tokens, width, dtype, "cpu")
+
+
+@pytest.mark.parametrize("quantized", [False, True])
+def test_a_result_can_be_written_into_a_given_buffer(quantized: bool) -> None:
+    check_writing_into_a_buffer(5, "cpu", torch.bfloat16, quantized=quantized)
+
+
+@GPU
+@pytest.mark.gpu
+@DTYPES
+@pytest.mark.parametrize(("tokens", "width"), [(1, 64), (17, 1000), (300, 14336), (5, 28672)])
+def test_the_product_that_rounds_on_a_gpu(tokens: int, width: int, dtype: torch.dtype) -> None:
+    check_silu_mul_that_rounds(tokens, width, dtype, "cuda")
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantized", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("tokens", [5, 300])
+def test_a_result_can_be_written_into_a_given_buffer_on_a_gpu(tokens: int, dtype: torch.dtype, quantized: bool) -> None:
+    check_writing_into_a_buffer(tokens, "cuda", dtype, quantized=quantized)

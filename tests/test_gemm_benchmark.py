@@ -39,7 +39,7 @@ def test_every_problem_has_candidates_and_all_of_them_fit(tuner: ModuleType, dev
     for problem in problems:
         found = tuner.candidates(problem, device)
         assert len(found) >= 4 and len(set(found)) == len(found)
-        assert found[0] == tuning.default_config(problem, device)
+        assert found[0] in (tuning.default_config(problem, device), tuning.choose(problem, device))
         assert all(tuning.shared_bytes(problem, config, device.capability) <= device.shared_bytes for config in found)
         assert all(problem.m == 1 for config in found if config.kind == "gemv")
 
@@ -50,7 +50,6 @@ def test_the_fastest_right_configuration_wins(tuner: ModuleType) -> None:
     point = tuner.Point(problem)
     tuner.search(point, SimpleNamespace(problem=problem), configs, deadline=float("inf"))
     assert point.config == GemmConfig("dot", splits=1, stages=5) and point.us == 60.0
-    assert point.parts_config == point.config
     assert len(point.wrong) == 2
 
 
@@ -79,4 +78,4 @@ def test_what_it_writes_is_what_the_choice_reads(tuner: ModuleType, monkeypatch:
     chosen = [tuning.choose(Problem("fp8", "linear", m, 4096, 4096), H200) for m in (1, 2, 8, 9, 32)]
     tuning.tuned.cache_clear()
     assert chosen == [config, config, config, LIBRARY, LIBRARY]
-    assert json.loads((tmp_path / "gemm.json").read_text())["points"][0]["parts_us"] is None
+    assert json.loads((tmp_path / "gemm.json").read_text())["points"][0]["problem"]["m"] == 1

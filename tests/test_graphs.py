@@ -1,10 +1,11 @@
-"""The graph path of the decode step, with a stand-in that runs the captured function instead of replaying it."""
+"""The graph path of a step, with a stand-in that runs the captured function instead of replaying it."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import drain, make_engine, submit
@@ -12,39 +13,31 @@ from test_engine import PROMPTS, RANDOM, greedy
 from tiny import write_tiny
 
 from workstation.engine.engine import Engine
-from workstation.engine.graphs import DecodeGraphs, graph_sizes
+from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, graph_shapes
+from workstation.engine.inputs import HostStep
+
+DECODES = [Shape(1), Shape(2), Shape(4), Shape(8)]
+MIXED = [Shape(0, 16, 2), Shape(4, 16, 2), Shape(0, 64, 4), Shape(4, 64, 4), Shape(8, 256, 8)]
 
 
 class _Replayed:
-    """What `torch.cuda.CUDAGraph` is to DecodeGraphs, on the CPU: the same inputs, the same output tensor."""
+    """What `torch.cuda.CUDAGraph` is to StepGraphs, on the CPU: the same inputs, the same output tensor."""
 
-    def __init__(self, graphs: DecodeGraphs, size: int) -> None:
-        self.graphs, self.size = graphs, size
-        self.constants = (torch.arange(size + 1, dtype=torch.int32), torch.arange(size))
-        self.inputs = torch.zeros(5 * size, dtype=torch.int64)
-        self.logits = torch.zeros(0)
+    def __init__(self, graphs: StepGraphs, shape: Shape, width: int) -> None:
+        self.graphs, self.shape = graphs, shape
+        self.inputs = torch.full((_Fields.size(shape),), 10**9)
+        self.logits = torch.zeros(shape.sequences, width)
         self.count = 0
 
     def replay(self) -> None:
         self.count += 1
-        self.logits[:] = self.graphs._run(self.inputs, self.size, self.constants)
+        self.logits[:] = self.graphs._run(self.shape, self.inputs)
 
 
-def with_graphs(engine: Engine, sizes: list[int]) -> list[_Replayed]:
+def with_graphs(engine: Engine, shapes: list[Shape]) -> list[_Replayed]:
     graphs = engine._runner._graphs
-    made = []
-
-    def capture(size: int, pool: Any) -> Any:
-        from workstation.engine.graphs import _Captured
-
-        replayed = _Replayed(graphs, size)
-        replayed.logits = torch.zeros(size, engine.info.logits_width)
-        made.append(replayed)
-        return _Captured(size, replayed.inputs, replayed.logits, replayed)
-
-    for size in sizes:
-        graphs._captured[size] = capture(size, None)
-    graphs._sizes = sorted(sizes)
+    made = [_Replayed(graphs, shape, engine.info.logits_width) for shape in shapes]
+    graphs._captured = {item.shape: _Captured(item.inputs, item.logits, item) for item in made}
     return made
 
 
@@ -58,25 +51,57 @@ def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 @pytest.mark.parametrize("params", [[greedy()] * len(PROMPTS), RANDOM], ids=["greedy", "random"])
 def test_padded_replays_give_the_tokens_of_the_eager_step(folder: Path, params: Any, overlap: bool) -> None:
     found = []
-    for sizes in ([], [1, 2, 4, 8]):
-        engine = make_engine(folder, overlap=overlap)
-        made = with_graphs(engine, sizes)
+    for shapes in ([], DECODES, [*DECODES, *MIXED]):
+        engine = make_engine(folder, overlap=overlap, max_num_batched_tokens=24)
+        made = with_graphs(engine, shapes)
         submit(engine, PROMPTS, params)
         found.append({key: answer.tokens for key, answer in drain(engine).items()})
-        assert not sizes or sum(item.count for item in made) > 5
-    assert found[0] == found[1]
+        assert not shapes or sum(item.count for item in made) > 5
+        assert MIXED[0] not in shapes or sum(item.count for item in made if item.shape.tokens) > 1, "no prompt was replayed"
+    assert found[0] == found[1] == found[2]
 
 
 def test_padding_writes_no_kv_and_leaves_the_null_block_alone(folder: Path) -> None:
     engine = make_engine(folder)
-    with_graphs(engine, [8])
+    with_graphs(engine, [Shape(8), Shape(8, 64, 4)])
     submit(engine, PROMPTS[:3], [greedy()] * 3)
     drain(engine)
     assert engine._runner.pool[0].abs().max() == 0
 
 
-def test_sizes_climb_by_sixteen_and_end_at_the_rows_there_are() -> None:
-    assert graph_sizes(1) == [1]
-    assert graph_sizes(6) == [1, 2, 4, 6]
-    assert graph_sizes(40) == [1, 2, 4, 8, 16, 32, 40]
-    assert graph_sizes(2000)[-1] == 512
+def test_a_step_takes_the_smallest_shape_with_room_for_its_decodes_and_its_prompts(folder: Path) -> None:
+    engine = make_engine(folder)
+    with_graphs(engine, [*DECODES, *MIXED])
+    choose = engine._runner._graphs.choose
+
+    def step(decodes: int, *chunks: int) -> HostStep:
+        counts = np.array([1] * decodes + list(chunks))
+        tokens = np.zeros(counts.sum(), dtype=np.int64)
+        rows = np.arange(len(counts))
+        return HostStep(tokens, tokens, tokens, rows, rows, np.array([0, *counts.cumsum()]), decodes, max(counts), 99)
+
+    assert choose(step(3)) == Shape(4)
+    assert choose(step(0, 16)) == Shape(0, 16, 2)
+    assert choose(step(0, 9, 9)) == Shape(0, 64, 4)
+    assert choose(step(1, 9)) == Shape(4, 16, 2)
+    assert choose(step(5, 9)) == Shape(8, 256, 8)
+    assert choose(step(9, 9)) is None
+    assert choose(step(0, 2, 2, 2, 2, 2, 2, 2, 2, 2)) is None
+    assert choose(step(0, 257)) is None
+
+
+def test_shapes_climb_by_sixteen_decodes_and_end_at_the_rows_there_are() -> None:
+    def decodes(rows: int) -> list[int]:
+        return [shape.decodes for shape in graph_shapes(rows, 32)]
+
+    assert decodes(1) == [1]
+    assert decodes(6) == [1, 2, 4, 6]
+    assert decodes(40) == [1, 2, 4, 8, 16, 32, 40]
+    assert decodes(2000)[-1] == 512
+
+
+def test_shapes_with_prompts_stay_within_the_budget_and_the_rows() -> None:
+    mixed = [shape for shape in graph_shapes(40, 300) if shape.chunks]
+    assert {shape.tokens for shape in mixed} == {64, 128, 256}
+    assert {shape.decodes for shape in mixed} == {0, 16, 40}
+    assert all(shape.chunks == 1 for shape in graph_shapes(1, 300) if shape.chunks)

@@ -19,6 +19,7 @@ from kernel_checks import (
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
+    check_step_inputs,
 )
 
 from workstation.kernels import ops
@@ -57,6 +58,11 @@ def test_rms_norm_keeps_its_epsilon_for_tiny_inputs() -> None:
 @TOKENS
 def test_add_rms_norm_returns_the_sum_as_residual(tokens: int, dtype: torch.dtype) -> None:
     check_add_rms_norm(tokens, 160, dtype, "cpu")
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 5, 200])
+def test_step_inputs_come_from_the_rows(tokens: int) -> None:
+    check_step_inputs(tokens, "cpu")
 
 
 @DTYPES

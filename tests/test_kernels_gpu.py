@@ -14,6 +14,7 @@ from kernel_checks import (
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
+    check_step_inputs,
     close,
 )
 
@@ -34,6 +35,7 @@ def test_norms_and_swiglu(tokens: int, dtype: torch.dtype) -> None:
     check_rms_norm(tokens, 8192, dtype, "cuda")
     check_add_rms_norm(tokens, 4096, dtype, "cuda")
     check_silu_mul(tokens, 1100, dtype, "cuda")
+    check_step_inputs(tokens, "cuda")
 
 
 @DTYPES

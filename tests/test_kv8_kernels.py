@@ -107,7 +107,8 @@ def test_scales_of_a_cache_that_is_not_fp8_are_refused() -> None:
 
 
 def test_the_hopper_kernel_declines_an_fp8_cache(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch_prefill, "_capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch_prefill, "capability", lambda _: (9, 0))
+    monkeypatch.setattr(launch_prefill, "lies_in_rows", lambda *_: True)
     case = paged_case(Heads(4, 2, 64), [(300, 300)], dtype=torch.float16, scales=SCALES)
     assert launch_prefill.choose(case.q, case.kv_layer, case.plan).kind == "tiled"
     with pytest.raises(ValueError, match="a cache of torch"):
@@ -150,7 +151,7 @@ def test_attention_on_a_gpu(shapes: list[tuple[int, int]], group: int, dim: int,
 def test_decode_in_other_tiles_on_a_gpu(keys: int, warps: int, dim: int, window: int) -> None:
     lengths = [(1, length) for length in (1, 17, 300, 0, 46, 5000, 129)]
     case = paged_case(Heads(8, 2, dim), lengths, window=window, dtype=torch.bfloat16, device="cuda", scales=SCALES)
-    check_decode(case, DecodeConfig(keys, warps, 2, 1, 4, 8))
+    check_decode(case, DecodeConfig("shares", keys, warps, 2, 1, 4, 8))
 
 
 @pytest.mark.gpu

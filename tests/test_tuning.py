@@ -19,7 +19,7 @@ B200 = Device("NVIDIA B200", 148, 227 * KIB, 100)
 PRO_6000 = Device("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, 99 * KIB, 120)
 DEVICES = [A100, L40S, L4, H200, B200, PRO_6000]
 SCHEMES: list[Scheme] = ["16bit", "fp8", "fp8_weight"]
-OUTPUTS: list[Output] = ["linear", "partials", "silu_mul"]
+OUTPUTS: list[Output] = ["linear", "silu_mul"]
 WEIGHTS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (8192, 28672), (128256, 4096)]
 WEIGHTS += [(4096, 1024), (1024, 2048), (1024, 3072), (32, 16), (96, 80)]
 ROWS = [1, 2, 5, 16, 17, 32, 64, 100, 128, 200, 256]
@@ -48,7 +48,6 @@ def test_what_was_not_measured_is_computed(tuned_gpu: Device) -> None:
     for other in (
         Problem("fp8", "linear", 65, 512, 1024),
         Problem("fp8", "linear", 8, 512, 2048),
-        Problem("fp8", "partials", 8, 512, 1024),
         Problem("fp8_weight", "linear", 8, 512, 1024),
     ):
         assert choose(other, tuned_gpu) == default_config(other, tuned_gpu)

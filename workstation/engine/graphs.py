@@ -1,51 +1,115 @@
-"""CUDA graphs of the decode step: inputs, forward pass and logits in one launch, for a ladder of batch sizes.
+"""CUDA graphs of a step: inputs, forward pass and logits in one launch, for a ladder of shapes.
 
-A captured graph reads and writes fixed addresses, so each size owns a static input buffer; a batch is padded to the next
-size by rows that write nothing and attend to nothing. Everything else that changes (block tables, last tokens) lives in rows,
-whose addresses stay. Grids follow host bounds (`max_model_len`), real lengths are read on the device. Sampling follows
-outside the graph.
+A captured graph reads and writes fixed addresses, so each shape owns a static input buffer; a step is padded to the next shape
+by tokens that write nothing and sequences that attend to nothing. Everything else that changes (block tables, last tokens)
+lives in rows, whose addresses stay. Grids follow host bounds (`max_model_len`), real lengths are read on the device.
+Sampling follows outside the graph.
+
+Decodes have shapes of their own, one token a sequence. A step with prompts has room for some decodes, then for prompt tokens
+in a few chunks; a launch kernel by kernel would take the CPU longer than such a step takes the GPU.
 """
 
 from __future__ import annotations
 
 import logging
-from bisect import bisect_left
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from workstation.engine.inputs import ON_DEVICE, PADDING, HostStep, InputBuilder, Ints
+from workstation.engine.inputs import PADDING, HostStep, InputBuilder, Ints
 from workstation.engine.transfer import to_device
 from workstation.model.inputs import InputTensors
 
 log = logging.getLogger("ws.engine")
 
-# What a captured graph runs: model inputs → logits [B, V] float32.
-Forward = Callable[[InputTensors], torch.Tensor]
+# What a captured graph runs: model inputs → logits [L, V], written into the second argument if it is given.
+Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
+
+MOST_DECODES = 512
+PROMPT_TOKENS = (64, 128, 256, 512, 1024)
+DECODES_BESIDE = (0, 16, 64, 256)
+MOST_CHUNKS = 16
 
 
-def graph_sizes(max_rows: int) -> list[int]:
-    """Batch sizes to capture, ascending: 1, 2, 4, 8, then every 16th up to max_rows (at most 512)."""
-    top = min(max_rows, 512)
+class Shape(NamedTuple):
+    """What a captured step has room for: decodes, and prompt tokens in so many chunks."""
+
+    decodes: int
+    tokens: int = 0
+    chunks: int = 0
+
+    @property
+    def all_tokens(self) -> int:
+        return self.decodes + self.tokens
+
+    @property
+    def sequences(self) -> int:
+        return self.decodes + self.chunks
+
+    def holds(self, step: HostStep) -> bool:
+        """Decodes never take the place of prompts, nor the other way round."""
+        chunks, tokens = len(step.rows) - step.decodes, len(step.tokens) - step.decodes
+        return step.decodes <= self.decodes and tokens <= self.tokens and chunks <= self.chunks
+
+
+def graph_shapes(max_rows: int, max_tokens: int) -> list[Shape]:
+    """Shapes to capture, the smallest first.
+
+    Decodes of 1, 2, 4, 8, then every 16th up to max_rows (at most 512); prompts of 64 … 1,024 tokens, at most max_tokens
+    (the step's budget), beside 0 … 256 decodes.
+    """
+    top = min(max_rows, MOST_DECODES)
     sizes = [size for size in (1, 2, 4, 8) if size < top] + list(range(16, top, 16))
-    return [*sizes, top]
+    beside = sorted({min(size, top) for size in DECODES_BESIDE})
+    mixed = [Shape(size, tokens, min(MOST_CHUNKS, max_rows)) for size in beside for tokens in PROMPT_TOKENS
+             if tokens <= max_tokens]
+    return sorted([*(Shape(size) for size in [*sizes, top]), *mixed], key=lambda shape: (shape.all_tokens, shape.chunks))
+
+
+_NOTHING = np.empty(0, dtype=np.int64)
+_NO_STEP = HostStep(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, np.zeros(1, dtype=np.int64), 0, 1, 1)
+
+
+class _Fields:
+    """Views into a shape's packed inputs: int64 first, then int32, each starting at 16 bytes (alignment is compiled in).
+
+    tokens, positions, token_rows: [3, tokens].  sampled: [3, sequences]: which tokens need logits, samples' rows and positions.
+    rows, lengths: [sequences].  query_start: [sequences + 1].
+    """
+
+    def __init__(self, shape: Shape, packed: Any, narrow: Callable[[Any], Any]) -> None:
+        tokens, sequences = shape.all_tokens, shape.sequences
+        wide = 3 * (tokens + sequences)
+        self.tokens = packed[:3 * tokens].reshape(3, tokens)
+        self.sampled = packed[3 * tokens:wide].reshape(3, sequences)
+        ints = narrow(packed[wide + wide % 2:])
+        room = _quads(sequences)
+        self.rows, self.lengths = ints[:sequences], ints[room:room + sequences]
+        self.query_start = ints[2 * room:2 * room + sequences + 1]
+
+    @staticmethod
+    def size(shape: Shape) -> int:
+        """int64 elements of the packed inputs."""
+        wide = 3 * (shape.all_tokens + shape.sequences)
+        return wide + wide % 2 + (2 * _quads(shape.sequences) + _quads(shape.sequences + 1)) // 2
+
+
+def _quads(count: int) -> int:
+    return -(-count // 4) * 4
 
 
 @dataclass(slots=True)
 class _Captured:
-    """One size: packed input [3 * size + 2 * size] int64 (tokens, positions, rows | sample rows, sample positions)."""
-
-    size: int
     inputs: torch.Tensor
     logits: torch.Tensor
     graph: Any
 
 
-class DecodeGraphs:
-    """Graphs for batches in which every sequence brings one token.
+class StepGraphs:
+    """Graphs for steps in which every chunk is sampled once at most.
 
     Args:
         forward: runs the model and its head.  pad_row: a row no sequence owns.  max_model_len: bound on every context.
@@ -58,60 +122,79 @@ class DecodeGraphs:
         self._pad_row = pad_row
         self._max_model_len = max_model_len
         self._device = device
-        self._sizes: list[int] = []
-        self._captured: dict[int, _Captured] = {}
+        self._captured: dict[Shape, _Captured] = {}
 
-    def capture(self, sizes: list[int]) -> None:
-        """Capture the sizes, largest first, in one memory pool. Out of memory leaves the smaller ones uncaptured."""
-        pool = torch.cuda.graph_pool_handle()
-        for size in sorted(sizes, reverse=True):
-            try:
-                self._captured[size] = self._capture(size, pool)
-            except torch.OutOfMemoryError:
-                log.warning("no memory for a CUDA graph of %d rows; such batches run without one", size)
-        self._sizes = sorted(self._captured)
+    def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
+        """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
 
-    def fits(self, step: HostStep) -> bool:
-        """Whether a captured size covers this step."""
-        return step.max_query_len == 1 and bool(self._sizes) and len(step.rows) <= self._sizes[-1]
-
-    def replay(self, step: HostStep, samples: Ints) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Run a decode step: logits [S, V] in the order of the chunks, and samples' rows and positions [L] on the device.
-
-        Results lie in static memory: they are good until the next replay of the stream.
+        logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
         """
-        captured = self._captured[self._sizes[bisect_left(self._sizes, len(step.rows))]]
-        size, count = captured.size, len(step.rows)
-        packed = np.empty(3 * size + 2 * count, dtype=np.int64)
-        fields = packed[:3 * size].reshape(3, size)
-        fields[:, :count] = step.tokens, step.positions, step.rows
-        fields[:, count:] = [[0], [PADDING], [self._pad_row]]
-        packed[3 * size:].reshape(2, count)[:] = samples
-        captured.inputs[:len(packed)].copy_(to_device(packed, self._device), non_blocking=True)
-        captured.graph.replay()
-        rows = captured.inputs[3 * size:3 * size + count]
-        return captured.logits[:count], rows, captured.inputs[3 * size + count:3 * size + 2 * count]
+        pool = torch.cuda.graph_pool_handle()
+        found = {}
+        for shape in reversed(shapes):
+            try:
+                found[shape] = self._capture(shape, pool, logits[:shape.sequences])
+            except torch.OutOfMemoryError:
+                log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
+        self._captured = {shape: found[shape] for shape in shapes if shape in found}
 
-    def _capture(self, size: int, pool: Any) -> _Captured:
-        inputs = torch.zeros(5 * size, dtype=torch.int64, device=self._device)
-        inputs[:size] = ON_DEVICE
-        inputs[size:2 * size] = PADDING
-        inputs[2 * size:3 * size] = self._pad_row
-        constants = (torch.arange(size + 1, dtype=torch.int32, device=self._device),
-                     torch.arange(size, dtype=torch.int64, device=self._device))
-        self._run(inputs, size, constants)  # compiles kernels and warms libraries, which a capture may not
+    def choose(self, step: HostStep) -> Shape | None:
+        """The smallest captured shape that holds this step."""
+        return next((shape for shape in self._captured if shape.holds(step)), None)
+
+    def replay(self, shape: Shape, step: HostStep, samples: Ints) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Run a step. samples: [3, L]: each sample's chunk, row and position.
+
+        Returns logits [L, V] in the order of the samples, and their rows and positions [L], on the device. Results lie in
+        static memory: they are good until the next replay.
+        """
+        captured = self._captured[shape]
+        captured.inputs.copy_(to_device(self._pack(shape, step, samples), self._device), non_blocking=True)
+        captured.graph.replay()
+        count = samples.shape[1]
+        _, rows, positions = _device_fields(shape, captured.inputs).sampled[:, :count]
+        return captured.logits[:count], rows, positions
+
+    def _pack(self, shape: Shape, step: HostStep, samples: Ints) -> Ints:
+        packed = np.empty(_Fields.size(shape), dtype=np.int64)
+        fields = _Fields(shape, packed, lambda part: part.view(np.int32))
+        decodes, first, tokens = step.decodes, shape.decodes, len(step.tokens) - step.decodes
+        real = (step.tokens, step.positions, step.token_rows)
+        fields.tokens[:] = [[0], [PADDING], [self._pad_row]]
+        for field, values in zip(fields.tokens, real, strict=True):
+            field[:decodes], field[first:first + tokens] = values[:decodes], values[decodes:]
+        chunks = len(step.rows) - decodes
+        fields.rows[:], fields.lengths[:] = self._pad_row, 0
+        for part, values in ((fields.rows, step.rows), (fields.lengths, step.lengths)):
+            part[:decodes], part[first:first + chunks] = values[:decodes], values[decodes:]
+        moved = step.query_start + (first - decodes)  # where the prompts' tokens lie now
+        fields.query_start[:first] = np.arange(first)
+        fields.query_start[first:first + chunks + 1] = moved[decodes:]
+        fields.query_start[first + chunks:] = first + tokens
+        fields.sampled[:] = 0
+        fields.sampled[:, :samples.shape[1]] = samples
+        ends = np.where(samples[0] < decodes, samples[0], moved[samples[0] + 1] - 1)
+        fields.sampled[0, :samples.shape[1]] = ends
+        return packed
+
+    def _capture(self, shape: Shape, pool: Any, logits: torch.Tensor) -> _Captured:
+        inputs = torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
+        self._run(shape, inputs, logits)  # compiles kernels and warms libraries, which a capture may not
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
-            logits = self._run(inputs, size, constants)
-        return _Captured(size, inputs, logits, graph)
+            self._run(shape, inputs, logits)
+        return _Captured(inputs, logits, graph)
 
-    def _run(self, inputs: torch.Tensor, size: int, constants: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
-        tokens, positions, rows = inputs[:size], inputs[size:2 * size], inputs[2 * size:3 * size]
-        bounds = HostStep(*(np.empty(0, dtype=np.int64),) * 6, decodes=size, max_query_len=1,
-                          max_context_len=self._max_model_len)
-        query_start, every = constants
-        plans = self._builder.plans(query_start, (positions + 1).to(torch.int32), rows.to(torch.int32), bounds)
-        model = InputTensors(self._builder.token_ids(tokens, rows), positions.clamp(min=0),
-                             self._builder.slots(positions, rows), plans, every)
-        return self._forward(model)
+    def _run(self, shape: Shape, inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        fields = _device_fields(shape, inputs)
+        placed = self._builder.placed(*fields.tokens)
+        bounds = replace(_NO_STEP, decodes=shape.decodes, max_query_len=max(shape.tokens, 1),
+                         max_context_len=self._max_model_len)
+        plans = self._builder.plans(fields.query_start, fields.lengths, fields.rows, bounds)
+        wanted = fields.sampled[0] if shape.chunks else None
+        return self._forward(InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted), out)
+
+
+def _device_fields(shape: Shape, inputs: torch.Tensor) -> _Fields:
+    return _Fields(shape, inputs, lambda part: part.view(torch.int32))

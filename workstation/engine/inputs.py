@@ -12,7 +12,8 @@ from workstation.architecture import KVGroup
 from workstation.engine.batch import Batch
 from workstation.engine.rows import Rows
 from workstation.engine.transfer import to_device
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels import ops
+from workstation.kernels.paging import AttentionPlan, StepInputs
 from workstation.model.inputs import InputTensors
 
 Ints = npt.NDArray[np.int64]
@@ -89,34 +90,25 @@ class InputBuilder:
                                   for group, entry, block in chunk.table_updates])
 
     def samples(self, batch: Batch) -> Ints:
-        """[2, L]: rows and positions of the batch's samples."""
-        return np.array([[sample.row for sample in batch.samples], [sample.position for sample in batch.samples]],
-                        dtype=np.int64)
+        """[3, L]: chunks, rows and positions of the batch's samples."""
+        return np.array([[sample.chunk for sample in batch.samples], [sample.row for sample in batch.samples],
+                         [sample.position for sample in batch.samples]], dtype=np.int64)
 
     def build(self, batch: Batch, step: HostStep) -> StepTensors:
         """The tensors of any batch. Nothing waits for the device."""
-        last = step.query_start[1:] - 1
-        samples = self.samples(batch)
+        chunks, rows, positions = self.samples(batch)
         parts = [step.tokens, step.positions, step.token_rows, step.rows, step.lengths, step.query_start,
-                 np.array([last[sample.chunk] for sample in batch.samples], dtype=np.int64), samples[0], samples[1]]
+                 step.query_start[chunks + 1] - 1, rows, positions]
         sent = torch.split(to_device(np.concatenate(parts), self._rows.device), [len(part) for part in parts])
-        tokens, positions, token_rows, rows, lengths, query_start, logits_indices, sample_rows, sample_at = sent
-        model = InputTensors(
-            self.token_ids(tokens, token_rows), positions, self.slots(positions, token_rows),
-            self.plans(query_start.to(torch.int32), lengths.to(torch.int32), rows.to(torch.int32), step), logits_indices)
+        tokens, places, token_rows, sequence_rows, lengths, query_start, logits_indices, sample_rows, sample_at = sent
+        placed = self.placed(tokens, places, token_rows)
+        plans = self.plans(query_start.to(torch.int32), lengths.to(torch.int32), sequence_rows.to(torch.int32), step)
+        model = InputTensors(placed.token_ids, placed.positions, placed.slots, plans, logits_indices)
         return StepTensors(model, sample_rows, sample_at)
 
-    def token_ids(self, tokens: torch.Tensor, token_rows: torch.Tensor) -> torch.Tensor:
-        """[T] ids, those that never left the device taken from their rows."""
-        return torch.where(tokens == ON_DEVICE, self._rows.last_token[token_rows], tokens)
-
-    def slots(self, positions: torch.Tensor, token_rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Per KV group [T] slots; padding gets -1, which writes nothing."""
-        entries, offsets = positions // self._block_size, positions % self._block_size
-        entries = entries.clamp(min=0)
-        return tuple(torch.where(positions == PADDING, PADDING,
-                                 table[token_rows, entries].to(torch.int64) * self._block_size + offsets)
-                     for table in self._rows.tables)
+    def placed(self, tokens: torch.Tensor, positions: torch.Tensor, token_rows: torch.Tensor) -> StepInputs:
+        """What the tokens are and where they stand; ids that never left the device come from their rows."""
+        return ops.step_inputs(tokens, positions, token_rows, self._rows.last_token, self._rows.tables, self._block_size)
 
     def plans(self, query_start: torch.Tensor, lengths: torch.Tensor, rows: torch.Tensor,
               step: HostStep) -> tuple[AttentionPlan, ...]:

@@ -16,7 +16,7 @@ import torch
 from workstation.architecture import ModelShape
 from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
-from workstation.engine.graphs import DecodeGraphs, graph_sizes
+from workstation.engine.graphs import StepGraphs, graph_shapes
 from workstation.engine.inputs import InputBuilder, pack
 from workstation.engine.request import SamplingParams, TokenLogprobs
 from workstation.engine.rows import Rows
@@ -73,15 +73,20 @@ class ModelRunner:
         self._state = SamplingState(max_rows, shape.vocab_size, device)
         self._sampler = Sampler(self._state)
         self._owners: dict[int, sequence.Sequence] = {}
-        self._graphs = DecodeGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
+        self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
 
     @torch.inference_mode()
-    def capture(self) -> None:
-        """Capture the decode step's CUDA graphs; without this every step runs kernel by kernel."""
-        self._graphs.capture(graph_sizes(self._state.max_rows))
+    def capture(self, max_tokens: int) -> None:
+        """Compile the sampler and capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs
+        kernel by kernel."""
+        self._sampler.prepare(self.model.dtype)
+        shapes = graph_shapes(self._state.max_rows, max_tokens)
+        most = max(shape.sequences for shape in shapes)
+        logits = torch.empty(most, self.model.shape.vocab_size, dtype=self.model.dtype, device=self.device)
+        self._graphs.capture(shapes, logits)
 
-    def _logits(self, inputs: InputTensors) -> torch.Tensor:
-        return self.model.logits(self.model.forward(inputs, self._kv))
+    def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
+        return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
@@ -90,16 +95,16 @@ class ModelRunner:
         self._copy(batch.copies)
         self._inputs.update_tables(batch)
         step = pack(batch)
-        if self._graphs.fits(step) and _one_sample_each(batch):
-            logits, rows, positions = self._graphs.replay(step, self._inputs.samples(batch))
-            return self._download(self._sample(batch, logits, rows, positions, []))
+        shape = self._graphs.choose(step)
+        if shape is not None and _suits_graphs(batch, every=shape.chunks == 0):
+            logits, rows, positions = self._graphs.replay(shape, step, self._inputs.samples(batch))
+            return self._download(self._sample(batch, logits, rows, positions, []) if batch.samples else self._unsampled(batch))
         tensors = self._inputs.build(batch, step)
         hidden = self.model.forward(tensors.model, self._kv)
         prompts = self._prompt_logprobs(batch, hidden)
         if not batch.samples:
-            empty = torch.empty(0, dtype=torch.int64, device=self.device)
-            return self._download(Step(batch, empty, empty.bool(), prompts=prompts))
-        logits = self.model.logits(hidden.index_select(0, tensors.model.logits_indices))
+            return self._download(self._unsampled(batch, prompts))
+        logits = self.model.logits(_wanted(hidden, tensors.model))
         return self._download(self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts))
 
     def collect(self, step: Step) -> StepResult:
@@ -153,16 +158,19 @@ class ModelRunner:
                 prompts: list[_PromptRows]) -> Step:
         samples = batch.samples
         steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
-        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps)
-        self._rows.last_token.index_copy_(0, rows, output.tokens)
+        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps, self._rows.last_token)
         step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
         for place, sample in enumerate(samples):
             beam = sample.seq.request.request.beam
             if beam is not None:
                 count = min(2 * beam.beam_width, logits.shape[1])
                 scale = beam.temperature if beam.temperature > 0.0 else 1.0
-                step.beams[place] = top_logprobs(logits[place:place + 1] / scale, count)
+                step.beams[place] = top_logprobs(logits[place:place + 1].float() / scale, count)
         return step
+
+    def _unsampled(self, batch: Batch, prompts: list[_PromptRows] | None = None) -> Step:
+        empty = torch.empty(0, dtype=torch.int64, device=self.device)
+        return Step(batch, empty, empty.bool(), prompts=prompts or [])
 
     def _prompt_logprobs(self, batch: Batch, hidden: torch.Tensor) -> list[_PromptRows]:
         found: list[_PromptRows] = []
@@ -195,11 +203,16 @@ class ModelRunner:
         return step
 
 
-def _one_sample_each(batch: Batch) -> bool:
-    """Every chunk is sampled once, in order, and nobody asks for its prompt's logprobs."""
-    return len(batch.samples) == len(batch.chunks) and all(
-        sample.chunk == number and batch.chunks[number].seq.request.request.params.prompt_logprobs is None
-        for number, sample in enumerate(batch.samples))
+def _wanted(hidden: torch.Tensor, inputs: InputTensors) -> torch.Tensor:
+    """The rows of hidden [T, H] that need logits."""
+    return hidden if inputs.logits_indices is None else hidden.index_select(0, inputs.logits_indices)
+
+
+def _suits_graphs(batch: Batch, *, every: bool) -> bool:
+    """No chunk is sampled twice (with `every`: each once, in order), and nobody asks for its prompt's logprobs."""
+    chunks = [sample.chunk for sample in batch.samples]
+    once = chunks == list(range(len(batch.chunks))) if every else len(set(chunks)) == len(chunks)
+    return once and all(chunk.seq.request.request.params.prompt_logprobs is None for chunk in batch.chunks)
 
 
 def _prompt_targets(chunk: Chunk) -> list[int]:

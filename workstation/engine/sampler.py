@@ -3,12 +3,16 @@
 The order is vLLM's: allowed ids, bans (bad words, min_tokens), bias, penalties; then greedy rows take the argmax and
 the others go through temperature, min_p, top_k, top_p (over what top_k left) and one inverse-CDF draw whose uniform
 depends on (seed, sample index, position) alone. So a row's sample is the same alone and in any company.
+
+On a GPU `ops.sample` does all but the adjustments, on logits of the model's dtype: one launch, or three when a row has top_k or
+top_p. On a CPU the same is done by `sampling_math`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,7 +31,11 @@ from workstation.engine.sampling_state import (
     TOP_P,
     SamplingState,
 )
+from workstation.kernels import ops
 from workstation.memory import SAMPLING_ROWS
+
+if TYPE_CHECKING:
+    from workstation.kernels.launch_sampling import Room
 
 NEG_INF = sampling_math.NEG_INF
 PLANS_KEPT = 16  # of steps' row groups that come back unchanged
@@ -73,29 +81,53 @@ class Sampler:
         self.state = state
         self._version = -1
         self._plans: dict[tuple[object, ...], StepPlan] = {}
+        self._scratch: Room | None = None
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Compile the kernels for logits of this dtype; without it the first steps wait for them. No-op on a CPU."""
+        if self.state.device.type == "cuda":
+            ops.prepare_sampling(dtype, self.state.table, self._room)
 
     @torch.no_grad()
     def sample(
         self, logits: torch.Tensor, rows: Sequence[int], rows_t: torch.Tensor, positions_t: torch.Tensor,
-        steps: Sequence[int],
+        steps: Sequence[int], last_token: torch.Tensor | None = None,
     ) -> SampleOutput:
         """Draw one token a row. `state.flush()` must have run since the rows were last changed.
 
         logits: [L, V] float, left as they are. rows: the L rows, distinct, on the host; rows_t: the same, [L] int64 on
         the device. positions_t: [L] int64, place in its sequence of the token being drawn (prompt length + k).
         steps: tokens each row's output holds so far (k), on the host; read for min_tokens only.
+        last_token: [max_rows] int64 on the device; gets each row's token.
         """
-        if len(rows) > SAMPLING_ROWS and self.state.flags[np.asarray(rows, dtype=np.int64)].any():
-            cuts = [slice(at, at + SAMPLING_ROWS) for at in range(0, len(rows), SAMPLING_ROWS)]
-            return _joined([self._sample(logits[cut], rows[cut], rows_t[cut], positions_t[cut], steps[cut]) for cut in cuts])
-        return self._sample(logits, rows, rows_t, positions_t, steps)
+        if ops.samples(logits):
+            plan = self._planned(rows, steps)
+            if not (plan.adjusts or plan.logprob_host) or len(rows) <= SAMPLING_ROWS:
+                return self._sample_fused(plan, logits, rows_t, positions_t, last_token)
+        elif len(rows) <= SAMPLING_ROWS or not self.state.flags[np.asarray(rows, dtype=np.int64)].any():
+            return self._sample(self._planned(rows, steps), logits, rows_t, positions_t, last_token)
+        cuts = [slice(at, at + SAMPLING_ROWS) for at in range(0, len(rows), SAMPLING_ROWS)]
+        return _joined([self.sample(logits[cut], rows[cut], rows_t[cut], positions_t[cut], steps[cut], last_token)
+                        for cut in cuts])
+
+    def _sample_fused(
+        self, plan: StepPlan, logits: torch.Tensor, rows_t: torch.Tensor, positions_t: torch.Tensor,
+        last_token: torch.Tensor | None,
+    ) -> SampleOutput:
+        """By our own kernels; a float32 copy is made of adjusted logits only."""
+        x = logits
+        if plan.adjusts:
+            x = self._adjusted(logits, rows_t, plan)
+            x[:, 0] += logits.amax(-1) * 0  # NaN where a mask might hide that the model is broken, else 0
+        tokens, finite = ops.sample(
+            x, rows_t, positions_t, self.state.table, self._room, last_token, filtered=plan.ordered_places is not None)
+        return self._finished(plan, logits, tokens, finite)
 
     def _sample(
-        self, logits: torch.Tensor, rows: Sequence[int], rows_t: torch.Tensor, positions_t: torch.Tensor,
-        steps: Sequence[int],
+        self, plan: StepPlan, logits: torch.Tensor, rows_t: torch.Tensor, positions_t: torch.Tensor,
+        last_token: torch.Tensor | None,
     ) -> SampleOutput:
-        """`sample` for rows whose temporaries fit the plan's memory."""
-        plan = self._planned(rows, steps)
+        """By torch, for rows whose temporaries fit the plan's memory."""
         raw = logits if logits.dtype == torch.float32 else logits.float()
         x = self._adjusted(raw, rows_t, plan)
         maximum, tokens = sampling_math.row_max(x)
@@ -105,6 +137,12 @@ class Sampler:
         if plan.random:
             tokens = self._drawn(x, maximum, tokens, rows_t, positions_t, plan)
         tokens = torch.where(finite, tokens, 0)
+        if last_token is not None:
+            last_token.index_copy_(0, rows_t, tokens)
+        return self._finished(plan, raw, tokens, finite)
+
+    def _finished(self, plan: StepPlan, raw: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor) -> SampleOutput:
+        """Count the tokens for the penalties, and add the log-probabilities that were asked for."""
         if plan.penalty_places is not None and plan.penalty_slots is not None:
             self.state.counts.add(plan.penalty_slots, tokens.index_select(0, plan.penalty_places))
         return SampleOutput(tokens, finite, self._logprobs(raw, tokens, plan))
@@ -144,10 +182,10 @@ class Sampler:
             some[1].index_copy_(0, places, w)
 
     def _adjusted(self, raw: torch.Tensor, rows_t: torch.Tensor, plan: StepPlan) -> torch.Tensor:
-        """Logits after masks, bias and penalties: `raw` itself when no row has any, else a copy."""
+        """Logits after masks, bias and penalties: `raw` itself when no row has any, else a float32 copy."""
         if not plan.adjusts:
             return raw
-        x = raw.clone(memory_format=torch.contiguous_format)
+        x = raw.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
         flat = x.view(-1)
         if plan.allowed_flat is not None and plan.allowed_places is not None:
             kept = flat.index_select(0, plan.allowed_flat)
@@ -178,6 +216,12 @@ class Sampler:
             tokens = tokens.index_select(0, plan.logprob_places)
         chosen, values, ids, ranks = sampling_math.token_logprobs(raw, tokens, plan.top_logprobs)
         return SampleLogprobs(plan.logprob_host, chosen, values, ids, ranks)
+
+    @property
+    def _room(self) -> Room:
+        if self._scratch is None:
+            self._scratch = ops.sampling_room(self.state.vocab_size, self.state.device)
+        return self._scratch
 
     def _planned(self, rows: Sequence[int], steps: Sequence[int]) -> StepPlan:
         state = self.state

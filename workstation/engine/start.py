@@ -90,7 +90,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
                              max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, kv_dtype=kv_dtype, device=device)
         if device.type == "cuda" and not config.enforce_eager:
-            runner.capture()
+            runner.capture(plan.max_num_batched_tokens)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"the plan ({gib(plan.total)}) did not fit beside what else is on {device}: {error}") from error
     pool = BlockPool(plan.num_blocks, config.block_size)

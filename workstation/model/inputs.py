@@ -18,11 +18,11 @@ class InputTensors:
         positions: [T] int64, place of the token in its sequence.
         slots: per KV group [T] int64, flat slot `block * block_size + offset` the token's K and V go to.
         plans: per KV group, what attention needs (block tables, lengths), made once a step and read by every layer.
-        logits_indices: [L] int64, which of the T tokens need logits.
+        logits_indices: [L] int64, which of the T tokens need logits; None: all of them.
     """
 
     token_ids: torch.Tensor
     positions: torch.Tensor
     slots: tuple[torch.Tensor, ...]
     plans: tuple[AttentionPlan, ...]
-    logits_indices: torch.Tensor
+    logits_indices: torch.Tensor | None

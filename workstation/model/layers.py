@@ -6,6 +6,7 @@ import torch
 
 from workstation.kernels import ops
 from workstation.kernels.paging import UNSCALED, AttentionPlan
+from workstation.kernels.quantized import Operand, Quantized
 from workstation.memory import MLP_TOKENS
 from workstation.model.linear import Linear
 
@@ -58,14 +59,28 @@ class DecoderLayer:
         The query, key and value product belongs to the norm in front of it, which also ends the layer before: see `enter`.
         """
         attended = self.attention(qkv, positions, kv_layer, slots, plan)
-        if attended.shape[0] <= MLP_TOKENS:
-            hidden, residual = self.gate_up.after_norm(attended, residual, self.mlp_norm, self.eps, silu=True)
-            return self.down(hidden), residual
-        normed, residual = ops.add_rms_norm(attended, residual, self.mlp_norm, self.eps)
-        for piece in torch.split(normed, MLP_TOKENS):  # each overwritten in place, so that the widest activations stay small
-            piece.copy_(self.down(self.gate_up.silu_mul(piece)))
-        return normed, residual
+        normed, residual = _norm_before(self.gate_up, attended, residual, self.mlp_norm, self.eps)
+        tokens = attended.shape[0]
+        if tokens <= MLP_TOKENS:
+            return self.down(self.gate_up.silu_mul(normed, self.down)), residual
+        for first in range(0, tokens, MLP_TOKENS):  # in pieces, so that the widest activations stay small
+            count = min(MLP_TOKENS, tokens - first)
+            piece = self.gate_up.silu_mul(_tokens(normed, first, count), self.down)
+            self.down.write(piece, attended[first:first + count])
+        return attended, residual
 
     def enter(self, out: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """(the layer before's output [T, H], residual) → (this layer's qkv, residual). Changes `residual`."""
-        return self.attention.qkv.after_norm(out, residual, self.attention_norm, self.eps)
+        normed, residual = _norm_before(self.attention.qkv, out, residual, self.attention_norm, self.eps)
+        return self.attention.qkv(normed), residual
+
+
+def _norm_before(
+    linear: Linear, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
+) -> tuple[Operand, torch.Tensor]:
+    """`ops.add_rms_norm`, its result as `linear` wants it."""
+    return ops.add_rms_norm(x, residual, weight, eps, linear.rounding(x.dtype))
+
+
+def _tokens(x: Operand, first: int, count: int) -> Operand:
+    return x.tokens(first, count) if isinstance(x, Quantized) else x[first:first + count]

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from workstation.kernels import gemm, ops
+from workstation.kernels.quantized import Operand, Rounding
 
 
 class Linear(ABC):
@@ -18,19 +19,21 @@ class Linear(ABC):
     out_features: int
 
     @abstractmethod
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x: [T, in_features] → [T, out_features]."""
+    def __call__(self, x: Operand) -> torch.Tensor:
+        """x: [T, in_features] → [T, out_features]. Quantized x only as `rounding` asked for it."""
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        """SwiGLU's first half for a gate | up layer: [T, in_features] → [T, out_features / 2]."""
-        return ops.silu_mul(self(x))
+    def silu_mul(self, x: Operand, following: Linear) -> Operand:
+        """SwiGLU's first half for a gate | up layer: [T, in_features] → [T, out_features / 2], ready for `following`."""
+        gate_up = self(x)
+        return ops.silu_mul(gate_up, following.rounding(gate_up.dtype))
 
-    def after_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, silu: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The layer (or its `silu_mul`) behind `ops.add_rms_norm`; the residual second. x, residual: [T, in_features]."""
-        normed, residual = ops.add_rms_norm(x, residual, weight, eps)
-        return self.silu_mul(normed) if silu else self(normed), residual
+    def write(self, x: Operand, out: torch.Tensor) -> None:
+        """`out[:] = self(x)`, without a copy where the layer can."""
+        out.copy_(self(x))
+
+    def rounding(self, dtype: torch.dtype) -> Rounding | None:
+        """How whoever makes this layer's input, of this dtype, may round it without a kernel of its own; None: not at all."""
+        return None
 
     @property
     @abstractmethod
@@ -60,15 +63,24 @@ class DenseLinear(Linear):
         weight = torch.empty(out_features, in_features, dtype=dtype, device=device)
         return cls(weight, torch.empty(out_features, dtype=dtype, device=device) if bias else None)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Operand) -> torch.Tensor:
+        assert isinstance(x, torch.Tensor)
         if x.is_cuda and x.shape[0] <= gemm.MAX_ROWS:
             return gemm.linear(x, self.weight, bias=self.bias)
         return F.linear(x, self.weight, self.bias)
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
+    def silu_mul(self, x: Operand, following: Linear) -> Operand:
+        assert isinstance(x, torch.Tensor)
         if x.is_cuda and x.shape[0] <= gemm.MAX_ROWS and x.dtype != torch.float32:
             return gemm.linear_silu_mul(x, self.weight, bias=self.bias)
-        return ops.silu_mul(self(x))
+        return super().silu_mul(x, following)
+
+    def write(self, x: Operand, out: torch.Tensor) -> None:
+        assert isinstance(x, torch.Tensor)
+        if x.is_cuda:
+            gemm.linear(x, self.weight, bias=self.bias, out=out)
+        else:
+            super().write(x, out)
 
     @property
     def nbytes(self) -> int:
@@ -90,7 +102,7 @@ class SplitLinear(Linear):
         self.in_features = self.pieces[0].in_features
         self.out_features = sum(piece.out_features for piece in self.pieces)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Operand) -> torch.Tensor:
         return torch.cat([piece(x) for piece in self.pieces], -1)
 
     @property
@@ -120,7 +132,7 @@ class PackedLinear(Linear):
         self._packed = torch.ops.mkldnn._reorder_linear_weight(dense.weight, self.ROWS_HINT)
         self._apply = torch.ops.mkldnn._linear_pointwise.default
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: Operand) -> torch.Tensor:
         y: torch.Tensor = self._apply(x, self._packed, self.bias, "none", [], "")
         return y
 

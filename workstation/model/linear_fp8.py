@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from workstation.kernels import ops
+from workstation.kernels.quantized import Operand, Quantized, Rounding
 from workstation.model.linear import Linear
 from workstation.quant.forms import Activations, Form, Segment, scale_grid
 
@@ -29,13 +30,18 @@ class Fp8Linear(Linear):
         self.activations = activations or Activations()
         self.out_features, self.in_features = weight.shape
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.linear_fp8(x, self.weight, self.scale, self.bias, bound=self.activations.bound,
-                              quantized_activations=self.activations.quantised)
+    def __call__(self, x: Operand) -> torch.Tensor:
+        return ops.linear_fp8(self._operand(x), self.weight, self.scale, self.bias)
 
-    def silu_mul(self, x: torch.Tensor) -> torch.Tensor:
-        return ops.silu_mul_fp8(x, self.weight, self.scale, self.bias, bound=self.activations.bound,
-                                quantized_activations=self.activations.quantised)
+    def silu_mul(self, x: Operand, following: Linear) -> Operand:
+        return ops.silu_mul_fp8(self._operand(x), self.weight, self.scale, self.bias, following.rounding(x.dtype))
+
+    def write(self, x: Operand, out: torch.Tensor) -> None:
+        ops.linear_fp8(self._operand(x), self.weight, self.scale, self.bias, out)
+
+    def _operand(self, x: Operand) -> Operand:
+        """x as the product takes it, where its maker has left it alone."""
+        return x
 
     @property
     def nbytes(self) -> int:
@@ -53,14 +59,14 @@ class Fp8ChannelLinear(Fp8Linear):
 
     __slots__ = ()
 
-    def after_norm(
-        self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, *, silu: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """As for any layer; where x is to be rounded to FP8 and its rows are few, the norm's kernel does it."""
-        if not (self.activations.quantised and ops.multiplies_fp8(x, self.weight, self.scale)):
-            return super().after_norm(x, residual, weight, eps, silu=silu)
-        rounded, residual = ops.add_rms_norm_fp8(x, residual, weight, eps, self.activations.bound)
-        return ops.linear_quantized(rounded, self.weight, self.scale, self.bias, silu=silu), residual
+    def rounding(self, dtype: torch.dtype) -> Rounding | None:
+        if not (self.activations.quantised and ops.multiplies_fp8(dtype, self.weight, self.scale)):
+            return None
+        return Rounding() if self.activations.bound is None else Rounding(self.activations.bound)
+
+    def _operand(self, x: Operand) -> Operand:
+        rounding = None if isinstance(x, Quantized) else self.rounding(x.dtype)
+        return x if rounding is None else ops.quantize_fp8(x, rounding)  # type: ignore[arg-type]
 
 
 class Fp8BlockLinear(Fp8Linear):

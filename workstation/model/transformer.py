@@ -60,15 +60,23 @@ class Decoder:
             if following is not None:
                 qkv, residual = following.enter(out, residual)
         normed, _ = ops.add_rms_norm(out, residual, self.final_norm, eps)
+        assert isinstance(normed, torch.Tensor)
         return normed
 
     __call__ = forward
 
-    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
-        """hidden [L, H], rows of `forward`'s result → [L, V] float32."""
+    def logits(self, hidden: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        """hidden [L, H], rows of `forward`'s result → [L, V], on a GPU in the model's dtype, on a CPU in float32.
+
+        out: [L, V] of that dtype, to write into.
+        """
         if hidden.shape[0] == 0:
-            return hidden.new_empty((0, self.shape.vocab_size), dtype=torch.float32)
-        return self.head(hidden).float()
+            return hidden.new_empty((0, self.shape.vocab_size), dtype=hidden.dtype if hidden.is_cuda else torch.float32)
+        if out is not None:
+            self.head.write(hidden, out)
+            return out
+        logits = self.head(hidden)
+        return logits if logits.is_cuda else logits.float()
 
     @property
     def weight_bytes(self) -> int:
