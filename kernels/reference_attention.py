@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from workstation.kernels.paging import AttentionPlan, KVScales, codes
+from workstation.kernels.paging import UNSCALED, AttentionPlan, KVScales, codes
 from workstation.kernels.reference_fp8 import from_codes
 
 QUERY_TILE = 256  # queries that share one mask when a prompt's chunk has a past
@@ -22,7 +22,7 @@ WASTE_BYTES = 768 << 10  # padding that costs as much as the calls of one more g
 
 
 def attention(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, scales: KVScales
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, scales: KVScales = UNSCALED
 ) -> torch.Tensor:
     """See `ops.attention`. Reads the plan's tensors on the host: they must lie in CPU memory."""
     out = _attend(q, kv_layer, plan, scale * scales.key)
