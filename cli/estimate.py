@@ -47,7 +47,8 @@ def command(
         found = find_model(model, load_catalogue(), revision=settings["revision"], token=settings["hf_token"])
     except ModelFolderError as error:
         raise ConfigError(error.message, param=error.param) from error
-    config = _with_rows(engine_config(settings, found.name, "cuda"), concurrency, max_num_seqs)
+    served = replace(engine_config(settings, found.name, "cuda"), online=True)
+    config = _with_rows(served, concurrency, max_num_seqs)
     weights = found.weights(quantization or settings["quantization"])
     kv = found.kv_cache_dtype(settings["kv_cache_dtype"])
     result = estimate(found, machine, Question(config, weights, kv, concurrency, tensor_parallel_size))

@@ -7,6 +7,7 @@ import os
 import secrets
 import shlex
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -165,7 +166,7 @@ def run(launch: Launch) -> None:
     logging.basicConfig(level=logging.WARNING, format="ws: %(message)s")
     options, loader = server_options(launch.settings), model_loader(launch)
     with LoadingBar() as bar:
-        engine = EngineProcess(launch.config, on_loading=bar.update)
+        engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update)
 
         def ready(server: Any) -> None:
             bar.close()

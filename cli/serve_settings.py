@@ -36,7 +36,8 @@ _WORKING: tuple[Setting, ...] = (
     Setting("num_gpu_blocks_override", "int", None, "Exact number of KV blocks; overrides the share.", low=2),
     Setting("enable_prefix_caching", "bool", True, "Keep finished blocks and share equal prefixes."),
     Setting("max_num_seqs", "int", 256, "Sequences that run at once.", low=1, high=4096),
-    Setting("max_num_batched_tokens", "length", None, "Token budget of a step.", low=1, high=2**20),
+    Setting("max_num_batched_tokens", "length", None, "Token budget of a step. Unless given, 4096 on a card of 70 GiB or "
+            "more (8192 offline, where no stream waits for a step to end), 2048 on others and the CPU.", low=1, high=2**20),
     Setting("enable_chunked_prefill", "bool", True, "Split long prompts over steps."),
     Setting("scheduling_policy", "text", "fcfs", "Who runs next.", choices=("fcfs", "priority")),
     Setting("max_num_queued_reqs", "int", 2048, "Waiting requests before the API answers 503.", low=1, high=10**6),

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import triton
 
+from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.sampling import BINS, sample_kernel
 from workstation.kernels.sampling_filter import filter_kernel, gather_kernel
@@ -72,7 +73,6 @@ def sample(
     last_token: torch.Tensor | None,
     *,
     filtered: bool,
-    pdl: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     count = logits.shape[0]
     tokens = torch.empty(count, dtype=torch.int64, device=logits.device)
@@ -80,6 +80,7 @@ def sample(
     if count:
         room.fit(count, filtered=filtered)
         results = (tokens, finite, last_token)
+        pdl = bool(chained(logits.device)["PDL"])
         sample_call(logits, rows, positions, table, room, results, filtered=filtered, pdl=pdl).launch()
         if filtered:
             gather_call(logits, rows, table, room).launch()
@@ -141,7 +142,7 @@ def prepare(dtype: torch.dtype, table: torch.Tensor, room: Room) -> None:
     for kind in {dtype, torch.float32}:
         logits = torch.zeros(1, room.width, dtype=kind, device=room.device)
         for filtered in (False, True):
-            sample(logits, nothing, nothing, table, room, nothing.clone(), filtered=filtered, pdl=False)
+            sample(logits, nothing, nothing, table, room, nothing.clone(), filtered=filtered)
 
 
 def _shared(chunks: int, rows: int, programs: int) -> tuple[int, int]:

@@ -271,7 +271,7 @@ def prepare_sampling(dtype: torch.dtype, table: torch.Tensor, room: Room) -> Non
 
 def sample(
     logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, room: Room,
-    last_token: torch.Tensor | None = None, *, filtered: bool, pdl: bool = False,
+    last_token: torch.Tensor | None = None, *, filtered: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One token a row: greedy, or drawn by inverse CDF after min_p, top_k and top_p (over what top_k left), ties kept.
 
@@ -281,14 +281,13 @@ def sample(
         table: [R, ≥ 5] int64: key, top_k (0: all), and the bits of float64: 1 / temperature (0: greedy), top_p, min_p.
         room: from `sampling_room`, for V.  last_token: [R] int64; gets the tokens at `rows`.
         filtered: some row has top_k or top_p: three launches instead of one.
-        pdl: launch programmatically dependent on the kernel that wrote the logits.
     Returns:
         tokens [L] int64 (0 where not finite), finite [L] bool: False for rows with NaN or +inf or nothing but -inf.
     """
     _check(logits.shape[1] == room.width and logits.stride(1) == 1, "logits", logits, "must be [L, V] for the room's V")
     _check(rows.shape == positions.shape == logits.shape[:1], "rows", rows, "and positions must be [L]")
     return _sampling().sample(  # type: ignore[no-any-return]
-        logits, rows, positions, table, room, last_token, filtered=filtered, pdl=pdl
+        logits, rows, positions, table, room, last_token, filtered=filtered
     )
 
 

@@ -33,7 +33,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 class Client:
     """One HTTP exchange on the ASGI app, with the client's moves in the test's hands."""
 
-    def __init__(self, app: Any, body: dict[str, Any], path: str = "/v1/chat/completions") -> None:
+    def __init__(self, app: Any, body: dict[str, Any], path: str = "/v1/chat/completions", method: str = "POST") -> None:
         self.sent: list[dict[str, Any]] = []
         self.leave = asyncio.Event()
         self.stall = asyncio.Event()
@@ -43,7 +43,7 @@ class Client:
             "type": "http",
             "asgi": {"version": "3.0"},
             "http_version": "1.1",
-            "method": "POST",
+            "method": method,
             "path": path,
             "raw_path": path.encode(),
             "query_string": b"",

@@ -155,6 +155,18 @@ def test_without_chunks_a_step_holds_the_longest_prompt() -> None:
         plan_memory(llama_8b(), replace(config, max_num_batched_tokens=8192), WEIGHTS, H200)
 
 
+def test_a_server_on_a_large_card_computes_4096_tokens_a_step_and_offline_twice_that() -> None:
+    online = replace(CONFIG, online=True)
+    assert plan_memory(llama_8b(), online, WEIGHTS, H200).max_num_batched_tokens == 4096
+    assert plan_memory(llama_8b(), CONFIG, WEIGHTS, H200).max_num_batched_tokens == 8192
+    assert plan_memory(llama_8b(), online, WEIGHTS, SMALL).max_num_batched_tokens == 2048
+
+
+def test_a_token_budget_that_was_asked_for_is_obeyed_on_a_server_too() -> None:
+    asked = replace(CONFIG, online=True, max_num_batched_tokens=8192)
+    assert plan_memory(llama_8b(), asked, WEIGHTS, H200).max_num_batched_tokens == 8192
+
+
 def test_a_larger_step_takes_more_workspace_and_leaves_fewer_blocks() -> None:
     small = plan_memory(llama_8b(), replace(CONFIG, max_num_batched_tokens=2048), WEIGHTS, H200)
     large = plan_memory(llama_8b(), replace(CONFIG, max_num_batched_tokens=16384), WEIGHTS, H200)

@@ -158,5 +158,5 @@ def test_programmatic_launches_behind_a_product_sample_its_results() -> None:
     for position in range(20):
         x = torch.randn(len(RULES), 256, dtype=torch.bfloat16, device="cuda")
         logits = x @ weight.t()
-        tokens, _ = ops.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True, pdl=True)
+        tokens, _ = ops.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True)
         assert torch.equal(tokens, kernels(state, logits, position)[0])

@@ -38,13 +38,23 @@ def _wordpiece(path: Path) -> Path:
     return path
 
 
-@pytest.fixture(scope="module", params=["byte level", "sentencepiece", "metaspace", "wordpiece"])
+def _words(path: Path) -> Path:
+    vocab = {piece: index for index, piece in enumerate(["[UNK]", "hello", "wörld", "", ",", "[SEP]"])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="[UNK]"))
+    tokenizer.add_special_tokens(["[SEP]"])
+    path.mkdir()
+    tokenizer.save(str(path / "tokenizer.json"))
+    return path
+
+
+@pytest.fixture(scope="module", params=["byte level", "sentencepiece", "metaspace", "wordpiece", "words"])
 def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> WsTokenizer:
     writers = {
         "byte level": write_byte_level_folder,
         "sentencepiece": write_sentencepiece_folder,
         "metaspace": _metaspace,
         "wordpiece": _wordpiece,
+        "words": _words,
     }
     return WsTokenizer.from_folder(writers[request.param](tmp_path_factory.mktemp("detok") / "folder"))
 
@@ -159,6 +169,11 @@ def test_the_matcher_finds_what_a_plain_search_finds(text: str, stops: list[str]
     if read is None:
         tails = [size for stop in stops for size in range(1, len(stop)) if text.endswith(stop[:size])]
         assert matcher.held == max(tails, default=0)
+
+
+@pytest.mark.parametrize("stop", ["]", "^a", "\\", "-b"])
+def test_a_stop_string_of_punctuation_is_found(stop: str) -> None:
+    assert StopMatcher([stop, "z-"]).feed(f"some {stop} text") == 5 + len(stop)
 
 
 def test_many_long_stop_strings_cost_no_quadratic_time() -> None:

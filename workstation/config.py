@@ -22,7 +22,8 @@ class EngineConfig:
         kv_cache_dtype: "fp8" (or "fp8_e4m3") keeps keys and values in a byte each; "auto" does so only where the checkpoint
             describes an FP8 cache; the name of the model's dtype never does.
         max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
-        max_num_batched_tokens: a step's token budget; None picks by device.
+        max_num_batched_tokens: a step's token budget; None picks by device, and `online` (a server's streams wait for every
+            step, prompts of others included) picks at most 4,096.
         gpu_memory_utilization: share of the device's memory the engine may use, 0…1.
         kv_cache_memory_bytes / num_blocks: exact size of the KV pool, in bytes or blocks; overrides the share.
         overlap: schedule step N+1 while step N runs; None means "on a GPU".
@@ -36,6 +37,7 @@ class EngineConfig:
     max_model_len: int | None = None
     max_num_seqs: int = 256
     max_num_batched_tokens: int | None = None
+    online: bool = False
     gpu_memory_utilization: float = 0.90
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None

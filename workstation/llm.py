@@ -13,8 +13,8 @@ from typing import Any
 from workstation import gpu
 from workstation.architecture import read_shape
 from workstation.catalog import load_catalogue
+from workstation.collector import calm_collector
 from workstation.config import EngineConfig
-from workstation.engine.host import calm_collector
 from workstation.engine.request import BeamSearchParams, EngineRequest, EngineStats, SamplingParams, TokenEvent, TokenLogprobs
 from workstation.engine.start import build_engine
 from workstation.errors import ConfigError, EngineError, InvalidRequestError
@@ -252,7 +252,8 @@ class LLM:
             self.engine.abort(event.request_id, event.index)  # a stop string: its siblings go on
         if event.cumulative_logprob is not None:
             sample.output.cumulative_logprob = event.cumulative_logprob
-        output.num_cached_tokens = event.num_cached_tokens
+        if not event.plain:
+            output.num_cached_tokens = event.num_cached_tokens
         if event.prompt_logprobs is not None:
             output.prompt_logprobs = [None if row is None else _logprobs(row, self._name) for row in event.prompt_logprobs]
         if event.times is not None:

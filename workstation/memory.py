@@ -26,11 +26,13 @@ DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
 LEAST_CONTEXT = 4096
 MLP_TOKENS = 2048  # the feed-forward part of a larger step runs in pieces of this many tokens, which bounds its activations
-SAMPLING_ROWS = 128  # likewise for sampling that needs temporaries of [rows, vocabulary]
+GRAPH_CHUNKS = 16  # of prompts that a captured step has room for, each with logits of its own
+SAMPLING_ROWS = 64  # likewise for sampling that needs temporaries of [rows, vocabulary]
 # Temporaries live beside their inputs for a moment, and the allocator rounds up.
 ALLOCATOR_SLACK = 1.25
-# A full sort of [rows, vocabulary] float32: values (4), 64-bit indices (8), probabilities and running sum (8).
-SORT_BYTES_PER_LOGIT = 20
+# Penalties on [rows, vocabulary]: logits in float32, counts, and three temporaries of the same size. On the CPU, a full sort:
+# values (4), 64-bit indices (8), probabilities and running sum (8).
+SAMPLER_BYTES_PER_LOGIT = 20
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 FP8_BYTES = 1
 
@@ -57,7 +59,7 @@ class MemoryPlan:
 
     Attributes:
         weights: parameters as they are kept.  kv: the pool.  workspace: activations and tables of the largest step.
-        logits: [rows, vocabulary] in the model's dtype and in float32.  sampler: sorting, penalties, per-row state.
+        logits: [rows, vocabulary] in the model's dtype.  sampler: penalties, sorting, per-row state.
         context, graphs: what CUDA takes for itself.  reserve: left alone for a display.
         budget: what weights, kv, workspace, logits, sampler and graphs may take together.
         note: one sentence when something nobody asked for was made smaller, else "".
@@ -105,11 +107,15 @@ def element_bytes(config: EngineConfig, shape: ModelShape, kind: str) -> int:
     return 4 if kind == "cpu" else ELEMENT_BYTES.get(shape.dtype, 2)
 
 
-def default_token_budget(device: DeviceMemory) -> int:
-    """Tokens a step may compute when nobody said: large cards hide more prompt work behind one step."""
-    if device.kind == "cpu":
+def default_token_budget(device: DeviceMemory, *, online: bool = False) -> int:
+    """Tokens a step may compute when nobody said.
+
+    Large cards hide more prompt work behind one step; on a server the gap between two tokens of a stream is as long as the
+    longest step, which is why it stops at half of that.
+    """
+    if device.kind == "cpu" or device.total_bytes < 70 * GIB:
         return 2048
-    return 8192 if device.total_bytes >= 70 * GIB else 2048
+    return 4096 if online else 8192
 
 
 def blocks_for(shape: ModelShape, tokens: int, block_size: int, token_budget: int) -> int:
@@ -137,6 +143,11 @@ class _Needs:
         return self.workspace + self.logits + self.sampler
 
 
+def logit_rows(max_rows: int) -> int:
+    """Rows of logits a step may have: its samples', or a captured step's, whose prompts have room of their own."""
+    return max_rows + GRAPH_CHUNKS
+
+
 def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_len: int, block_size: int) -> _Needs:
     heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim + shape.num_heads * shape.head_dim
     ffn = 3 * shape.intermediate_size * min(tokens, MLP_TOKENS)  # gate and up, then their product
@@ -144,10 +155,10 @@ def _needs(shape: ModelShape, *, dtype_bytes: int, rows: int, tokens: int, max_l
     indices = tokens * 8 * (3 + len(shape.kv_groups))
     tables = len(shape.kv_groups) * rows * math.ceil(max_len / block_size) * 4
     rope = max_len * shape.rope.rotary_dim * 4
-    logits = rows * shape.vocab_size * (dtype_bytes + 4)
+    logits = logit_rows(rows) * shape.vocab_size * dtype_bytes
     row_state = rows * 256
     penalties = min(rows, 64) * shape.vocab_size * 4
-    sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SORT_BYTES_PER_LOGIT + row_state + penalties
+    sampler = min(rows, SAMPLING_ROWS) * shape.vocab_size * SAMPLER_BYTES_PER_LOGIT + row_state + penalties
     return _Needs(int(activations * ALLOCATOR_SLACK) + indices + tables + rope, logits, sampler)
 
 
@@ -252,7 +263,7 @@ class _Planner:
         given = self.config.max_num_batched_tokens
         if given is not None and given < 1:
             raise ConfigError(f"max_num_batched_tokens must be at least 1, got {given}", param="max_num_batched_tokens")
-        tokens = given or default_token_budget(self.device)
+        tokens = given or default_token_budget(self.device, online=self.config.online)
         if self.config.enable_chunked_prefill or tokens >= length:
             return tokens
         if given is None:

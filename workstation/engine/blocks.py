@@ -12,11 +12,11 @@ Block 0 is the null block: padding points to it, it is never handed out. A publi
 
 from __future__ import annotations
 
-from array import array
 from collections import OrderedDict, deque
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
+from struct import pack
 
 NULL_BLOCK = 0
 FREE, OWNED, SHARED, CACHED = range(4)  # a block's byte in the dashboard's map
@@ -29,7 +29,7 @@ def root_digest(salt: str) -> bytes:
 
 def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
     """Digest of a full block, given the digest of the block before it."""
-    return blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+    return blake2b(parent + pack(f"{len(tokens)}q", *tokens), digest_size=16).digest()
 
 
 @dataclass(slots=True)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
 from workstation.engine.snapshot import Look, Picture
+from workstation.errors import WorkstationError
 
 EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
 
@@ -27,12 +30,101 @@ class Health:
     cause: str = ""
 
 
+class Inbox:
+    """One request's events between the engine's messages and the request's reader, who iterates and at last closes it.
+
+    Args:
+        begin: submits the request, given the inbox; awaited before the first event is waited for.
+        leave: called once, when the last event or an error was read (True) or the reader closed the inbox before that (False).
+    """
+
+    __slots__ = ("_begin", "_begun", "_items", "_leave", "_left", "_waiter")
+
+    def __init__(self, begin: Callable[[Inbox], Awaitable[None]], leave: Callable[[bool], None]) -> None:
+        self._begin = begin
+        self._leave = leave
+        self._begun = self._left = False
+        self._items: deque[TokenEvent | WorkstationError] = deque()
+        self._waiter: asyncio.Future[None] | None = None
+
+    def put(self, item: TokenEvent | WorkstationError) -> None:
+        """Hand over an event, or the error that ends the request."""
+        self._items.append(item)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def __aiter__(self) -> Inbox:
+        return self
+
+    async def __anext__(self) -> TokenEvent:
+        if self._left:
+            raise StopAsyncIteration
+        if not self._items:
+            await self._wait()
+        item = self._items.popleft()
+        if isinstance(item, WorkstationError):
+            self._go(True)
+            raise item
+        if item.finished:
+            self._go(True)
+        return item
+
+    async def _wait(self) -> None:
+        try:
+            if not self._begun:
+                self._begun = True
+                await self._begin(self)
+            loop = asyncio.get_running_loop()
+            while not self._items:
+                self._waiter = loop.create_future()
+                await self._waiter
+        except WorkstationError:
+            self._go(True)
+            raise
+
+    async def aclose(self) -> None:
+        self._go(False)
+
+    def _go(self, done: bool) -> None:
+        if not self._left:
+            self._left = True
+            self._leave(done or not self._begun)
+
+    @property
+    def waiting(self) -> int:
+        """Events that have come and were not read."""
+        return len(self._items)
+
+    def join_waiting(self) -> None:
+        """Make one event a sample of those that wait, in the order of their last tokens."""
+        joined: dict[object, TokenEvent | WorkstationError] = {}
+        for item in self._items:
+            if isinstance(item, WorkstationError) or item.finish_reason in ("error", "abort"):
+                joined[id(item)] = item  # tokens that came before are told before
+            else:
+                earlier = joined.pop(("sample", item.index), None)
+                joined["sample", item.index] = item if earlier is None else _joined(earlier, item)
+        self._items = deque(joined.values())
+
+
+def _joined(first: TokenEvent | WorkstationError, second: TokenEvent) -> TokenEvent:
+    """One event that says what two of the same sample say."""
+    assert isinstance(first, TokenEvent)
+    second.token_ids = first.token_ids + second.token_ids
+    if first.logprobs is not None or second.logprobs is not None:
+        second.logprobs = (first.logprobs or []) + (second.logprobs or [])
+    second.prompt_logprobs = first.prompt_logprobs or second.prompt_logprobs
+    second.num_cached_tokens = max(first.num_cached_tokens, second.num_cached_tokens)
+    second.plain = False
+    return second
+
+
 class EngineClient(Protocol):
     """An engine as the server sees it.
 
     `generate` yields events until the one with `finished=True`. It raises OverloadedError when the queue is full and
     EngineDeadError when the engine dies under the request. Leaving the iterator early (aclose, cancellation) aborts the
-    request.
+    request. Where it is an Inbox, a reader that was held up may join what came meanwhile.
     """
 
     @property

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from workstation.engine.batch import Batch, Chunk, Sample, StepResult
+from workstation.engine.batch import Batch, Chunk, StepResult
 from workstation.engine.beam import BeamGroup
 from workstation.engine.request import FinishReason, TokenEvent, TokenLogprobs
 from workstation.engine.scheduler import Scheduler
@@ -24,17 +24,20 @@ class Committer:
         events: list[TokenEvent] = []
         for number, rows in result.prompt_logprobs.items():
             self._collect_prompt_logprobs(batch.chunks[number], rows)
-        for place, sample in enumerate(batch.samples):
+        appended = 0
+        for sample, token, finite, logprobs in zip(batch.samples, result.tokens, result.finite, result.logprobs, strict=True):
             seq = sample.seq
             seq.pending -= 1
             if seq.finished is not None:
                 continue
-            if not result.finite[place]:
+            if not finite:
                 events += self._fail(seq)
             elif seq.request.request.beam is not None:
-                events += self._beam(seq, result.logprobs[place])
+                events += self._beam(seq, logprobs)
             else:
-                events.append(self._append(sample, result.tokens[place], result.logprobs[place]))
+                events.append(self._append(seq, token, logprobs))
+                appended += 1
+        self._scheduler.stats.generated_tokens += appended
         return events
 
     def abort(self, request_id: str, reason: FinishReason = "abort", error: str | None = None, *,
@@ -58,22 +61,29 @@ class Committer:
 
     # ── one token ───────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _append(self, sample: Sample, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
-        seq, scheduler = sample.seq, self._scheduler
+    def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
+        request, tokens = seq.request, seq.tokens
+        tokens.append(token)
+        length = len(tokens)
+        if length >= seq.publish_at:
+            self._scheduler.kv.publish(seq)
+        ends = length >= seq.limit or token in request.stop_ids
+        if request.started and not ends and logprobs is None:
+            return TokenEvent(request.request.request_id, seq.index, [token], plain=True)
+        return self._whole_event(seq, token, logprobs, ends)
+
+    def _whole_event(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None, ends: bool) -> TokenEvent:
+        """An event that says more than its token: a request's first, a sample's last, one with log-probabilities."""
         request = seq.request
-        seq.tokens.append(token)
-        scheduler.stats.generated_tokens += 1
-        if len(seq.tokens) >= seq.publish_at:
-            scheduler.kv.publish(seq)
-        if request.times.first_token == 0.0:
-            request.times.first_token = scheduler.clock()
-        event = TokenEvent(request.request.request_id, seq.index, [token])
-        event.num_cached_tokens, event.num_preemptions = request.num_cached_tokens, request.num_preemptions
+        event = TokenEvent(request.request.request_id, seq.index, [token], num_cached_tokens=request.num_cached_tokens,
+                           num_preemptions=request.num_preemptions)
+        if not request.started:
+            request.started = True
+            request.times.first_token = self._scheduler.clock()
+            event.prompt_logprobs = request.prompt_logprobs
         if logprobs is not None:
             event.logprobs = [logprobs]
-        if request.prompt_logprobs is not None and not request.sent_prompt_logprobs:
-            event.prompt_logprobs, request.sent_prompt_logprobs = request.prompt_logprobs, True
-        if token in request.stop_ids or len(seq.tokens) >= seq.limit:
+        if ends:
             self._end(seq, token, event)
         return event
 

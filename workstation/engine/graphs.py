@@ -21,6 +21,7 @@ import torch
 
 from workstation.engine.inputs import PADDING, HostStep, InputBuilder, Ints
 from workstation.engine.transfer import to_device
+from workstation.memory import GRAPH_CHUNKS
 from workstation.model.inputs import InputTensors
 
 log = logging.getLogger("ws.engine")
@@ -31,7 +32,6 @@ Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 MOST_DECODES = 512
 PROMPT_TOKENS = (64, 128, 256, 512, 1024)
 DECODES_BESIDE = (0, 16, 64, 256)
-MOST_CHUNKS = 16
 
 
 class Shape(NamedTuple):
@@ -64,7 +64,7 @@ def graph_shapes(max_rows: int, max_tokens: int) -> list[Shape]:
     top = min(max_rows, MOST_DECODES)
     sizes = [size for size in (1, 2, 4, 8) if size < top] + list(range(16, top, 16))
     beside = sorted({min(size, top) for size in DECODES_BESIDE})
-    mixed = [Shape(size, tokens, min(MOST_CHUNKS, max_rows)) for size in beside for tokens in PROMPT_TOKENS
+    mixed = [Shape(size, tokens, min(GRAPH_CHUNKS, max_rows)) for size in beside for tokens in PROMPT_TOKENS
              if tokens <= max_tokens]
     return sorted([*(Shape(size) for size in [*sizes, top]), *mixed], key=lambda shape: (shape.all_tokens, shape.chunks))
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import gc
 import logging
 import os
 import signal
@@ -20,9 +19,10 @@ from pathlib import Path
 import msgspec
 import zmq
 
+from workstation.collector import calm_collector
 from workstation.config import EngineConfig
 from workstation.engine import wire
-from workstation.engine.host import calm_collector, server_threads
+from workstation.engine.host import server_threads
 from workstation.engine.request import EngineStats
 from workstation.errors import StartupError, WorkstationError
 
@@ -79,10 +79,8 @@ class EngineLoop:
             self._send(wire.StartFailed(type(error).__name__, error.message, error.param))
             return error.exit_code
         self._send(wire.Ready(self._engine.info))
-        gc.collect()
-        gc.freeze()  # what loading left behind lives for ever
         try:
-            with calm_collector():
+            with calm_collector(freeze=True):
                 self._serve()
         except Exception as error:
             log.exception("the engine failed")
@@ -103,7 +101,7 @@ class EngineLoop:
                 self._heart.step_began = time.monotonic()
                 events = self._engine.step()
                 if events:
-                    self._send(wire.Step(events))
+                    self._send(wire.step(events))
             else:
                 self._heart.step_began = 0.0
             now = time.monotonic()
@@ -125,7 +123,7 @@ class EngineLoop:
             elif isinstance(message, wire.Abort):
                 events = self._engine.abort(message.request_id, message.index)
                 if events:
-                    self._send(wire.Step(events))
+                    self._send(wire.step(events))
             elif isinstance(message, wire.Ask):
                 self._send(wire.Shown(self._engine.look(message.look)))
             else:

@@ -278,6 +278,7 @@ class TokenEvent:
         prompt_logprobs: on the first event when asked for; entry 0 is None.
         num_cached_tokens: prompt tokens read from the prefix cache.  error: a sentence, with finish_reason "error".
         cumulative_logprob: of the whole sample, set for beams.
+        plain: one token, and nothing the request's earlier events did not say: all that has to travel is the token.
     """
 
     request_id: str
@@ -293,6 +294,7 @@ class TokenEvent:
     cumulative_logprob: float | None = None
     times: RequestTimes | None = None
     num_preemptions: int = 0
+    plain: bool = False
 
 
 @dataclass(slots=True)

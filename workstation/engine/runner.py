@@ -24,6 +24,7 @@ from workstation.engine.sampler import SampleLogprobs, Sampler, prompt_logprobs,
 from workstation.engine.sampling_state import SamplingState, banned_next
 from workstation.engine.transfer import record_event, to_device, to_host
 from workstation.kernels import ops
+from workstation.memory import logit_rows
 from workstation.model.inputs import InputTensors
 from workstation.model.transformer import Decoder
 
@@ -73,6 +74,8 @@ class ModelRunner:
         self._state = SamplingState(max_rows, shape.vocab_size, device)
         self._sampler = Sampler(self._state)
         self._owners: dict[int, sequence.Sequence] = {}
+        rooms = (logit_rows(max_rows), shape.vocab_size)
+        self._logits_room = torch.empty(rooms, dtype=dtype, device=device) if device.type == "cuda" else None
         self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
 
     @torch.inference_mode()
@@ -80,10 +83,8 @@ class ModelRunner:
         """Compile the sampler and capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs
         kernel by kernel."""
         self._sampler.prepare(self.model.dtype)
-        shapes = graph_shapes(self._state.max_rows, max_tokens)
-        most = max(shape.sequences for shape in shapes)
-        logits = torch.empty(most, self.model.shape.vocab_size, dtype=self.model.dtype, device=self.device)
-        self._graphs.capture(shapes, logits)
+        assert self._logits_room is not None, "graphs are captured on a GPU"
+        self._graphs.capture(graph_shapes(self._state.max_rows, max_tokens), self._logits_room)
 
     def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
@@ -104,7 +105,8 @@ class ModelRunner:
         prompts = self._prompt_logprobs(batch, hidden)
         if not batch.samples:
             return self._download(self._unsampled(batch, prompts))
-        logits = self.model.logits(_wanted(hidden, tensors.model))
+        room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
+        logits = self.model.logits(_wanted(hidden, tensors.model), room)
         return self._download(self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts))
 
     def collect(self, step: Step) -> StepResult:

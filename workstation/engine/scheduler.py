@@ -57,7 +57,7 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.stats = EngineStats(blocks_total=pool.total)
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
-        self._planned: set[Sequence] = set()  # in the step being planned
+        self._step = 0  # the step being planned; sequences in it carry its number
         self._count = 0
         self._seed = seed
 
@@ -132,14 +132,8 @@ class Scheduler:
     def schedule(self) -> Batch | None:
         """Plan the next step, or None when nothing can be computed now."""
         batch = Batch()
-        self._planned.clear()
-        behind = []
-        for seq in list(self.running):
-            if len(seq.tokens) + seq.pending - seq.num_computed > 1:
-                behind.append(seq)
-            elif self._has_tokens(seq):
-                self._advance(seq, batch)
-        for seq in behind:
+        self._step += 1
+        for seq in self._decode(batch):
             if self._has_tokens(seq):
                 self._advance(seq, batch)
         self._admit(batch)
@@ -148,13 +142,42 @@ class Scheduler:
             self._admit(batch)
         return batch if batch.chunks else None
 
+    def _decode(self, batch: Batch) -> list[Sequence]:
+        """Plan all running sequences that are one token behind; returns those that are further behind.
+
+        Nearly every row of nearly every step passes here, hence the short cut: an output token for which the table has room of
+        its own needs nothing from the pool.
+        """
+        behind = []
+        chunks, samples, step, budget = batch.chunks, batch.samples, self._step, self.limits.max_tokens
+        short_cut = not self.kv.slides
+        for seq in self.running.copy():
+            request, start, pending = seq.request, seq.num_computed, seq.pending
+            known = len(seq.tokens) + pending
+            if known - start > 1:
+                behind.append(seq)
+            elif (short_cut and start >= request.prompt_len and start < known < seq.limit and known <= seq.own_until
+                  and seq.row >= 0 and seq.step != step and batch.num_tokens < budget
+                  and not (pending and request.needs_host_tokens)):
+                seq.num_computed, seq.step, seq.pending = known, step, pending + 1
+                samples.append(Sample(seq, seq.row, len(chunks), known))
+                chunks.append(Chunk(seq, seq.row, start, 1, pending > 0, seq.table_updates))
+                if seq.table_updates:
+                    seq.table_updates = []
+                batch.num_tokens += 1
+                if known >= seq.publish_at:
+                    self.kv.publish(seq)
+            elif self._has_tokens(seq):
+                self._advance(seq, batch)
+        return behind
+
     def _stuck(self) -> bool:
         """Nothing is in flight and those who run wait for those who cannot start (beams of one request)."""
         return bool(self.running) and not any(seq.pending for seq in [*self.running, *self.waiting])
 
     def _has_tokens(self, seq: Sequence) -> bool:
         known = len(seq.tokens) + seq.pending
-        return (seq.num_computed < known < seq.limit and seq.row >= 0 and seq.born and seq not in self._planned
+        return (seq.num_computed < known < seq.limit and seq.row >= 0 and seq.born and seq.step != self._step
                 and not (seq.pending and seq.request.needs_host_tokens))
 
     def _advance(self, seq: Sequence, batch: Batch) -> None:
@@ -180,7 +203,7 @@ class Scheduler:
         for other in reversed(self.running):
             if other is self.running[0] or other.order < seq.order:
                 return None
-            if other not in self._planned and other.born:
+            if other.step != self._step and other.born:
                 return other
         return None
 
@@ -197,7 +220,7 @@ class Scheduler:
     def _plan(self, seq: Sequence, count: int, copies: list[tuple[int, int]], batch: Batch) -> None:
         start = seq.num_computed
         seq.num_computed += count
-        self._planned.add(seq)
+        seq.step = self._step
         number = len(batch.chunks)
         batch.chunks.append(Chunk(seq, seq.row, start, count, seq.pending > 0, seq.table_updates))
         if seq.table_updates:
@@ -229,7 +252,7 @@ class Scheduler:
         """A sibling starts where the prompt ends: same blocks, same logits, a sample of its own."""
         self.kv.fork(parent, child)
         child.born = True
-        self._planned.add(child)  # its first own token is the next step's
+        child.step = self._step  # its first own token is the next step's
         self._sample(child, chunk, batch)  # its table is uploaded with its first own chunk
 
     # ── admission ───────────────────────────────────────────────────────────────────────────────────────────────────

@@ -23,6 +23,7 @@ class Sequence:
         limit: tokens at which it ends for its length; one token fewer is the most that is ever computed.
         own_until: tokens that can be written before the pool is asked again: the table covers them and nobody shares its tail.
         publish_at: known and computed tokens from which there is a new full block to publish.
+        step: number of the last step it was planned into.
         order: scheduling key; smaller runs first.  born: False for a sample that waits for its prompt to be computed.
     """
 
@@ -46,6 +47,7 @@ class Sequence:
     limit: int = field(init=False)
     own_until: int = 0
     publish_at: int = 0
+    step: int = 0
 
     @property
     def num_known(self) -> int:
@@ -63,7 +65,7 @@ class RequestState:
         max_tokens: output limit a sample, resolved against the window.
         sequences: all samples ever made (beams replace theirs).  num_live: samples that have not finished.
         needs_host_tokens: beam search and multi-token bad words look at tokens before the next step.
-        prompt_logprobs: collected chunk by chunk; entry 0 is None.
+        prompt_logprobs: collected chunk by chunk; entry 0 is None.  started: its first token has been told.
     """
 
     request: EngineRequest
@@ -75,7 +77,7 @@ class RequestState:
     num_live: int = 0
     num_cached_tokens: int = 0
     prompt_logprobs: list[TokenLogprobs | None] | None = None
-    sent_prompt_logprobs: bool = False
+    started: bool = False
     times: RequestTimes = field(default_factory=RequestTimes)
     num_preemptions: int = 0
     num_forks: int = 0

@@ -12,6 +12,7 @@ from fastapi import FastAPI
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Route
 
 from workstation import __version__
 from workstation.engine.client import EngineClient
@@ -42,6 +43,7 @@ from workstation.server.streaming import EventStream
 from workstation.server.tokenize import detokenize, tokenize
 
 Result = TypeVar("Result")
+SMALL_BODY_BYTES = 64 * 1024
 
 
 class Api:
@@ -62,19 +64,25 @@ class Api:
             self.metrics.reject(error)
             raise
 
-    async def _in_thread(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
-        """Parse, validate, render and tokenise off the event loop, so that one huge prompt delays nobody's tokens."""
+    async def _prepared(self, request: Request, work: Callable[[dict[str, Any]], Result]) -> Result:
+        """Parse, validate, render and tokenise.
+
+        Off the event loop, so that one huge prompt delays nobody's tokens; but token ids in a body of ordinary size are ready
+        before a thread would have woken up.
+        """
         options = self.service.options
         body = await read_body(request, options)
-
-        def job() -> Result:
-            return work(parse_json(body, options.max_json_depth))
-
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, job)
+            if len(body) > SMALL_BODY_BYTES:
+                return await self._in_thread(lambda: work(parse_json(body, options.max_json_depth)))
+            payload = parse_json(body, options.max_json_depth)
+            return work(payload) if _holds_ids(payload) else await self._in_thread(lambda: work(payload))
         except WorkstationError as error:
             self.metrics.reject(error)
             raise
+
+    async def _in_thread(self, work: Callable[[], Result]) -> Result:
+        return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def chat(self, request: Request) -> Response:
         label = request.headers.get("x-client", "")
@@ -84,7 +92,7 @@ class Api:
             return prepare_chat(self.service, body, label)
 
         self._check_open()
-        generation = self._generation(await self._in_thread(request, prepare))
+        generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_chat(generation), self.gate, self.service.options)
         return await self._whole(request, answer_chat(generation))
@@ -97,7 +105,7 @@ class Api:
             return prepare_completion(self.service, body, label)
 
         self._check_open()
-        generation = self._generation(await self._in_thread(request, prepare))
+        generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_completion(generation), self.gate, self.service.options)
         return await self._whole(request, answer_completion(generation))
@@ -129,11 +137,11 @@ class Api:
                 "max_input_tokens": window, "meta": {"n_ctx": window}}
 
     async def tokenize(self, request: Request) -> Response:
-        return _json(await self._in_thread(
+        return _json(await self._prepared(
             request, lambda payload: wire.encode(tokenize(self.service, validate(payload, TokenizeRequest)))))
 
     async def detokenize(self, request: Request) -> Response:
-        return _json(await self._in_thread(
+        return _json(await self._prepared(
             request, lambda payload: wire.encode(detokenize(self.service, validate(payload, DetokenizeRequest)))))
 
     async def health(self, request: Request) -> Response:
@@ -151,6 +159,12 @@ class Api:
 
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+def _holds_ids(payload: dict[str, Any]) -> bool:
+    """Whether the prompt begins like a list of token ids, which needs no tokeniser."""
+    prompt = payload.get("prompt")
+    return isinstance(prompt, list) and bool(prompt) and type(prompt[0]) is int
 
 
 def _json(body: bytes) -> Response:
@@ -173,7 +187,9 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
                   redirect_slashes=False)
     app.state.api = api
     for method, path, handler in _routes(api):
-        app.add_api_route(path, handler, methods=[method], response_model=None)
+        route = Route(path, handler)  # not FastAPI's own, whose dependencies and models we do not use and would pay for
+        route.methods = {method}
+        app.router.routes.append(route)
     errors.install(app)
     app.add_middleware(Guard, options=options)
     if options.allowed_origins:

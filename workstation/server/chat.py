@@ -148,9 +148,15 @@ async def stream_chat(generation: Generation) -> AsyncGenerator[bytes, None]:
     writer = LogprobWriter(generation.tokenizer, as_ids=job.tokens_as_ids)
     started: set[int] = set()
     pending_ids: dict[int, list[int]] = {}
+    frames: dict[int, wire.Frame] = {}  # of choices that have begun, where chunks differ in their text alone
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
             index = delta.choice.index
+            frame = frames.get(index)
+            if frame is not None and delta.finish_reason is None:
+                if delta.text:
+                    yield frame.around(delta.text)
+                continue
             out = b""
             if index not in started:
                 started.add(index)
@@ -161,6 +167,8 @@ async def stream_chat(generation: Generation) -> AsyncGenerator[bytes, None]:
                 out += wire.sse(_chunk(generation, delta, writer, pending_ids.pop(index, None)))
             if out:
                 yield out
+            if job.varies_in_text_alone and delta.finish_reason is None:
+                frames[index] = wire.Frame(_frame_chunk(generation, index), "content")
     if job.usage_at_end:
         last = _answer(generation, "chat.completion.chunk", [])
         last.usage = generation.usage()
@@ -187,6 +195,12 @@ def _chunk(generation: Generation, delta: Delta, writer: LogprobWriter, ids: lis
         writer.chat(delta.logprobs) if delta.logprobs else None, delta.finish_reason,
         delta.stop_reason if delta.finish_reason is not None else UNSET, ids if ids is not None else UNSET)
     chunk = _answer(generation, "chat.completion.chunk", [choice])
+    _chunk_usage(chunk, generation)
+    return chunk
+
+
+def _frame_chunk(generation: Generation, index: int) -> wire.Answer:
+    chunk = _answer(generation, "chat.completion.chunk", [wire.ChatChunkChoice(index, wire.ChatDelta(content=""))])
     _chunk_usage(chunk, generation)
     return chunk
 

@@ -15,7 +15,7 @@ from workstation.engine.request import MAX_LOGPROBS, TokenLogprobs
 from workstation.errors import InvalidRequestError
 from workstation.server import prepare, wire
 from workstation.server.body import show
-from workstation.server.generation import Generation
+from workstation.server.generation import Delta, Generation
 from workstation.server.job import Job
 from workstation.server.logprobs import LogprobWriter
 from workstation.server.prepare import Service
@@ -185,38 +185,70 @@ async def answer_completion(generation: Generation) -> bytes:
     return wire.encode(answer)
 
 
+def _chunk(generation: Generation, choice: wire.CompletionChoice) -> wire.Answer:
+    """OpenAI: with include_usage every chunk but the last carries `usage: null`."""
+    chunk = _answer(generation, [choice])
+    if generation.job.usage_always:
+        chunk.usage = generation.usage()
+    elif generation.job.usage_at_end:
+        chunk.usage = None
+    return chunk
+
+
+class _Chunks:
+    """The chunks of one stream."""
+
+    def __init__(self, generation: Generation) -> None:
+        self._generation = generation
+        self._job = generation.job
+        self._writer = _Writer(generation)
+        self._started: set[int] = set()
+        self._pending_ids: dict[int, list[int]] = {}
+        self._frames: dict[int, wire.Frame] = {}  # of choices that have begun, where chunks differ in their text alone
+
+    def event(self, delta: Delta) -> bytes:
+        """The event of a delta, b"" when it shows nothing yet."""
+        frame = self._frames.get(delta.choice.index)
+        if frame is None or delta.finish_reason is not None:
+            return self._whole(delta)
+        return frame.around(delta.text) if delta.text else b""
+
+    def _whole(self, delta: Delta) -> bytes:
+        job, index, prompt_index = self._job, delta.choice.index, delta.choice.prompt_index
+        first = index not in self._started
+        if job.return_token_ids and not job.hide_output:
+            self._pending_ids.setdefault(index, []).extend(delta.token_ids)
+        if delta.empty and not (first and job.echo):
+            return b""
+        self._started.add(index)
+        choice = self._choice(delta, first)
+        if job.return_token_ids:
+            choice.token_ids = self._pending_ids.pop(index, [])
+        if first:
+            self._writer.finish(choice, prompt_index)
+        if job.varies_in_text_alone and delta.finish_reason is None:
+            self._frames[index] = wire.Frame(_chunk(self._generation, wire.CompletionChoice(index, "")), "text")
+        return wire.sse(_chunk(self._generation, choice))
+
+    def _choice(self, delta: Delta, first: bool) -> wire.CompletionChoice:
+        hidden = self._job.hide_output
+        echo = self._writer.echo(delta.choice.prompt_index)
+        text = (echo.text if echo is not None and first else "") + ("" if hidden else delta.text)
+        logprobs = self._writer.logprobs(echo if first else None, len(echo.text) if echo is not None else 0,
+                                         [] if hidden else delta.logprobs, [] if hidden else delta.starts)
+        reason = "length" if hidden and delta.finish_reason else delta.finish_reason
+        return wire.CompletionChoice(delta.choice.index, text, logprobs, reason, delta.stop_reason)
+
+
 async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, None]:
     """Server-sent events: text chunks (an echoed prompt first), a finish chunk a choice, usage when asked for, [DONE]."""
-    job = generation.job
-    writer = _Writer(generation)
-    started: set[int] = set()
-    pending_ids: dict[int, list[int]] = {}
+    chunks = _Chunks(generation)
     async with aclosing(generation.deltas()) as deltas:
         async for delta in deltas:
-            index, prompt_index = delta.choice.index, delta.choice.prompt_index
-            first = index not in started
-            if job.return_token_ids and not job.hide_output:
-                pending_ids.setdefault(index, []).extend(delta.token_ids)
-            if delta.empty and not (first and job.echo):
-                continue
-            started.add(index)
-            echo = writer.echo(prompt_index)
-            text = (echo.text if echo is not None and first else "") + ("" if job.hide_output else delta.text)
-            logprobs = writer.logprobs(echo if first else None, len(echo.text) if echo is not None else 0,
-                                       [] if job.hide_output else delta.logprobs, [] if job.hide_output else delta.starts)
-            reason = "length" if job.hide_output and delta.finish_reason else delta.finish_reason
-            choice = wire.CompletionChoice(index, text, logprobs, reason, delta.stop_reason)
-            if job.return_token_ids:
-                choice.token_ids = pending_ids.pop(index, [])
-            if first:
-                writer.finish(choice, prompt_index)
-            chunk = _answer(generation, [choice])
-            if job.usage_always:
-                chunk.usage = generation.usage()
-            elif job.usage_at_end:
-                chunk.usage = None
-            yield wire.sse(chunk)
-    if job.usage_at_end:
+            event = chunks.event(delta)
+            if event:
+                yield event
+    if generation.job.usage_at_end:
         last = _answer(generation, [])
         last.usage = generation.usage()
         yield wire.sse(last)

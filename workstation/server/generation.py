@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import aclosing
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from workstation.engine.client import EngineClient
+from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, EngineError, InvalidRequestError, OverloadedError
 from workstation.server.job import Job
@@ -43,8 +43,8 @@ class Delta:
 class Choice:
     """One sample: its text so far and how it ended."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_logprobs", "finish_reason", "index", "num_tokens", "prompt_index",
-                 "stop_reason")
+    __slots__ = ("_detokenizer", "_include_stop", "_logprobs", "_plain", "finish_reason", "index", "last_event", "num_tokens",
+                 "prompt_index", "stop_reason")
 
     def __init__(self, index: int, prompt_index: int, request: EngineRequest, tokenizer: Tokenizer) -> None:
         params = request.params
@@ -55,13 +55,18 @@ class Choice:
             min_tokens=params.min_tokens)
         self._include_stop = params.include_stop_str_in_output
         self._logprobs: list[TokenLogprobs] = []
+        self._plain = not params.stop and params.logprobs is None
         self.num_tokens = 0
+        self.last_event = 0.0  # time.monotonic()
         self.finish_reason: str | None = None
         self.stop_reason: int | str | None = None
 
     def take(self, event: TokenEvent) -> Delta:
         """Feed one event. A stop token's text is left out (unless include_stop_str_in_output), its count is not."""
         detokenizer = self._detokenizer
+        if event.plain and self._plain:
+            self.num_tokens += 1
+            return Delta(self, detokenizer.feed(event.token_ids), event.token_ids, [], [])
         before, shown = detokenizer.num_tokens, detokenizer.num_shown
         ids = event.token_ids
         hidden = event.finish_reason == "stop" and bool(ids) and not self._include_stop
@@ -93,12 +98,14 @@ class Generation:
     choices: list[Choice] = field(default_factory=list)
     prompt_logprobs: list[list[TokenLogprobs | None] | None] = field(default_factory=list)
     cached_tokens: int = 0
+    first_events: list[float] = field(default_factory=list)  # a request's first, time.monotonic(); 0.0 is "not yet"
 
     def __post_init__(self) -> None:
         samples = self.job.samples
         self.choices = [Choice(index, index // samples, self.job.requests[index // samples], self.tokenizer)
                         for index in range(samples * len(self.job.requests))]
         self.prompt_logprobs = [None] * len(self.job.requests)
+        self.first_events = [0.0] * len(self.job.requests)
 
     def usage(self) -> Usage:
         prompt = sum(len(request.prompt_token_ids) for request in self.job.requests)
@@ -108,18 +115,29 @@ class Generation:
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every change of every choice, in the order of the engine's events.
 
+        Events that came while the reader was held up (its socket was busy) make one delta a choice, so that a slow client
+        costs less and not more.
+
         Raises OverloadedError, EngineDeadError, EngineError, or InvalidRequestError when the engine refuses at admission.
         """
         outcome = "abort"
         try:
-            async with aclosing(self._events()) as events:
-                async for prompt_index, event in events:
+            async with _closing(self._events()) as events:
+                inbox = events if isinstance(events, Inbox) else None
+                places = {request.request_id: place for place, request in enumerate(self.job.requests)}
+                async for event in events:
+                    prompt_index = places[event.request_id]
                     choice = self.choices[prompt_index * self.job.samples + event.index]
                     if choice.finish_reason is not None and event.finish_reason != "error":
                         continue  # tokens under way when a stop string was found, or the end we asked for
-                    self._note(prompt_index, event)
+                    self._note(prompt_index, choice, event)
+                    waiting = inbox.waiting if inbox is not None else 0
                     yield choice.take(event)
-                    if choice.finish_reason is not None and event.finish_reason is None:
+                    if inbox is not None and inbox.waiting > waiting:
+                        inbox.join_waiting()
+                    if choice.finish_reason is None:
+                        continue
+                    if event.finish_reason is None:
                         self._end_sample(event)
                     if all(item.finish_reason is not None for item in self.choices):
                         outcome = "length" if all(item.finish_reason == "length" for item in self.choices) else "stop"
@@ -131,71 +149,85 @@ class Generation:
             self.metrics.reject(error)
             raise
         finally:
-            self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices))
+            self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices), self._spans())
 
     def _end_sample(self, event: TokenEvent) -> None:
         """A stop string ended one sample; the engine need not go on with it. (With none left, leaving the iterator does it.)"""
         if any(choice.finish_reason is None for choice in self.choices):
             self.engine.abort(event.request_id, event.index)
 
-    def _note(self, prompt_index: int, event: TokenEvent) -> None:
+    def _spans(self) -> list[tuple[float, float]]:
+        """When each request's first and last event came, of those that had any."""
+        samples = self.job.samples
+        lasts = [max(choice.last_event for choice in self.choices[at:at + samples])
+                 for at in range(0, len(self.choices), samples)]
+        return [(first, last) for first, last in zip(self.first_events, lasts, strict=True) if first]
+
+    def _note(self, prompt_index: int, choice: Choice, event: TokenEvent) -> None:
+        now = time.monotonic()
+        if not event.plain:
+            self._note_whole(prompt_index, event, now)
+        if choice.last_event:
+            self.metrics.gap(now - choice.last_event)
+        choice.last_event = now
+
+    def _note_whole(self, prompt_index: int, event: TokenEvent, now: float) -> None:
         if event.finish_reason == "error":
             raise EngineError(event.error or "the engine could not finish this request")
         if event.finish_reason == "abort":
             raise EngineError("the engine aborted this request")
         if event.prompt_logprobs is not None:
             self.prompt_logprobs[prompt_index] = event.prompt_logprobs
-        request = self.job.requests[prompt_index]
-        self.cached_tokens += self.metrics.token(request, event, time.monotonic())
+        if not self.first_events[prompt_index]:
+            self.first_events[prompt_index] = now
+            self.metrics.first_token(self.job.requests[prompt_index], event, now)
+            self.cached_tokens += event.num_cached_tokens
+        if event.finished:
+            self.metrics.last_token(event)
 
-    def _events(self) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+    def _events(self) -> AsyncIterator[TokenEvent]:
         requests = self.job.requests
         if len(requests) == 1:
-            return _numbered(self.engine.generate(requests[0]))
+            return self.engine.generate(requests[0])
         return _merged([self.engine.generate(request) for request in requests])
 
 
-async def _numbered(events: AsyncIterator[TokenEvent]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
-    try:
-        async for event in events:
-            yield 0, event
-    finally:
-        await _close(events)
-
-
-async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
+async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[TokenEvent, None]:
     """Events of several requests as they come. The first failure ends all of them."""
-    queue: asyncio.Queue[tuple[int, TokenEvent | BaseException | None]] = asyncio.Queue()
+    queue: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
 
-    async def pump(index: int, events: AsyncIterator[TokenEvent]) -> None:
+    async def pump(events: AsyncIterator[TokenEvent]) -> None:
         try:
-            async for event in events:
-                queue.put_nowait((index, event))
-            queue.put_nowait((index, None))
+            async with _closing(events):
+                async for event in events:
+                    queue.put_nowait(event)
+            queue.put_nowait(None)
         except Exception as error:  # carried over to the reader, who raises it
-            queue.put_nowait((index, error))
-        finally:
-            await _close(events)
+            queue.put_nowait(error)
 
-    tasks = [asyncio.ensure_future(pump(index, events)) for index, events in enumerate(streams)]
+    tasks = [asyncio.ensure_future(pump(events)) for events in streams]
     try:
         running = len(tasks)
         while running:
-            index, item = await queue.get()
+            item = await queue.get()
             if isinstance(item, BaseException):
                 raise item
             if item is None:
                 running -= 1
             else:
-                yield index, item
+                yield item
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-async def _close(events: AsyncIterator[TokenEvent]) -> None:
+@asynccontextmanager
+async def _closing(events: AsyncIterator[TokenEvent]) -> AsyncIterator[AsyncIterator[TokenEvent]]:
     """Leaving an engine's iterator early is what aborts the request."""
-    close = getattr(events, "aclose", None)
-    if close is not None:
-        await close()
+    try:
+        yield events
+    finally:
+        close = getattr(events, "aclose", None)
+        if close is not None:
+            await close()

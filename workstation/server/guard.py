@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import uuid
 from collections.abc import Iterable
 from urllib.parse import SplitResult, urlsplit
 
@@ -12,6 +11,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from workstation.errors import AuthenticationError, WorkstationError
 from workstation.server.errors import HTTPRequestError, error_response
+from workstation.server.ids import fresh_id
 from workstation.server.options import ServerOptions, is_loopback
 
 PUBLIC_PATHS = frozenset({"/health"})
@@ -38,7 +38,7 @@ class Guard:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008, "reason": "no websocket routes"})
             return
-        request_id = uuid.uuid4().hex
+        request_id = fresh_id()
         scope.setdefault("state", {})["request_id"] = request_id
         reply = _with_header(send, b"x-request-id", request_id.encode())
         try:

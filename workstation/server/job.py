@@ -32,3 +32,8 @@ class Job:
     return_token_ids: bool = False
     tokens_as_ids: bool = False
     hide_output: bool = False
+
+    @property
+    def varies_in_text_alone(self) -> bool:
+        """Whether a stream's chunks between the first and the last of a choice differ in their text alone."""
+        return not (self.logprobs or self.return_token_ids or self.usage_always or self.hide_output)

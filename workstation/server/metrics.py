@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from workstation.engine.client import EngineClient
 from workstation.engine.request import EngineRequest, TokenEvent
 from workstation.errors import EngineDeadError, InvalidRequestError, OverloadedError, WorkstationError
+from workstation.server.histogram import Histogram
 from workstation.server.job import Job
 from workstation.server.stats_rates import Recent
 
@@ -39,7 +40,9 @@ class Metrics:
         tokens = _token_buckets(window)
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            return Histogram(f"ws:{name}", text, LABELS, registry=self.registry, buckets=tuple(buckets)).labels(*labels)
+            made = Histogram(f"ws:{name}", text, (LABELS, labels), buckets)
+            self.registry.register(made)
+            return made
 
         self._ttft = histogram("time_to_first_token_seconds", "Arrival to first token.", TTFT_BUCKETS)
         self._itl = histogram("inter_token_latency_seconds", "Between two token events of a sample.", ITL_BUCKETS)
@@ -61,7 +64,6 @@ class Metrics:
                              registry=self.registry)
         self._ended = {reason: success.labels(*labels, reason) for reason in FINISH_REASONS}
         self._rejected = {reason: rejections.labels(*labels, reason) for reason in REJECTIONS}
-        self._last_event: dict[tuple[str, int], float] = {}
         self.ttft, self.itl, self.e2e = Recent(), Recent(4096), Recent()  # the dashboard's spreads
         self.registry.register(_EngineCollector(engine, labels))
 
@@ -72,26 +74,19 @@ class Metrics:
         kinds = ((InvalidRequestError, "invalid"), (OverloadedError, "overloaded"), (EngineDeadError, "engine_dead"))
         self._rejected[next((name for kind, name in kinds if isinstance(error, kind)), "other")].inc()
 
-    def token(self, request: EngineRequest, event: TokenEvent, now: float) -> int:
-        """Record one event; returns the prompt's cached tokens when it is the request's first, else 0."""
-        key = (request.request_id, event.index)
-        last = self._last_event.get(key)
-        cached = 0
-        if last is not None:
-            self._itl.observe(now - last)
-            self.itl.add(now - last)
-        elif (request.request_id, -1) not in self._last_event:
-            self._last_event[(request.request_id, -1)] = now
-            self._ttft.observe(now - request.arrival)
-            self.ttft.add(now - request.arrival)
-            self._computed.observe(len(request.prompt_token_ids) - event.num_cached_tokens)
-            cached = event.num_cached_tokens
-        self._last_event[key] = now
-        if event.finished:
-            self._times(event)
-        return cached
+    def first_token(self, request: EngineRequest, event: TokenEvent, now: float) -> None:
+        """Record a request's first event."""
+        self._ttft.observe(now - request.arrival)
+        self.ttft.add(now - request.arrival)
+        self._computed.observe(len(request.prompt_token_ids) - event.num_cached_tokens)
 
-    def _times(self, event: TokenEvent) -> None:
+    def gap(self, seconds: float) -> None:
+        """Record the time between two events of a sample."""
+        self._itl.observe(seconds)
+        self.itl.add(seconds)
+
+    def last_token(self, event: TokenEvent) -> None:
+        """Record what a request's last event says about its way through the engine."""
         self._preemptions.observe(event.num_preemptions)
         times = event.times
         if times is None or not times.scheduled or not times.finished:
@@ -102,23 +97,24 @@ class Metrics:
             self._prefill.observe(times.first_token - times.scheduled)
             self._decode.observe(times.finished - times.first_token)
 
-    def finish(self, job: Job, outcome: str, output_tokens: int) -> None:
-        """Record a request's end; `outcome` is one of FINISH_REASONS."""
+    def finish(self, job: Job, outcome: str, output_tokens: int, spans: Iterable[tuple[float, float]]) -> None:
+        """Record a request's end.
+
+        Args:
+            outcome: one of FINISH_REASONS.  spans: when first and last event of each request came, of those that had any.
+        """
         self._ended[outcome].inc()
         for request in job.requests:
-            first = self._last_event.pop((request.request_id, -1), None)
-            lasts = [self._last_event.pop((request.request_id, index), None) for index in range(job.samples)]
-            ends = [last for last in lasts if last is not None]
             self._prompt.observe(len(request.prompt_token_ids))
             self._n.observe(job.samples)
             if request.params.max_tokens is not None:
                 self._max_tokens.observe(request.params.max_tokens)
-            if first is not None and ends:
-                self._e2e.observe(max(ends) - request.arrival)
-                self.e2e.add(max(ends) - request.arrival)
-                each = output_tokens / (job.samples * len(job.requests))
-                if each > 1:
-                    self._tpot.observe((max(ends) - first) / (each - 1))
+        each = output_tokens / (job.samples * len(job.requests))
+        for first, last in spans:
+            self._e2e.observe(last - job.requests[0].arrival)
+            self.e2e.add(last - job.requests[0].arrival)
+            if each > 1:
+                self._tpot.observe((last - first) / (each - 1))
         self._output.observe(output_tokens)
 
 

@@ -6,6 +6,7 @@ import ipaddress
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 from workstation.text.tokenizer import Tokenizer
@@ -57,6 +58,7 @@ class ServerOptions:
         return is_loopback(self.host)
 
 
+@lru_cache(maxsize=1024)
 def is_loopback(host: str) -> bool:
     """Whether a bind address is reachable from this machine only."""
     if host.lower() == "localhost":

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
-import uuid
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Annotated, Any
+
+import msgspec
 
 from workstation.engine.client import EngineClient
 from workstation.engine.request import BeamSearchParams, EngineRequest, SamplingParams
 from workstation.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError
 from workstation.server.body import show
+from workstation.server.ids import fresh_id
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.schemas import SamplingRequest
 
@@ -62,14 +65,23 @@ class Service:
 
     def check_ids(self, ids: list[Any], param: str) -> list[int]:
         """Prompt ids the model has an embedding for. Raises InvalidRequestError."""
+        width = self.logits_width
+        try:
+            checked: list[int] = msgspec.convert(ids, _ids_below(width))
+            return checked
+        except msgspec.ValidationError:
+            pass
         for item in ids:
             if type(item) is not int:
                 raise InvalidRequestError(f"{param} must hold token ids, got {show(item)}", param=param)
-        width = self.logits_width
-        if ids and not (min(ids) >= 0 and max(ids) < width):
-            bad = next(item for item in ids if not 0 <= item < width)
-            raise InvalidRequestError(f"{param} must hold token ids from 0 to {width - 1}, got {show(bad)}", param=param)
-        return ids
+        bad = next(item for item in ids if not 0 <= item < width)
+        raise InvalidRequestError(f"{param} must hold token ids from 0 to {width - 1}, got {show(bad)}", param=param)
+
+
+@lru_cache(maxsize=4)
+def _ids_below(width: int) -> Any:
+    """The type of a list of token ids, for msgspec, which checks 1,000 of them in some microseconds."""
+    return list[Annotated[int, msgspec.Meta(ge=0, lt=width)]]
 
 
 def truncated(service: Service, ids: list[int], keep: int | None, max_tokens: int | None) -> list[int]:
@@ -185,4 +197,4 @@ def clean_label(client: str | None, user: str | None) -> str:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{uuid.uuid4().hex}"
+    return f"{prefix}-{fresh_id()}"

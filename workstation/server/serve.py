@@ -14,6 +14,7 @@ from typing import Any
 import uvicorn
 
 from workstation import runtime
+from workstation.collector import calm_collector
 from workstation.engine.client import EngineClient
 from workstation.errors import ConfigError, EngineDeadError, OverloadedError, PortInUseError, StartupError
 from workstation.runtime import RunningServer
@@ -150,7 +151,8 @@ class Serving:
             try:
                 if self._on_ready is not None:
                     self._on_ready(record)
-                await self._until_end(serving, app.state.api.gate)
+                with calm_collector(freeze=True):
+                    await self._until_end(serving, app.state.api.gate)
             finally:
                 runtime.remove(path)
         finally:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
+import time
 from collections.abc import AsyncGenerator
 
 from starlette.responses import Response
@@ -33,8 +35,8 @@ class EventStream(Response):
         self._options = options
         self._send: Send | None = None
         self._started = False
-        self._sending_since: float | None = None
-        self._last_sent = 0.0
+        self._last_sent = time.monotonic()
+        self._sending_since = 0.0  # 0.0 while nothing is on its way to the socket
         self.background = None
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -49,38 +51,28 @@ class EventStream(Response):
             await self._end_with(error)
 
     async def _pump(self) -> None:
-        first = asyncio.ensure_future(anext(self._events))
         try:
-            done, _ = await asyncio.wait({first}, timeout=self._options.first_byte_seconds)
-            if not done:
-                await self._start()
-            await self._write(await first)
             async for data in self._events:
                 await self._write(data)
         finally:
-            first.cancel()
-            await asyncio.gather(first, return_exceptions=True)
             await self._events.aclose()
         await self._raw({"type": "http.response.body", "body": b"", "more_body": False})
 
     async def _start(self) -> None:
-        if not self._started:
-            self._started = True
-            self._last_sent = asyncio.get_running_loop().time()
-            await self._raw({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
-            await self._raw({"type": "http.response.body", "body": b"", "more_body": True})
+        self._started = True
+        await self._raw({"type": "http.response.start", "status": 200, "headers": list(HEADERS)})
 
     async def _write(self, data: bytes) -> None:
-        await self._start()
+        if not self._started:
+            await self._start()
         await self._raw({"type": "http.response.body", "body": data, "more_body": True})
 
     async def _raw(self, message: dict[str, object]) -> None:
         assert self._send is not None
-        loop = asyncio.get_running_loop()
-        self._sending_since = loop.time()
+        self._sending_since = time.monotonic()
         await self._send(message)
-        self._last_sent = loop.time()
-        self._sending_since = None
+        self._last_sent = time.monotonic()
+        self._sending_since = 0.0
 
     async def _end_with(self, error: Exception) -> None:
         if not isinstance(error, WorkstationError):
@@ -94,22 +86,22 @@ class EventStream(Response):
             log.debug("client did not take the error event")
 
     async def _leaving(self, receive: Receive) -> None:
-        """Return when the client is gone or stopped reading; meanwhile break long silences with comments."""
-        loop = asyncio.get_running_loop()
+        """Return when the client is gone or stopped reading; meanwhile send headers that wait and break long silences."""
         period = min(self._options.keep_alive_seconds, self._options.write_timeout)
-        closed = asyncio.ensure_future(until_disconnect(receive))
-        try:
-            while True:
-                done, _ = await asyncio.wait({closed}, timeout=period)
-                if done:
+        patience = min(period, self._options.first_byte_seconds)
+        while True:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(patience):
+                    await until_disconnect(receive)
                     return
-                now = loop.time()
-                if self._sending_since is not None:
-                    if now - self._sending_since > self._options.write_timeout:
-                        log.warning("a client read nothing for %g s; its stream is dropped", self._options.write_timeout)
-                        return
-                elif self._started and now - self._last_sent >= self._options.keep_alive_seconds * 0.9:
-                    await self._raw({"type": "http.response.body", "body": wire.KEEP_ALIVE, "more_body": True})
-        finally:
-            closed.cancel()
-            await asyncio.gather(closed, return_exceptions=True)
+            patience = period
+            now = time.monotonic()
+            if self._sending_since:
+                if now - self._sending_since > self._options.write_timeout:
+                    log.warning("a client read nothing for %g s; its stream is dropped", self._options.write_timeout)
+                    return
+            elif not self._started:
+                await self._start()
+                await self._raw({"type": "http.response.body", "body": b"", "more_body": True})
+            elif now - self._last_sent >= self._options.keep_alive_seconds * 0.9:
+                await self._raw({"type": "http.response.body", "body": wire.KEEP_ALIVE, "more_body": True})

@@ -14,19 +14,20 @@ import sys
 import tempfile
 import time
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import zmq
-import zmq.asyncio
 
 from workstation import errors
 from workstation.config import EngineConfig
 from workstation.engine import wire
-from workstation.engine.client import EngineState, Health
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.client import EngineState, Health, Inbox
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats
 from workstation.engine.snapshot import Look, Picture
 
 log = logging.getLogger("ws.supervisor")
@@ -38,8 +39,10 @@ STEP_LIMIT_SECONDS = 300.0
 STOP_SECONDS = 5.0
 LOOK_SECONDS = 2.0
 WATCH_SECONDS = 0.25
+CONNECT_SECONDS = 0.005
 MAX_DEATHS_OF_A_REQUEST = 2
 REMEMBERED_REQUESTS = 4096
+ENGINE_COMMAND = (sys.executable, "-m", "workstation.engine.process")
 
 
 def _error(kind: str, message: str, param: str | None) -> errors.WorkstationError:
@@ -73,7 +76,7 @@ class EngineProcess:
         self._cause = ""
         self._restarts = 0
         self._deaths: deque[float] = deque()
-        self._queues: dict[str, asyncio.Queue[TokenEvent | errors.WorkstationError]] = {}
+        self._inboxes: dict[str, Inbox] = {}
         self._requests: dict[str, EngineRequest] = {}
         self._looks: dict[int, asyncio.Future[Picture]] = {}
         self._look_count = 0
@@ -84,6 +87,7 @@ class EngineProcess:
         self._process: asyncio.subprocess.Process | None = None
         self._directory = ""
         self._tasks: list[asyncio.Task[None]] = []
+        self._sources: list[zmq.Socket[bytes]] = []
 
     # ── what the server sees ────────────────────────────────────────────────────────────────────────────────────────
 
@@ -117,7 +121,7 @@ class EngineProcess:
         if self._process is not None and self._process.returncode is None:
             with contextlib.suppress(zmq.ZMQError):
                 if listens:
-                    await self._inbox.send(wire.encode(wire.Shutdown()), zmq.NOBLOCK)
+                    self._socket.send(wire.encode(wire.Shutdown()), zmq.NOBLOCK)
             await self._end_process(STOP_SECONDS if listens else 0.0)
         self._fail_all("the server is shutting down")
         self._close()
@@ -128,31 +132,35 @@ class EngineProcess:
         await self._gave_up.wait()
         return self._cause
 
-    async def generate(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+    def generate(self, request: EngineRequest) -> Inbox:
         """See EngineClient.generate."""
+        return Inbox(partial(self._begin, request), partial(self._leave, request.request_id))
+
+    async def _begin(self, request: EngineRequest, inbox: Inbox) -> None:
         self._admit(request)
-        queue: asyncio.Queue[TokenEvent | errors.WorkstationError] = asyncio.Queue()
-        self._queues[request.request_id], self._requests[request.request_id] = queue, request
-        done = False
-        try:
-            await self._inbox.send(wire.encode(wire.Submit(request)))
-            while not done:
-                item = await queue.get()
-                if isinstance(item, errors.WorkstationError):
-                    done = True
-                    raise item
-                done = item.finished
-                yield item
-        finally:
-            self._queues.pop(request.request_id, None)
-            self._requests.pop(request.request_id, None)
-            if not done:
-                self.abort(request.request_id)
+        self._inboxes[request.request_id], self._requests[request.request_id] = inbox, request
+        await self._send(wire.Submit(request))
+
+    def _leave(self, request_id: str, done: bool) -> None:
+        self._inboxes.pop(request_id, None)
+        self._requests.pop(request_id, None)
+        if not done:
+            self.abort(request_id)
+
+    async def _send(self, message: wire.ToEngine) -> None:
+        data = wire.encode(message)
+        while True:
+            self._check_ready()
+            try:
+                self._socket.send(data, zmq.NOBLOCK)
+                return
+            except zmq.Again:  # the engine has said that it is ready, and its end of this socket is still on the way
+                await asyncio.sleep(CONNECT_SECONDS)
 
     def abort(self, request_id: str, index: int | None = None) -> None:
         if self._state == "ready":
             with contextlib.suppress(zmq.ZMQError):
-                self._inbox.send(wire.encode(wire.Abort(request_id, index)), zmq.NOBLOCK)
+                self._socket.send(wire.encode(wire.Abort(request_id, index)), zmq.NOBLOCK)
 
     async def look(self, look: Look) -> Picture:
         """See EngineClient.look."""
@@ -163,7 +171,7 @@ class EngineProcess:
         self._looks[number] = answer
         try:
             async with asyncio.timeout(LOOK_SECONDS):
-                await self._inbox.send(wire.encode(wire.Ask(dataclasses.replace(look, number=number))))
+                await self._send(wire.Ask(dataclasses.replace(look, number=number)))
                 return await answer
         except TimeoutError:
             raise errors.OverloadedError(f"the engine has not answered for {LOOK_SECONDS:g} s (a long step?)") from None
@@ -184,18 +192,18 @@ class EngineProcess:
 
     async def _launch(self) -> None:
         self._directory = tempfile.mkdtemp(prefix="ws-")  # mode 0700: nobody else may connect
-        self._context = zmq.asyncio.Context()
-        self._inbox = self._bind(zmq.PUSH, wire.INBOX)
-        self._outbox = self._bind(zmq.PULL, wire.OUTBOX)
-        self._beats = self._bind(zmq.PULL, wire.BEATS)
+        self._context = zmq.Context()
+        self._socket = self._bind(zmq.PUSH, wire.INBOX)
+        self._sources = [self._bind(zmq.PULL, wire.OUTBOX), self._bind(zmq.PULL, wire.BEATS)]
         config = msgspec.json.encode(dataclasses.asdict(self._config))
         await asyncio.to_thread((Path(self._directory) / "config.json").write_bytes, config)
         self._last_beat, self._step_age = time.monotonic(), 0.0
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "workstation.engine.process", self._directory, str(os.getpid()),
-            stdin=asyncio.subprocess.DEVNULL)
-        self._readers = [asyncio.create_task(self._read(socket)) for socket in (self._outbox, self._beats)]
+            *ENGINE_COMMAND, self._directory, str(os.getpid()), stdin=asyncio.subprocess.DEVNULL)
+        for source in self._sources:
+            asyncio.get_running_loop().add_reader(source.getsockopt(zmq.FD), self._read, source)
+            self._read(source)
         died: asyncio.Future[Any] = asyncio.ensure_future(self._process.wait())
         waited: list[asyncio.Future[Any]] = [died, self._ready]
         await asyncio.wait(waited, return_when=asyncio.FIRST_COMPLETED)
@@ -213,7 +221,7 @@ class EngineProcess:
             raise
         self._state = "ready"
 
-    def _bind(self, kind: int, name: str) -> zmq.asyncio.Socket:
+    def _bind(self, kind: int, name: str) -> zmq.Socket[bytes]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.LINGER, 0)
         socket.setsockopt(zmq.SNDHWM, 0)
@@ -222,10 +230,11 @@ class EngineProcess:
         return socket
 
     def _close(self) -> None:
-        for reader in self._readers:
-            reader.cancel()
-        for socket in (self._inbox, self._outbox, self._beats):
-            socket.close(0)
+        while self._sources:
+            source = self._sources.pop()
+            asyncio.get_running_loop().remove_reader(source.getsockopt(zmq.FD))
+            source.close(0)
+        self._socket.close(0)
         self._context.term()
         shutil.rmtree(self._directory, ignore_errors=True)
 
@@ -254,22 +263,24 @@ class EngineProcess:
 
     # ── messages ────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    async def _read(self, socket: zmq.asyncio.Socket) -> None:
-        while True:
-            self._handle(wire.decode_from_engine(await socket.recv()))
+    def _read(self, source: zmq.Socket[bytes]) -> None:
+        """Take all that has come: the descriptor tells of new messages once, not of each."""
+        with contextlib.suppress(zmq.Again):
+            while True:
+                self._handle(wire.decode_from_engine(source.recv(zmq.NOBLOCK)))
 
     def _handle(self, message: wire.FromEngine) -> None:
         if isinstance(message, wire.Step):
-            for event in message.events:
-                queue = self._queues.get(event.request_id)
-                if queue is not None:
-                    queue.put_nowait(event)
+            for event in chain(wire.plain_events(message), message.events):
+                inbox = self._inboxes.get(event.request_id)
+                if inbox is not None:
+                    inbox.put(event)
         elif isinstance(message, wire.Beat):
             self._last_beat, self._step_age, self._stats = time.monotonic(), message.step_age, message.stats
         elif isinstance(message, wire.Refused):
-            queue = self._queues.get(message.request_id)
-            if queue is not None:
-                queue.put_nowait(_error(message.kind, message.message, message.param))
+            inbox = self._inboxes.get(message.request_id)
+            if inbox is not None:
+                inbox.put(_error(message.kind, message.message, message.param))
         elif isinstance(message, wire.Shown):
             answer = self._looks.get(message.picture.number)
             if answer is not None and not answer.done():
@@ -303,7 +314,7 @@ class EngineProcess:
                 continue
             self._state = "restarting"
             await self._end_process(0.0)
-            await asyncio.sleep(0)  # let the reader take its last words
+            self._read(self._sources[0])  # its last words
             self._cause = self._cause or cause
             log.error("the engine died: %s", self._cause)
             self._blame()
@@ -357,8 +368,8 @@ class EngineProcess:
             self._suspects.popitem(last=False)
 
     def _fail_all(self, message: str) -> None:
-        for queue in list(self._queues.values()):
-            queue.put_nowait(errors.EngineDeadError(message))
+        for inbox in self._inboxes.values():
+            inbox.put(errors.EngineDeadError(message))
         for answer in self._looks.values():
             if not answer.done():
                 answer.set_exception(errors.EngineDeadError(message))

@@ -17,6 +17,24 @@ def sse(value: Any) -> bytes:
     return b"data: " + encode(value) + b"\n\n"
 
 
+class Frame:
+    """The event of a chunk that differs from its siblings in one string alone: encoded once, then two copies around the string.
+
+    Args:
+        chunk: an Answer in which `field`, a key of its choice or delta, holds "".
+    """
+
+    __slots__ = ("_head", "_tail")
+
+    def __init__(self, chunk: Answer, field: str) -> None:
+        # Inside JSON strings quotes are escaped, so this can only be the key.
+        head, _, tail = sse(chunk).partition(f'"{field}":""'.encode())
+        self._head, self._tail = head + f'"{field}":'.encode(), tail
+
+    def around(self, text: str) -> bytes:
+        return b"".join((self._head, encode(text), self._tail))
+
+
 class TokenDetails(Struct):
     cached_tokens: int = 0
 

@@ -48,12 +48,24 @@ class Detokenizer:
         """Take the next tokens; return the text that is now certain. Ids after a stop string are ignored."""
         if self.stopped is not None:
             return ""
+        if self._matcher is None:
+            return self._feed_freely(token_ids)
         for token_id in token_ids:
             self.starts.append(self._total)
             self.num_tokens += 1
             if self._push(self._pieces.step(token_id), self.num_tokens > self._min_tokens):
                 break
         return self._release()
+
+    def _feed_freely(self, token_ids: Iterable[int]) -> str:
+        """Without stop strings nothing is held back but an unfinished character."""
+        text = ""
+        for token_id in token_ids:
+            self.starts.append(self.text_length + len(text))
+            text += self._pieces.step(token_id)
+        self.num_tokens = self.num_shown = len(self.starts)
+        self._total = self.text_length = self.text_length + len(text)
+        return text
 
     def finish(self) -> str:
         """No more tokens: everything held back is text now."""

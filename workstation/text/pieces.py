@@ -1,8 +1,9 @@
 """Token ids to text, one token at a time, equal to the full decode whatever the chunking.
 
 Two kinds of decoder cover nearly every model and are exact here: byte-level BPE (Llama 3, Qwen, GPT-2: every token is a
-string of bytes) and SentencePiece style (Llama 2, Mistral, Gemma: pieces with a space mark, plus `<0xNN>` byte tokens).
-Any other decoder goes through `tokenizers.decoders.DecodeStream`.
+string of bytes) and SentencePiece style (Llama 2, Mistral, Gemma: pieces with a space mark, plus `<0xNN>` byte tokens). Whole
+words without a decoder are a third. Any other decoder goes through `tokenizers.decoders.DecodeStream`. What a token adds is
+remembered, so that a token costs about one look into a dictionary.
 """
 
 from __future__ import annotations
@@ -12,6 +13,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from tokenizers.decoders import DecodeStream
+
+UNKNOWN = -1  # in place of a byte: the tokenizer does not know the id
 
 
 class PieceStream(Protocol):
@@ -35,16 +38,17 @@ _BYTE_OF_CHAR = _byte_of_char()
 
 
 class DecoderSpec:
-    """What a tokenizer.json's decoder section does, reduced to the two kinds above.
+    """What a tokenizer.json's decoder section does, reduced to the kinds above.
 
     Attributes:
-        kind: "bytes", "pieces" or "other".  replacements: (pattern, text) pairs applied to a piece.
+        kind: "bytes", "pieces", "words" (no decoder: tokens joined by spaces) or "other".
+        replacements: (pattern, text) pairs applied to a piece.
         byte_fallback: `<0xNN>` pieces are bytes.  strip: spaces dropped from the start of the whole text.
         first_drops_marks: Metaspace: the first token loses all its space marks.
     """
 
     def __init__(self, spec: dict[str, Any] | None) -> None:
-        self.kind = "other"
+        self.kind = "other" if spec else "words"
         self.replacements: list[tuple[str, str]] = []
         self.byte_fallback = False
         self.strip = 0
@@ -84,6 +88,7 @@ class TokenTable:
         self.spec = spec
         self.special_ids = special_ids
         self._bytes: dict[int, bytes] = {}
+        self._parts: dict[int, str | int] = {}
 
     def piece(self, token_id: int) -> str | None:
         """The vocabulary's own string; None for ids the tokenizer does not know (padding of the logits)."""
@@ -110,6 +115,20 @@ class TokenTable:
         text: str = self.backend.decode([token_id], skip_special_tokens=False)
         return text.encode()
 
+    def part_of(self, token_id: int) -> str | int:
+        """A piece's text, or the byte it stands for, or UNKNOWN."""
+        found = self._parts.get(token_id)
+        if found is None:
+            found = self._parts[token_id] = self._part(token_id)
+        return found
+
+    def _part(self, token_id: int) -> str | int:
+        piece = self.piece(token_id)
+        if piece is None:
+            return UNKNOWN
+        byte = byte_value(piece) if self.spec.byte_fallback else None
+        return self.replaced(piece) if byte is None else byte
+
     def replaced(self, piece: str) -> str:
         for pattern, text in self.spec.replacements:
             piece = piece.replace(pattern, text)
@@ -120,6 +139,8 @@ class TokenTable:
             return _ByteStream(self, skip_special_tokens)
         if self.spec.kind == "pieces":
             return _SentencePieceStream(self, skip_special_tokens)
+        if self.spec.kind == "words":
+            return _WordStream(self, skip_special_tokens)
         return _LibraryStream(self.backend, skip_special_tokens)
 
 
@@ -136,20 +157,26 @@ def byte_value(piece: str) -> int | None:
 class _ByteStream:
     """Byte-level BPE: bytes into an incremental UTF-8 decoder, which holds back an unfinished character."""
 
-    __slots__ = ("_bytes_of", "_decode", "_skipped")
+    __slots__ = ("_bytes_of", "_decoder", "_open", "_skipped")
 
     def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
         self._bytes_of: Callable[[int], bytes] = table.bytes_of
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        self._open = False  # a character has begun
         self._skipped = table.special_ids if skip_special_tokens else frozenset()
 
     def step(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        return self._decode(self._bytes_of(token_id))
+        data = self._bytes_of(token_id)
+        if not self._open and data.isascii():
+            return data.decode()
+        text = self._decoder.decode(data)
+        self._open = bool(self._decoder.getstate()[0])
+        return text
 
     def finish(self) -> str:
-        return self._decode(b"", True)
+        return self._decoder.decode(b"", True)
 
 
 class _SentencePieceStream:
@@ -167,14 +194,21 @@ class _SentencePieceStream:
     def step(self, token_id: int) -> str:
         if token_id in self._skipped:
             return ""
-        piece = self._table.piece(token_id)
-        if piece is None:
+        part = self._table.part_of(token_id)
+        if isinstance(part, int):
+            if part != UNKNOWN:
+                self._run.append(part)
             return ""
-        byte = byte_value(piece) if self._table.spec.byte_fallback else None
-        if byte is not None:
-            self._run.append(byte)
-            return ""
-        if self._first and self._table.spec.first_drops_marks:
+        if self._first:
+            return self._begin(token_id)
+        if self._run:
+            part = self._flush() + part
+        return self._stripped(part) if self._strip else part
+
+    def _begin(self, token_id: int) -> str:
+        """The first piece of text."""
+        piece = self._table.piece(token_id) or ""
+        if self._table.spec.first_drops_marks:
             piece = piece.replace(self._table.spec.first_drops_marks, "")
         self._first = False
         return self._stripped(self._flush() + self._table.replaced(piece))
@@ -200,6 +234,29 @@ class _SentencePieceStream:
             text = text[1:]
             self._strip -= 1
         return text
+
+
+class _WordStream:
+    """Tokens joined by single spaces."""
+
+    __slots__ = ("_first", "_part_of", "_skipped")
+
+    def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
+        self._part_of: Callable[[int], str | int] = table.part_of
+        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._first = True
+
+    def step(self, token_id: int) -> str:
+        part = self._part_of(token_id)
+        if token_id in self._skipped or isinstance(part, int):
+            return ""
+        if self._first:
+            self._first = False
+            return part
+        return " " + part
+
+    def finish(self) -> str:
+        return ""
 
 
 class _LibraryStream:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 
@@ -13,16 +14,19 @@ class StopMatcher:
     character and stop string.
     """
 
-    __slots__ = ("_failures", "_states", "_stops", "found", "held")
+    __slots__ = ("_failures", "_first", "_states", "_stops", "found", "held")
 
     def __init__(self, stops: Sequence[str]) -> None:
         self._stops = list(stops)
         self._failures = [_failure_table(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
+        self._first = re.compile("[" + re.escape("".join({stop[0] for stop in stops})) + "]")
         self.found: str | None = None
         self.held = 0
 
     def feed(self, piece: str) -> int | None:
+        if not self.held and self._first.search(piece) is None:
+            return None  # nothing has begun, and nothing begins here
         for count, char in enumerate(piece, 1):
             best = ""
             held = 0

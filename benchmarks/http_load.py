@@ -1,0 +1,82 @@
+"""A streaming client that costs little: raw sockets, events counted by their mark, no JSON but the last chunk's usage."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import cast
+
+EVENT, DONE = b"data: {", b"data: [DONE]"
+
+
+@dataclass(slots=True)
+class Seen:
+    """One stream: seconds from sending it to its first and last event, and the gaps between reads that brought events."""
+
+    first: float = 0.0
+    last: float = 0.0
+    events: int = 0
+    tokens: int = 0
+    gaps: list[float] = field(default_factory=list)
+
+
+class Stream(asyncio.Protocol):
+    """One connection, one request at a time."""
+
+    def __init__(self) -> None:
+        self._tail = b""
+        self._done: asyncio.Future[Seen] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        if self._done is not None and not self._done.done():
+            self._done.set_exception(exc or ConnectionError("the server closed the connection"))
+
+    async def ask(self, request: bytes) -> Seen:
+        self._seen, self._tail, self._done = Seen(), b"", asyncio.get_running_loop().create_future()
+        self._began = self._last = time.perf_counter()
+        self._transport.write(request)
+        return await self._done
+
+    def data_received(self, data: bytes) -> None:
+        now, seen = time.perf_counter(), self._seen
+        count = data.count(EVENT)
+        if count:
+            if not seen.events:
+                seen.first = now - self._began
+            else:
+                seen.gaps.append(now - self._last)
+            seen.events += count
+            self._last = now
+        self._tail = (self._tail + data)[-600:]
+        if self._tail.rstrip().endswith(b"0") and DONE in self._tail:
+            self._finish(now)
+
+    def _finish(self, now: float) -> None:
+        assert self._done is not None
+        usage = next(part for part in reversed(self._tail.split(b"data: ")) if b'"usage":{' in part)
+        self._seen.last = now - self._began
+        self._seen.tokens = json.loads(usage[:usage.rindex(b"}") + 1])["usage"]["completion_tokens"]
+        self._done.set_result(self._seen)
+
+
+def request(path: str, body: dict[str, object]) -> bytes:
+    """One HTTP/1.1 request, whole."""
+    data = json.dumps(body).encode()
+    head = (f"POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n"
+            f"content-length: {len(data)}\r\n\r\n")
+    return head.encode() + data
+
+
+async def connect(port: int, count: int) -> list[Stream]:
+    loop = asyncio.get_running_loop()
+    return [(await loop.create_connection(Stream, "127.0.0.1", port))[1] for _ in range(count)]
+
+
+async def all_at_once(streams: Sequence[Stream], requests: Sequence[bytes]) -> list[Seen]:
+    return await asyncio.gather(*(stream.ask(text) for stream, text in zip(streams, requests, strict=True)))
