@@ -28,6 +28,7 @@ from attention_library import library_prefill
 from workstation.kernels import launch_decode, launch_prefill
 from workstation.kernels.launch_decode import DecodeConfig
 from workstation.kernels.launch_prefill import PrefillConfig
+from workstation.kernels.paging import FP8
 
 MODELS = {"8B": Heads(32, 8, 128), "70B": Heads(64, 8, 128), "0.6B": Heads(16, 8, 128)}
 PREFILLS: dict[str, PrefillConfig | str | None] = {
@@ -46,8 +47,14 @@ DECODES: dict[str, DecodeConfig | None] = {
     "hopper-2s": DecodeConfig("hopper", 64, 4, 2, 2, 4, 8),
     "hopper-6s-1": DecodeConfig("hopper", 64, 4, 6, 1, 4, 8),
 }
+FP8_DECODES: dict[str, DecodeConfig | None] = {
+    "fp8": None,
+    "fp8-64-4w-3s": DecodeConfig("shares", 64, 4, 3, 3, 4, 8),
+    "fp8-64-4w-4s": DecodeConfig("shares", 64, 4, 4, 3, 4, 8),
+    "fp8-128-8w-3s": DecodeConfig("shares", 128, 8, 3, 2, 4, 8),
+}
 OTHERS = ("chosen", "hopper-128-2s", "hopper-64-4s")  # on the other models
-OTHER_DECODES = ("chosen", "shares-64-3s")
+OTHER_DECODES = ("chosen", "shares-64-3s", "fp8")
 CHUNKS = [[(new, past + new)] for new in (2048, 8192) for past in (0, 8192, 24576)] + [[(512, 512)] * 16]
 MIXES = [[(1, context)] * batch for context in (200, 1024, 8192) for batch in (1, 8, 32, 128, 256)]
 MIXES += [[(1, 2048)], [(1, 4096)]]
@@ -68,11 +75,12 @@ def run_prefill(candidate: str, step: Step, layer: int = 0) -> None:
 
 
 def run_decode(candidate: str, step: Step, layer: int = 0) -> None:
-    launch_decode.attend_decodes(step.q, step.layer(layer), step.plan, step.scale, step.out, DECODES[candidate])
+    config = (DECODES | FP8_DECODES)[candidate]
+    launch_decode.attend_decodes(step.q, step.layer(layer), step.plan, step.scale, step.out, config)
 
 
-def memory(elements: int) -> torch.Tensor:
-    return torch.empty(elements, dtype=DTYPE, device="cuda").normal_()
+def memory(elements: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.empty(elements, dtype=DTYPE, device="cuda").normal_().to(dtype)
 
 
 def check(kind: str, candidate: str, models: list[str]) -> None:
@@ -80,12 +88,11 @@ def check(kind: str, candidate: str, models: list[str]) -> None:
     run, shapes = (run_prefill, RAGGED) if kind == "prefill" else (run_decode, LENGTHS)
     single = kind == "prefill" and isinstance(PREFILLS[candidate], str)
     worst = 0.0
-    pool = memory(1 << 27)
+    dtype = FP8 if candidate in FP8_DECODES else DTYPE
     for model in models:
-        pool.normal_()
         for case in ([[(700, 700)], [(300, 1001)]] if single else [shapes, shapes[-1:]]):
             bound = GRAPH_BOUND if kind == "decode" else None
-            step = make_step(MODELS[model], case, pool, layers=2, poison=True, bound=bound, seed=len(case))
+            step = make_step(MODELS[model], case, memory(1 << 27, dtype), layers=2, poison=True, bound=bound, seed=len(case))
             for layer in (0, 1):  # the second reuses what the first left in the plan
                 step.out.fill_(torch.nan)
                 run(candidate, step, layer)
@@ -93,7 +100,6 @@ def check(kind: str, candidate: str, models: list[str]) -> None:
                 if not found < TOLERANCE:
                     raise SystemExit(f"{model} {case[:2]} layer {layer}: error {found}")
                 worst = max(worst, found)
-            pool.nan_to_num_(0.5)
     print(f"error {worst:.2e}")
 
 
@@ -160,18 +166,27 @@ def prefill_rows(models: list[str], failed: dict[tuple[str, str], str], pool: to
                        "value": round(step.flops() / spent / 1e12, 1)}  # fmt: skip
 
 
+def decode_step(heads: Heads, shapes: list[tuple[int, int]], pool: torch.Tensor) -> tuple[Step, int]:
+    """→ (a step, the layers it rotates through: 300 MB of keys and values where the pool has them)."""
+    read = heads.token_bytes(pool) * sum(length for _, length in shapes)
+    layers = max(2, min(32, -(-300_000_000 // read)))
+    while layers > 1 and read * layers * 1.1 > pool.nbytes:
+        layers -= 1
+    return make_step(heads, shapes, pool, layers=layers, bound=GRAPH_BOUND), layers
+
+
 def decode_rows(models: list[str], failed: dict[tuple[str, str], str], pool: torch.Tensor) -> Iterator[dict[str, object]]:
+    pool8 = memory(pool.numel(), FP8)
     for model in models:
         for shapes in MIXES:
-            heads = MODELS[model]
-            bytes_read = heads.token_bytes * sum(length for _, length in shapes)
-            layers = max(2, min(32, -(-300_000_000 // bytes_read)))
-            while layers > 1 and bytes_read / 2 * layers * 1.1 > pool.numel():
-                layers -= 1
-            step = make_step(heads, shapes, pool, layers=layers, bound=GRAPH_BOUND)
-            for name in DECODES if model == "8B" else OTHER_DECODES:
+            steps: dict[torch.dtype, tuple[Step, int]] = {}
+            for name in [*DECODES, *FP8_DECODES] if model == "8B" else OTHER_DECODES:
                 if ("decode", name) in failed:
                     continue
+                stored = pool8 if name in FP8_DECODES else pool
+                if stored.dtype not in steps:
+                    steps[stored.dtype] = decode_step(MODELS[model], shapes, stored)
+                step, layers = steps[stored.dtype]
                 step.plan.scratch.clear()
                 run_decode(name, step)  # the plan is made once a step: not in the layers' time
 
@@ -182,7 +197,7 @@ def decode_rows(models: list[str], failed: dict[tuple[str, str], str], pool: tor
                 spent = time_graph(every_layer, 0.02) / layers
                 case = "1x131072+31x4096" if shapes[0] != shapes[-1] else f"{len(shapes)}x{shapes[0][1]}"
                 yield {"kind": "decode", "model": model, "case": case, "candidate": name, "us": round(spent * 1e6, 2),
-                       "value": round(bytes_read / spent / 1e9, 1)}  # fmt: skip
+                       "value": round(step.bytes_read() / spent / 1e9, 1)}  # fmt: skip
 
 
 def emit(**row: object) -> None:
@@ -222,7 +237,7 @@ def main() -> None:
     kinds = [arguments.only] if arguments.only else ["prefill", "decode"]
     jobs = []
     for kind in kinds:
-        names, others = (list(PREFILLS), OTHERS) if kind == "prefill" else (list(DECODES), OTHER_DECODES)
+        names, others = (list(PREFILLS), OTHERS) if kind == "prefill" else ([*DECODES, *FP8_DECODES], OTHER_DECODES)
         jobs += [(kind, name, list(MODELS) if name in others else ["8B"]) for name in names]
     failed = check_all(jobs, limit=min(60.0, arguments.seconds / 2))
     emit(checked_after=round(time.monotonic() - begun, 1))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import FP8, AttentionPlan, codes
 
 BLOCK = 16
 
@@ -18,10 +18,9 @@ class Heads:
     kv: int
     dim: int
 
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of keys and values a token holds in one layer, bf16."""
-        return 4 * self.kv * self.dim
+    def token_bytes(self, stored: torch.Tensor) -> int:
+        """Bytes of keys and values a token holds in one layer of a pool like `stored`."""
+        return 2 * self.kv * self.dim * stored.element_size()
 
 
 @dataclass
@@ -46,7 +45,7 @@ class Step:
         return 4.0 * self.heads.query * self.heads.dim * sum(n * (c - n) + n * (n + 1) / 2 for n, c in self.shapes)
 
     def bytes_read(self) -> int:
-        return self.heads.token_bytes * sum(length for _, length in self.shapes)
+        return self.heads.token_bytes(self.pool) * sum(length for _, length in self.shapes)
 
 
 def make_step(
@@ -59,11 +58,11 @@ def make_step(
     bound: int | None = None,
     seed: int = 0,
 ) -> Step:
-    """`memory`: flat bf16 or fp16 tensor that the pool is cut from. poison: NaN in slots behind each sequence's end.
+    """`memory`: flat bf16, fp16 or FP8 tensor that the pool is cut from. poison: NaN in slots behind each sequence's end.
 
     bound: the plan's max_context_len, as a captured graph has it.
     """
-    device, dtype = memory.device, memory.dtype
+    device, dtype = memory.device, torch.bfloat16 if memory.dtype == FP8 else memory.dtype
     counts = [-(-length // BLOCK) for _, length in shapes]
     shape = (sum(counts) + 1, layers, 2, heads.kv, BLOCK, heads.dim)
     size = torch.Size(shape).numel()
@@ -104,7 +103,8 @@ def oracle(step: Step, layer: int = 0) -> torch.Tensor:
     start = 0
     for row, (new, length) in enumerate(step.shapes):
         blocks = step.plan.tables[row, : -(-length // BLOCK)].long()
-        both = step.layer(layer)[blocks].float().permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # [2, Hkv, length, D]
+        stored = codes(step.layer(layer))[blocks].view(step.pool.dtype).float()
+        both = stored.permute(1, 2, 0, 3, 4).flatten(2, 3)[:, :, :length]  # [2, Hkv, length, D]
         key, value = (side.repeat_interleave(group, 0) for side in both)
         q = step.q[start : start + new].float().transpose(0, 1)
         score = q @ key.transpose(1, 2) * step.scale

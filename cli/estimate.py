@@ -23,7 +23,7 @@ def command(
     context: Annotated[str | None, typer.Option("--context", "--max-model-len", metavar="N", help="Tokens of one.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests of that context at once.")] = 1,
     quantization: Annotated[str | None, typer.Option(metavar="FORM", help="16-bit, fp8, nvfp4, int4; else its own.")] = None,
-    kv_cache_dtype: Annotated[str, typer.Option(metavar="auto|fp8", help="16-bit or FP8 KV.")] = "auto",
+    kv_cache_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp8, or auto: as ws serve would.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, max=64, help="Cards.")] = 1,
     gpu_memory_utilization: Annotated[str | None, typer.Option(metavar="X", help="Share of the card in use.")] = None,
     max_num_seqs: Annotated[str | None, typer.Option(metavar="N", help="Sequences that run at once.")] = None,
@@ -35,15 +35,13 @@ def command(
     from workstation.catalog import load_catalogue
     from workstation.cli.estimate_text import show
     from workstation.cli.plan import engine_config, settle
-    from workstation.estimate import KV_BYTES, Question, estimate
+    from workstation.estimate import Question, estimate
     from workstation.estimate_model import find_model
 
-    if kv_cache_dtype not in KV_BYTES:
-        raise ConfigError(f"--kv-cache-dtype must be one of {', '.join(KV_BYTES)}, got {kv_cache_dtype!r}",
-                          param="kv_cache_dtype")  # fmt: skip
     machine = find_machine(gpu, vram)
     flags = {"max_model_len": context, "gpu_memory_utilization": gpu_memory_utilization, "max_num_seqs": max_num_seqs,
-             "max_num_batched_tokens": max_num_batched_tokens, "revision": revision}  # fmt: skip
+             "max_num_batched_tokens": max_num_batched_tokens, "revision": revision,
+             "kv_cache_dtype": kv_cache_dtype}  # fmt: skip
     settings, _ = settle(model, flags, os.environ)
     try:
         found = find_model(model, load_catalogue(), revision=settings["revision"], token=settings["hf_token"])
@@ -52,7 +50,8 @@ def command(
     served = replace(engine_config(settings, found.name, "cuda"), online=True)
     config = _with_rows(served, concurrency, max_num_seqs)
     weights = found.weights(quantization or settings["quantization"])
-    result = estimate(found, machine, Question(config, weights, kv_cache_dtype, concurrency, tensor_parallel_size))
+    kv = found.kv_cache_dtype(settings["kv_cache_dtype"])
+    result = estimate(found, machine, Question(config, weights, kv, concurrency, tensor_parallel_size))
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else show(result))
 
 

@@ -64,7 +64,7 @@ def _frontier(found: Estimate) -> str:
     kept = found.question.weights.name
     best = {name: f"{longest(found, name):,}" for name in ("auto", "fp8")}
     rows.append(("longest of one", best["auto"], best["fp8"]))
-    return f"requests at once ({kept} weights)\n" + _table(("context", "16-bit KV", "FP8 KV *"), rows)
+    return f"requests at once ({kept} weights)\n" + _table(("context", "16-bit KV", "FP8 KV"), rows)
 
 
 def _count(number: int) -> str:
@@ -78,7 +78,7 @@ def _forms(forms: Sequence[Fit]) -> str:
     for name in names:
         plain, small = by_form[name, "auto"], by_form[name, "fp8"]
         rows.append((name + ("" if plain.served else " *"), f"{plain.weight_bytes / GB:.1f} GB", _fit(plain), _fit(small)))
-    table = _table(("weights", "size", "16-bit KV: longest of one", "FP8 KV *: longest of one"), rows)
+    table = _table(("weights", "size", "16-bit KV: longest of one", "FP8 KV: longest of one"), rows)
     return f"{table}\n* not served by this version"
 
 

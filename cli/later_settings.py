@@ -24,7 +24,6 @@ _LOGGING = "requests are not logged; /metrics has the figures"
 LATER_SETTINGS: tuple[Setting, ...] = (
     _later("block_size", "int", 16, "blocks hold 16 tokens"),
     _later("quantization_config", "text", None, "a checkpoint's format is read from its folder, and fp8 has no options"),
-    _later("kv_cache_dtype", "text", "auto", "the KV cache has the model's dtype"),
     _later("tensor_parallel_size", "int", 1, _ONE_GPU, "-tp"),
     _later("pipeline_parallel_size", "int", 1, _ONE_GPU, "-pp"),
     _later("data_parallel_size", "int", 1, _ONE_GPU, "-dp"),

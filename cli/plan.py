@@ -86,6 +86,7 @@ def engine_config(settings: Settings, folder: str, device: str) -> EngineConfig:
         "load_format", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "gpu_memory_utilization",
         "kv_cache_memory_bytes", "block_size", "enable_prefix_caching", "enable_chunked_prefill", "scheduling_policy",
         "max_num_queued_reqs", "seed", "num_threads", "enforce_eager", "quantization",
+        "kv_cache_dtype",
     )  # fmt: skip
     return EngineConfig(
         model=folder, device=device, dtype=cast(DType, dtype), num_blocks=settings["num_gpu_blocks_override"],

@@ -147,7 +147,8 @@ def ready_text(url: str, model: str, info: EngineInfo, keyed: bool) -> str:
     body = f'{{"model": "{model}", "messages": [{{"role": "user", "content": "What is 417 + 385?"}}]}}'
     key = ["-H", "Authorization: Bearer YOUR_KEY"] if keyed else []
     curl = ["curl", f"{url}/v1/chat/completions", "-H", "Content-Type: application/json", *key, "-d", body]
-    room = f"{info.num_blocks * info.block_size} tokens of KV cache ({gib(info.kv_bytes)})"
+    kind = "FP8 KV cache" if info.kv_cache_dtype == "fp8" else "KV cache"
+    room = f"{info.num_blocks * info.block_size} tokens of {kind} ({gib(info.kv_bytes)})"
     return (
         f"{model} is ready at {url}/v1 after {info.ready_seconds:.1f} s: {info.device_name}, {info.dtype}, {room}, "
         f"{info.max_model_len} tokens a sequence\n\n{shlex.join(curl)}\n"

@@ -18,6 +18,9 @@ _WORKING: tuple[Setting, ...] = (
             choices=("auto", "bfloat16", "float16", "float32", "half", "float")),
     Setting("quantization", "text", None, "fp8 quantises 16-bit weights while loading; a quantised checkpoint needs no flag.",
             ("-q",), choices=("fp8",)),
+    Setting("kv_cache_dtype", "text", "auto", "fp8 keeps keys and values in a byte each, and holds twice the tokens; auto: the "
+            "checkpoint's, as a rule the model's dtype, whose name forces it.",
+            choices=("auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32")),
     Setting("max_model_len", "length", None, "Tokens of prompt and output a sequence may hold (32k = 32,000; 32K = 32,768; "
             "auto: the model's window, shrunk to fit).", low=1),
     Setting("generation_config", "text", "auto", "Where default sampling comes from: auto (the model's folder) or vllm "
@@ -84,6 +87,6 @@ REMOVED_FLAGS: tuple[RemovedFlag, ...] = (
     RemovedFlag("enable_reasoning", "the answer's text holds the thinking marks as the model wrote them", takes_value=False),
     RemovedFlag("rope_scaling", "RoPE is read from the model's config.json; change it there"),
     RemovedFlag("rope_theta", "RoPE is read from the model's config.json; change it there"),
-    RemovedFlag("calculate_kv_scales", "the KV cache has the model's dtype and no scales", takes_value=False),
+    RemovedFlag("calculate_kv_scales", "an FP8 KV cache has the checkpoint's scales, or none", takes_value=False),
     RemovedFlag("speculative_model", "speculative decoding has not landed"),
 )

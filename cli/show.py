@@ -43,12 +43,13 @@ def described(entry: ModelEntry) -> dict[str, Any]:
 
 
 def _sizes(entry: ModelEntry) -> dict[str, Any]:
-    from workstation.estimate import kv_bytes_per_token
+    from workstation.estimate import KV_BYTES, kv_bytes_per_token
     from workstation.estimate_model import find_model
 
     model = find_model(entry.name, {entry.name: entry})
+    width = KV_BYTES[model.kv_cache_dtype(str(entry.serve.get("kv_cache_dtype", "auto")))]
     return {"architecture": model.shape.architecture, "parameters": model.shape.num_parameters,
-            "weight_bytes": model.own.nbytes, "kv_bytes_per_token": kv_bytes_per_token(model.shape, 2)}  # fmt: skip
+            "weight_bytes": model.own.nbytes, "kv_bytes_per_token": kv_bytes_per_token(model.shape, width)}  # fmt: skip
 
 
 def _text(value: Any) -> str:

@@ -8,6 +8,9 @@ a step; lengths stay on the device, so a captured graph serves every mix of them
 
 Formula: online softmax (arXiv:1805.02867, arXiv:2205.14135) in base 2; a piece leaves its normalised output and
 lse = max + log2(sum); the whole is sum_i 2^(lse_i - m) o_i / sum_i 2^(lse_i - m).
+
+An FP8 cache is read as pairs of codes. The even components of keys and values and the odd ones are then products of their own:
+S = Q_even K_even^T + Q_odd K_odd^T, O_even = P V_even, O_odd = P V_odd (`fp8_codes.widen_pairs` says what that saves).
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -19,6 +22,7 @@ import triton
 import triton.language as tl
 
 from workstation.kernels.dependent import allow_next, await_previous
+from workstation.kernels.fp8_codes import widen_pairs
 
 FEW = tl.constexpr(8)  # shares a step is cut into at least, if it has as many units
 MOST = tl.constexpr(16)  # pieces of a sequence, about, before shares grow
@@ -140,6 +144,7 @@ def decode_shares_kernel(
     share_sequence,
     arrivals,
     scale,
+    value_scale,
     q_token_stride,
     q_head_stride,
     kv_block_stride,
@@ -159,11 +164,13 @@ def decode_shares_kernel(
     KEYS: tl.constexpr,
     CHUNK: tl.constexpr,
     PRECISION: tl.constexpr,
+    HAS_FP8: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """q [S, Hq, D] → out [S, Hq, D]. partial [2 * shares, Hq, D], partial_lse [2 * shares, Hq]. Grid: shares * KV_HEADS.
 
     GROUP_PAD: query heads a KV head, padded for the matrix product; MEMBERS: padded to a power of two only.
+    scale: on the scores, a stored key's own and log2(e) included.  value_scale: of stored values, applied once, at the end.
     """
     allow_next(PDL)
     heads: tl.constexpr = KV_HEADS * GROUP
@@ -176,10 +183,17 @@ def decode_shares_kernel(
     whole = tl.load(header + 1)
     member = tl.arange(0, GROUP_PAD)
     dim = tl.arange(0, DIM_PAD)
+    paired: tl.constexpr = kv.dtype.element_ty == tl.uint16  # codes of FP8, two an element
+    width: tl.constexpr = DIM_PAD // 2 if paired else DIM_PAD
+    column = tl.arange(0, width)
     step = tl.arange(0, KEYS)
     real_dim = dim < HEAD_DIM
+    real_column = column < (HEAD_DIM // 2 if paired else HEAD_DIM)
     real = (member < GROUP)[:, None] & real_dim[None, :]
     head = kv_head * GROUP + member
+    if paired:  # strides are given in codes: what is known of them (multiples of 16) lets loads be wide
+        kv_block_stride, kv_side_stride = kv_block_stride // 2, kv_side_stride // 2
+        kv_head_stride, kv_token_stride = kv_head_stride // 2, kv_token_stride // 2
     source = kv + kv_head * kv_head_stride
     await_previous(PDL)
     while unit < last_unit:
@@ -197,7 +211,10 @@ def decode_shares_kernel(
         query = tl.load(q + place_of * q_token_stride + head[:, None] * q_head_stride + dim[None, :], mask=real, other=0.0)
         highest = tl.full([GROUP_PAD], float("-inf"), tl.float32)
         total = tl.zeros([GROUP_PAD], tl.float32)
-        acc = tl.zeros([GROUP_PAD, DIM_PAD], tl.float32)
+        acc = tl.zeros([GROUP_PAD, width], tl.float32)
+        if paired:
+            query, query_second = tl.split(tl.reshape(query, (GROUP_PAD, width, 2)))
+            acc_second = tl.zeros([GROUP_PAD, width], tl.float32)
         at = begin + step
         block = tl.load(table + at // BLOCK_SIZE, mask=at < end, other=0)
         for start in range(begin, end, KEYS):
@@ -206,10 +223,16 @@ def decode_shares_kernel(
             place = block.to(tl.int64) * kv_block_stride + (at % BLOCK_SIZE) * kv_token_stride
             block = tl.load(table + (at + KEYS) // BLOCK_SIZE, mask=at + KEYS < end, other=0)  # the next turn's
             # Masked: a recycled block may hold NaN behind the sequence's end, and 0 * NaN is NaN.
-            inside = seen[:, None] & real_dim[None, :]
-            key = tl.load(source + place[:, None] + dim[None, :], mask=inside, other=0.0)
-            value = tl.load(source + kv_side_stride + place[:, None] + dim[None, :], mask=inside, other=0.0)
-            score = tl.dot(query, tl.trans(key).to(query.dtype), input_precision=PRECISION) * scale
+            inside = seen[:, None] & real_column[None, :]
+            key = tl.load(source + place[:, None] + column[None, :], mask=inside, other=0)
+            value = tl.load(source + kv_side_stride + place[:, None] + column[None, :], mask=inside, other=0)
+            if paired:
+                key, key_second = widen_pairs(key, query.dtype, HAS_FP8)
+                value, value_second = widen_pairs(value, query.dtype, HAS_FP8)
+            score = tl.dot(query, tl.trans(key).to(query.dtype), input_precision=PRECISION)
+            if paired:
+                score = tl.dot(query_second, tl.trans(key_second), score, input_precision=PRECISION)
+            score = score * scale
             score = tl.where(seen[None, :], score, float("-inf"))
             higher = tl.maximum(highest, tl.max(score, 1))
             weight = tl.exp2(score - higher[:, None])
@@ -217,8 +240,13 @@ def decode_shares_kernel(
             total = total * fade + tl.sum(weight, 1)
             acc = acc * fade[:, None]
             acc = tl.dot(weight.to(query.dtype), value.to(query.dtype), acc, input_precision=PRECISION)
+            if paired:
+                acc_second = acc_second * fade[:, None]
+                acc_second = tl.dot(weight.to(query.dtype), value_second, acc_second, input_precision=PRECISION)
             highest = higher
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # an empty sequence gives zeros
+        if paired:
+            acc = tl.interleave(acc, acc_second)
+        acc = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]  # an empty sequence gives zeros
         earliest = first_unit // size
         pieces = (behind - 1) // size - earliest + 1
         if (pieces == 1) | (behind - first_unit <= whole):

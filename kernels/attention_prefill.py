@@ -13,6 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from workstation.kernels.fp8_codes import widen_cached
+
 
 @triton.jit
 def find_tile(tile, query_start, first_sequence, num_sequences, QUERY_TOKENS: tl.constexpr):
@@ -70,7 +72,7 @@ def _attend(
         value = tl.load(
             source + kv_side_stride + place[:, None] + dim[None, :], mask=exists[:, None] & real[None, :], other=0.0
         )
-        score = tl.dot(query, key.to(query.dtype), input_precision=PRECISION) * scale
+        score = tl.dot(query, widen_cached(key, query.dtype), input_precision=PRECISION) * scale
         if MASKED:
             seen = (at[None, :] <= position[:, None]) & exists[None, :]
             if window > 0:
@@ -84,7 +86,7 @@ def _attend(
         fade = tl.exp2(highest - base)
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None]
-        acc = tl.dot(weight.to(query.dtype), value.to(query.dtype), acc, input_precision=PRECISION)
+        acc = tl.dot(weight.to(query.dtype), widen_cached(value, query.dtype), acc, input_precision=PRECISION)
         highest = higher
     return acc, total, highest
 
@@ -101,6 +103,7 @@ def prefill_kernel(
     first_sequence,
     num_sequences,
     scale,
+    value_scale,
     q_token_stride,
     q_head_stride,
     kv_block_stride,
@@ -174,7 +177,7 @@ def prefill_kernel(
             kv_block_stride, kv_side_stride, kv_token_stride, dim,
             HEAD_DIM, BLOCK_SIZE, KEYS, PRECISION, True,
         )  # fmt: skip
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
         heads: tl.constexpr = KV_HEADS * GROUP
         target = out + ((where * heads + head) * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=real)

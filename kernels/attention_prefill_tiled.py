@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from workstation.kernels.attention_prefill import find_tile
+from workstation.kernels.fp8_codes import widen_cached
 
 
 @triton.jit
@@ -55,7 +56,7 @@ def _walk(
         else:
             key = tl.load(keys_from + place)
             value = tl.load(values_from + place)
-        score = tl.dot(query, tl.trans(key).to(query.dtype))
+        score = tl.dot(query, tl.trans(widen_cached(key, query.dtype)))
         if MASKED:
             seen = at[None, :] <= position[:, None]
             if WINDOWED:
@@ -69,7 +70,7 @@ def _walk(
         fade = tl.exp2(highest - base)
         total = total * fade + tl.sum(weight, 1)
         acc = acc * fade[:, None]
-        acc = tl.dot(weight.to(query.dtype), value.to(query.dtype), acc)
+        acc = tl.dot(weight.to(query.dtype), widen_cached(value, query.dtype), acc)
         highest = higher
     return acc, total, highest
 
@@ -86,6 +87,7 @@ def tiled_prefill_kernel(
     first_sequence,
     num_sequences,
     scale,
+    value_scale,
     q_token_stride,
     q_head_stride,
     kv_block_stride,
@@ -155,7 +157,7 @@ def tiled_prefill_kernel(
             acc, total, highest, query, position, diagonal, stop, oldest, length, keys_from, values_from, table, scale, window,
             kv_block_stride, kv_token_stride, HEAD_DIM, BLOCK_SIZE, KEYS, True, WINDOWED,
         )  # fmt: skip
-        acc = acc / tl.where(total > 0, total, 1.0)[:, None]
+        acc = acc * (value_scale / tl.where(total > 0, total, 1.0))[:, None]
         heads: tl.constexpr = KV_HEADS * GROUP
         target = out + ((where * heads + head) * HEAD_DIM)[:, None] + dim[None, :]
         tl.store(target, acc.to(out.dtype.element_ty), mask=real)

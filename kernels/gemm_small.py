@@ -25,41 +25,7 @@ import triton
 import triton.language as tl
 
 from workstation.kernels.dependent import allow_next, await_previous
-
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-# Four codes in a register become two pairs of 16-bit floats: a code into the upper byte of each half word, its exponent and
-# mantissa shifted to where the wider type keeps them, then times a power of two (an fma with -0 keeps the sign of zero).
-_UNPACK = """{{
-.reg .b32 pair, sign, factor, zero;
-mov.b32 factor, {factor}; mov.b32 zero, 0x80008000;
-prmt.b32 pair, 0, $2, 0x5040; and.b32 sign, pair, 0x80008000; shr.b32 pair, pair, {shift}; and.b32 pair, pair, {mask};
-or.b32 pair, pair, sign; fma.rn.{type} $0, pair, factor, zero;
-prmt.b32 pair, 0, $2, 0x7060; and.b32 sign, pair, 0x80008000; shr.b32 pair, pair, {shift}; and.b32 pair, pair, {mask};
-or.b32 pair, pair, sign; fma.rn.{type} $1, pair, factor, zero;
-}}"""
-_UNPACK_BFLOAT16 = tl.constexpr(_UNPACK.format(factor="0x7b807b80", shift=4, mask="0x07f007f0", type="bf16x2"))
-_UNPACK_FLOAT16 = tl.constexpr(_UNPACK.format(factor="0x5c005c00", shift=1, mask="0x3f803f80", type="f16x2"))
-
-
-@triton.jit
-def _widen(weight, target: tl.constexpr):
-    """A weight tile in the activations' dtype. Bytes are e4m3fn codes, for devices that have no such type (sm_80).
-
-    A code's exponent and mantissa, put under the wider type's, lack a factor of two to the difference of the exponents'
-    biases; multiplying by it is exact and turns subnormals into what they mean. The NaN code reads as 480.
-    """
-    if weight.dtype == tl.uint8:
-        if INTERPRETED:
-            code = weight.to(tl.uint16)
-            half = ((code & 0x80) << 8) | ((code & 0x7F) << 7)
-            return (half.to(tl.float16, bitcast=True) * 256.0).to(target)
-        if target == tl.float16:
-            return tl.inline_asm_elementwise(_UNPACK_FLOAT16, "=r,=r,r", [weight], dtype=tl.float16, is_pure=True, pack=4)
-        wide = tl.inline_asm_elementwise(_UNPACK_BFLOAT16, "=r,=r,r", [weight], dtype=tl.bfloat16, is_pure=True, pack=4)
-        return wide.to(target)
-    if weight.dtype == tl.float8e4nv and target == tl.bfloat16:
-        return weight.to(tl.float32).to(target)  # Hopper's direct conversion runs at a quarter of this one's rate
-    return weight.to(target)
+from workstation.kernels.fp8_codes import widen
 
 
 @triton.jit
@@ -154,13 +120,13 @@ def gemm_kernel(
             inside = at + step < end
             weight = tl.load(weight_at, mask=inside[None, :], other=0.0, eviction_policy=EVICT)
             rhs = tl.load(x_at, mask=inside[:, None] & real[None, :], other=0.0, eviction_policy="evict_last")
-        acc = tl.dot(_widen(weight, x.dtype.element_ty), rhs, acc, input_precision="ieee")
+        acc = tl.dot(widen(weight, x.dtype.element_ty), rhs, acc, input_precision="ieee")
         if SILU:
             if EVEN_K:
                 weight = tl.load(up_at, eviction_policy=EVICT)
             else:
                 weight = tl.load(up_at, mask=inside[None, :], other=0.0, eviction_policy=EVICT)
-            up_acc = tl.dot(_widen(weight, x.dtype.element_ty), rhs, up_acc, input_precision="ieee")
+            up_acc = tl.dot(widen(weight, x.dtype.element_ty), rhs, up_acc, input_precision="ieee")
             up_at += BLOCK_K
         weight_at += BLOCK_K
         x_at += BLOCK_K
@@ -225,13 +191,13 @@ def gemv_kernel(
             inside = at + step < end
             weight = tl.load(weight_at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
             rhs = tl.load(x + at + step, mask=inside, other=0.0, eviction_policy="evict_last").to(tl.float32)
-        acc += _widen(weight, tl.float32) * rhs[None, :]
+        acc += widen(weight, tl.float32) * rhs[None, :]
         if SILU:
             if EVEN_K:
                 weight = tl.load(up_at, eviction_policy="evict_first")
             else:
                 weight = tl.load(up_at, mask=inside[None, :], other=0.0, eviction_policy="evict_first")
-            up_acc += _widen(weight, tl.float32) * rhs[None, :]
+            up_acc += widen(weight, tl.float32) * rhs[None, :]
             up_at += BLOCK_K
         weight_at += BLOCK_K
     row = tl.arange(0, 1)

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 
 from workstation.kernels.dependent import allow_next, await_previous
+from workstation.kernels.fp8_codes import round_to_codes
 
 
 @triton.jit
@@ -26,6 +27,17 @@ def _head_norm(first, second, rest, weight, at, tail, half, rotary, head_dim, ep
 
 
 @triton.jit
+def _kept(values, scale, dtype: tl.constexpr, kept: tl.constexpr):
+    """What the cache keeps of float32 values: themselves in its type, or codes of value / scale.
+
+    Codes are made of values in the activations' type, so that they do not depend on how exactly RoPE was computed.
+    """
+    if kept == tl.uint8:
+        return round_to_codes(tl.div_rn(values.to(dtype).to(tl.float32), scale))
+    return values.to(kept)
+
+
+@triton.jit
 def rope_and_cache_kernel(
     qkv,
     positions,
@@ -36,6 +48,8 @@ def rope_and_cache_kernel(
     slots,
     q_out,
     eps,
+    key_scale,
+    value_scale,
     kv_block_stride,
     kv_side_stride,
     kv_head_stride,
@@ -51,7 +65,10 @@ def rope_and_cache_kernel(
     REST_PAD: tl.constexpr,
     PDL: tl.constexpr,
 ):
-    """One program: HEADS heads of one token. Query heads go to q_out [T, Hq, D], key and value heads to the cache."""
+    """One program: HEADS heads of one token. Query heads go to q_out [T, Hq, D], key and value heads to the cache.
+
+    A cache of bytes keeps e4m3 codes of key / key_scale and value / value_scale; in any other the scales mean nothing.
+    """
     allow_next(PDL)
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -99,9 +116,10 @@ def rope_and_cache_kernel(
         place = slot // BLOCK_SIZE * kv_block_stride + slot % BLOCK_SIZE * kv_token_stride
         target = kv + place + (is_value.to(tl.int64) * kv_side_stride + kv_head * kv_head_stride)[:, None]
         kept: tl.constexpr = kv.dtype.element_ty
-        tl.store(target + at[None, :], turned_first.to(kept), mask=pair & stored)
-        tl.store(target + half + at[None, :], turned_second.to(kept), mask=pair & stored)
-        tl.store(target + ROTARY + tail[None, :], rest.to(kept), mask=spare & stored)
+        scale = tl.where(is_value, value_scale, key_scale)[:, None]
+        tl.store(target + at[None, :], _kept(turned_first, scale, dtype, kept), mask=pair & stored)
+        tl.store(target + half + at[None, :], _kept(turned_second, scale, dtype, kept), mask=pair & stored)
+        tl.store(target + ROTARY + tail[None, :], _kept(rest, scale, dtype, kept), mask=spare & stored)
 
 
 @triton.jit

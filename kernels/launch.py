@@ -11,7 +11,7 @@ from workstation.kernels.kv_store import copy_blocks_kernel, rope_and_cache_kern
 from workstation.kernels.launch_decode import attend_decodes
 from workstation.kernels.launch_prefill import attend_prefills
 from workstation.kernels.norm import add_rms_norm_kernel, rms_norm_kernel
-from workstation.kernels.paging import AttentionPlan, StepInputs
+from workstation.kernels.paging import AttentionPlan, KVScales, StepInputs, codes
 from workstation.kernels.step_inputs import step_inputs_kernel
 
 
@@ -82,6 +82,7 @@ def rope_and_cache(
     slots: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
+    scales: KVScales,
 ) -> torch.Tensor:
     _require_contiguous(qkv=qkv, positions=positions, cos_sin=cos_sin, slots=slots)
     head_dim, rotary = kv_layer.shape[-1], cos_sin.shape[-1]
@@ -92,7 +93,8 @@ def rope_and_cache(
     heads = 8
     block, side, head, token, _ = kv_layer.stride()
     rope_and_cache_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
-        qkv, positions, cos_sin, q_norm, k_norm, kv_layer, slots, out, eps, block, side, head, token,
+        qkv, positions, cos_sin, q_norm, k_norm, codes(kv_layer), slots, out, eps, scales.key, scales.value,
+        block, side, head, token,
         NUM_HEADS=num_heads, NUM_KV_HEADS=num_kv_heads, HEAD_DIM=head_dim, ROTARY=rotary,
         BLOCK_SIZE=kv_layer.shape[3], HAS_NORM=q_norm is not None, HEADS=heads,
         HALF_PAD=triton.next_power_of_2(rotary // 2), REST_PAD=triton.next_power_of_2(max(head_dim - rotary, 1)),
@@ -104,16 +106,18 @@ def rope_and_cache(
 def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
     size = kv[0].numel()
     copy_blocks_kernel[(source.numel(), triton.cdiv(size, 4096))](
-        kv, source, target, size, kv.stride(0), BLOCK=4096, num_warps=8
+        codes(kv), source, target, size, kv.stride(0), BLOCK=4096, num_warps=8
     )
 
 
-def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, scales: KVScales
+) -> torch.Tensor:
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     if plan.num_decodes:
-        attend_decodes(q, kv_layer, plan, scale, out)
+        attend_decodes(q, kv_layer, plan, scale, out, scales=scales)
     if plan.context_lens.shape[0] > plan.num_decodes:
-        attend_prefills(q, kv_layer, plan, scale, out)
+        attend_prefills(q, kv_layer, plan, scale, out, scales=scales)
     return out
 
 

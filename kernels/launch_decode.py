@@ -8,11 +8,12 @@ from typing import NamedTuple
 import torch
 import triton
 
+from workstation.kernels import launch_fp8
 from workstation.kernels.attention_decode import FEW, decode_shares_kernel, plan_shares_kernel
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.launch_hopper import cache_rows, lies_in_rows
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import FP8, UNSCALED, AttentionPlan, KVScales
 
 LOG2_E = 1.4426950408889634
 PLAN_LANES = 1024  # sequences the planning kernel is compiled for, so that batch sizes do not each compile one
@@ -55,16 +56,22 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Deco
     """On Hopper rings of three units, two programs a multiprocessor. Elsewhere, or with a window, in float32 or at other head
     dims: K and V take 16 KiB each a turn, at most. Two turns are under way where shared memory has room for it, else one.
 
-    At head dim 128 on an H200 these are the measured 64 keys, 4 warps, 3 stages, 3 programs a multiprocessor.
+    At head dim 128 on an H200 these are the measured 64 keys, 4 warps, 3 stages, 3 programs a multiprocessor. An FP8 cache
+    is read twice as many keys at a time, hence the same bytes, unless the query is float32: widened keys fill registers.
     """
     hopper = DecodeConfig("hopper", UNIT, 4, 3, 2, 4, 8)
     if serves(hopper, q, kv_layer, plan):
         return hopper
-    row_bytes = triton.next_power_of_2(q.shape[2]) * q.element_size()
+    dim = triton.next_power_of_2(q.shape[2])
+    row_bytes = dim * q.element_size()  # of the query, and of a key in registers
     keys = 64 if row_bytes <= 256 else 32 if row_bytes <= 512 else 16
-    held = 2 * keys * row_bytes  # K and V of a turn
+    if kv_layer.element_size() == 1 and q.element_size() == 2:
+        keys *= 2
+    held = 2 * keys * dim * kv_layer.element_size()  # K and V of a turn
     room = _shared_memory(q.device)
     spare = max(SPARE, SPARE_ROWS * row_bytes)
+    if kv_layer.element_size() < q.element_size() == 4:
+        spare += 2 * keys * row_bytes  # without tensor cores, what was widened returns to shared memory
     stages = 3 if room >= 2 * (2 * held + spare) else 2
     per_sm = min(3 if q.element_size() == 2 else 2, max(1, room // ((stages - 1) * held + spare)))
     return DecodeConfig("shares", keys, 4, stages, per_sm, 4, 8)
@@ -86,6 +93,7 @@ def attend_decodes(
     scale: float,
     out: torch.Tensor,
     config: DecodeConfig | None = None,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Write `out` for the plan's decodes."""
     config = config or choose(q, kv_layer, plan)
@@ -96,7 +104,7 @@ def attend_decodes(
         plan_call(kv_layer, plan, config, shares).launch()
         plan.scratch["decode_shares"] = shares
     # The first layer's kernel follows the plan it reads at once, so it may not start early.
-    decode_call(q, kv_layer, plan, scale, out, config, shares, chain=shares_known).launch()
+    decode_call(q, kv_layer, plan, scale, out, config, shares, scales, chain=shares_known).launch()
 
 
 def make_room(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: DecodeConfig) -> Shares:
@@ -138,6 +146,7 @@ def decode_call(
     out: torch.Tensor,
     config: DecodeConfig,
     shares: Shares,
+    scales: KVScales = UNSCALED,
     *,
     chain: bool = False,
 ) -> Call:
@@ -145,20 +154,22 @@ def decode_call(
     kv_heads, block_size = kv_layer.shape[2:4]
     if config.kind == "hopper":
         return _hopper_call(q, kv_layer, plan, scale, out, config, shares, chain=chain)
+    stored = kv_layer.view(torch.uint16) if kv_layer.dtype == FP8 else kv_layer
     block, side, head, token, _ = kv_layer.stride()
     group = num_heads // kv_heads
     members = triton.next_power_of_2(group)
-    dim_pad = triton.next_power_of_2(head_dim)
+    dim_pad = max(32, triton.next_power_of_2(head_dim))  # the halves of a paired key are products of 16, the least there is
     arguments = (
-        q, kv_layer, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
-        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * LOG2_E, q.stride(0), q.stride(1),
-        block, side, head, token, plan.tables.stride(0), plan.window,
+        q, stored, out, shares.partial, shares.partial_lse, plan.tables, plan.rows, plan.context_lens,
+        shares.header, shares.first, shares.start, shares.sequence, shares.arrivals, scale * scales.key * LOG2_E, scales.value,
+        q.stride(0), q.stride(1), block, side, head, token, plan.tables.stride(0), plan.window,
     )  # fmt: skip
     options = {
         "KV_HEADS": kv_heads, "GROUP": group, "GROUP_PAD": max(16, members), "MEMBERS": members, "HEAD_DIM": head_dim,
         "DIM_PAD": dim_pad, "BLOCK_SIZE": block_size, "UNIT": UNIT, "KEYS": config.keys,
         "CHUNK": max(1, min(16, 8192 // (members * dim_pad))), "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "num_warps": config.warps, "num_stages": config.stages, "maxnreg": _registers(config),
+        "HAS_FP8": launch_fp8.has_fp8(kv_layer.device),
     }  # fmt: skip
     options |= chained(q.device) if chain else {"PDL": False}
     return Call(decode_shares_kernel, (shares.number * kv_heads,), arguments, options)

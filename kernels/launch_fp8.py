@@ -13,6 +13,7 @@ from workstation.kernels.dependent import chained
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
 from workstation.kernels.norm import add_rms_norm_fp8_kernel
+from workstation.kernels.paging import codes
 from workstation.kernels.quantize import quantize_per_token_kernel
 from workstation.kernels.quantized import Operand, Quantized, Rounding
 
@@ -140,3 +141,8 @@ def scales_rows(device: torch.device) -> bool:
 def has_fp8(device: torch.device) -> bool:
     """Whether the device converts and multiplies e4m3: compute capability 8.9 and above (and Triton's interpreter)."""
     return device.type != "cuda" or torch.cuda.get_device_capability(device) >= FIRST_WITH_FP8
+
+
+def readable(kv_layer: torch.Tensor) -> torch.Tensor:
+    """The cache as the attention kernels can load it: an FP8 one as bytes where the device has no such type."""
+    return kv_layer if has_fp8(kv_layer.device) else codes(kv_layer)

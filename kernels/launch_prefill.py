@@ -10,16 +10,17 @@ import triton
 from workstation.kernels.attention_prefill import prefill_kernel
 from workstation.kernels.attention_prefill_tiled import tiled_prefill_kernel
 from workstation.kernels.gemm_launch import Call
+from workstation.kernels.launch_fp8 import readable
 from workstation.kernels.launch_hopper import cache_rows, capability, lies_in_rows
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import FP8, UNSCALED, AttentionPlan, KVScales
 
 LOG2_E = 1.4426950408889634
 SHORT = 1024  # keys: up to here tiles of 64 keys are faster than those of 128
 
 
 class PrefillConfig(NamedTuple):
-    """A kernel and its tiles. kind: "exact" (any dtype, any head dim), "tiled" (16-bit, on any GPU) or "hopper" (16-bit, no
-    window, compute capability 9.0; 128 rows, warps unused)."""
+    """A kernel and its tiles. kind: "exact" (any dtype, any head dim), "tiled" (16-bit, its cache too or FP8, on any GPU) or
+    "hopper" (16-bit throughout, no window, compute capability 9.0; 128 rows, warps unused)."""
 
     kind: str
     rows: int
@@ -35,32 +36,43 @@ def attend_prefills(
     scale: float,
     out: torch.Tensor,
     config: PrefillConfig | None = None,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Write `out` for the plan's sequences behind its decodes. ValueError: `config` cannot serve these inputs."""
-    prefill_call(q, kv_layer, plan, scale, out, config or choose(q, kv_layer, plan)).launch()
+    prefill_call(q, kv_layer, plan, scale, out, config or choose(q, kv_layer, plan), scales).launch()
 
 
 def prefill_call(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    out: torch.Tensor,
+    config: PrefillConfig,
+    scales: KVScales = UNSCALED,
 ) -> Call:
     """The launch of `config`'s kernel. ValueError: it cannot serve these inputs."""
     if not serves(config, q, kv_layer, plan):
-        raise ValueError(f"{config} does not serve q {list(q.shape)} {q.dtype} with a window of {plan.window}")
-    make = _hopper_call if config.kind == "hopper" else _portable_call
-    return make(q, kv_layer, plan, scale, out, config)
+        given = f"q {list(q.shape)} {q.dtype} with a cache of {kv_layer.dtype} and a window of {plan.window}"
+        raise ValueError(f"{config} does not serve {given}")
+    if config.kind == "hopper":
+        return _hopper_call(q, kv_layer, plan, scale, out, config)
+    return _portable_call(q, kv_layer, plan, scale, out, config, scales)
 
 
 def serves(config: PrefillConfig, q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> bool:
     """Whether `config`'s kernel takes these dtypes, head dim, window, layout and GPU."""
     if config.kind == "exact":
         return True
-    if q.dtype == torch.float32 or kv_layer.dtype != q.dtype or q.shape[2] not in (64, 128, 256):
+    if q.dtype == torch.float32 or kv_layer.dtype not in (q.dtype, FP8) or q.shape[2] not in (64, 128, 256):
         return False
     return config.kind == "tiled" or _hopper_serves(q, kv_layer, plan, config)
 
 
 def _hopper_serves(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config: PrefillConfig) -> bool:
-    return plan.window == 0 and q.shape[1] // kv_layer.shape[2] <= config.rows and lies_in_rows(kv_layer, config.keys)
+    same = kv_layer.dtype == q.dtype  # TMA brings keys as they are: nobody there would widen them
+    few = q.shape[1] // kv_layer.shape[2] <= config.rows
+    return same and plan.window == 0 and few and lies_in_rows(kv_layer, config.keys)
 
 
 def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> PrefillConfig:
@@ -80,7 +92,8 @@ def choose(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> Pref
     if serves(hopper, q, kv_layer, plan):
         return hopper
     stages = 3 if capability(q.device)[0] == 9 else 2  # below 9.0 and at 12.0 two of them keep within 99 KiB
-    tiled = PrefillConfig("tiled", 64 if wide else 128, masked if wide or plan.window else 64, 8, stages)
+    crowded = wide or plan.window > 0 or (not roomy and kv_layer.dtype != q.dtype)  # registers hold FP8 keys and the wider
+    tiled = PrefillConfig("tiled", 64 if wide else 128, masked if crowded else 64, 8, stages)
     exact = PrefillConfig("exact", 128 if roomy else 64, 32 if wide else 64, 8, stages)
     return tiled if serves(tiled, q, kv_layer, plan) else exact
 
@@ -104,13 +117,20 @@ def _tiles(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, config:
 
 
 def _portable_call(
-    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, out: torch.Tensor, config: PrefillConfig
+    q: torch.Tensor,
+    kv_layer: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    out: torch.Tensor,
+    config: PrefillConfig,
+    scales: KVScales,
 ) -> Call:
     tiles = _tiles(q, kv_layer, plan, config)
     kv_heads, block_size, head_dim = kv_layer.shape[2:]
     arguments = (
-        q, kv_layer, out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes, tiles.sequences,
-        scale * LOG2_E, q.stride(0), q.stride(1), *kv_layer.stride()[:4], plan.tables.stride(0), plan.window,
+        q, readable(kv_layer), out, plan.tables, plan.rows, plan.context_lens, plan.query_start, plan.num_decodes,
+        tiles.sequences, scale * scales.key * LOG2_E, scales.value, q.stride(0), q.stride(1), *kv_layer.stride()[:4],
+        plan.tables.stride(0), plan.window,
     )  # fmt: skip
     options = {
         "KV_HEADS": kv_heads, "GROUP": tiles.group, "ROWS": tiles.rows, "QUERY_TOKENS": tiles.query_tokens,

@@ -1,7 +1,8 @@
 """The only door to the kernels: shapes are checked here once, then Triton (CUDA) or the plain-torch twin (CPU) runs.
 
 Letters in shapes: T tokens of the step, S sequences, H hidden size, F feed-forward size, D head dim, Hq query heads,
-Hkv key/value heads, BS tokens a block. Activations are float32, bfloat16 or float16; inner arithmetic is float32.
+Hkv key/value heads, BS tokens a block. Activations are float32, bfloat16 or float16; inner arithmetic is float32. The
+KV cache has the activations' dtype, or float8_e4m3fn with a scale for keys and one for values.
 A shape, dtype or layout that no kernel serves raises ValueError naming the argument.
 """
 
@@ -15,6 +16,7 @@ import torch
 
 from workstation.kernels import reference, reference_fp8
 from workstation.kernels.gemm import MAX_ROWS
+from workstation.kernels.paging import FP8, UNSCALED, KVScales
 from workstation.kernels.quantized import Operand, Quantized, Rounding
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ def rope_and_cache(
     slots: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
+    scales: KVScales = UNSCALED,
 ) -> torch.Tensor:
     """Optional RMSNorm of each query and key head, rotary embedding, and the write of K and V into the paged cache.
 
@@ -130,6 +133,8 @@ def rope_and_cache(
         q_norm, k_norm: [D] weights (both or neither).  eps: their epsilon.
         kv_layer: [blocks, 2, Hkv, BS, D], a layer's view of the pool; K and V are cast to its dtype.
         slots: [T] int64, `block * BS + offset`; a negative slot writes nothing.
+        scales: of an FP8 cache, which keeps K / scales.key and V / scales.value, rounded to nearest even; beyond 448 they
+            saturate, NaN stays NaN.
     Returns:
         q: [T, Hq, D] of qkv's dtype.
     """
@@ -139,15 +144,20 @@ def rope_and_cache(
     _check(cos_sin.shape[-1] <= head_dim and cos_sin.shape[-1] % 2 == 0, "cos_sin", cos_sin, "is wider than a head")
     _check(slots.shape == positions.shape == qkv.shape[:1], "slots", slots, "and positions must be [T]")
     _check(kv_layer.shape[2] == num_kv_heads, "kv_layer", kv_layer, "must be [blocks, 2, Hkv, BS, D]")
+    _check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
     _check((q_norm is None) == (k_norm is None), "k_norm", k_norm, "and q_norm come together")
     if qkv.is_cuda or FORCE_TRITON:
         return _triton().rope_and_cache(  # type: ignore[no-any-return]
-            qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads
+            qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads, scales
         )
-    return reference.rope_and_cache(qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads)
+    return reference.rope_and_cache(
+        qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads, scales
+    )
 
 
-def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, scales: KVScales = UNSCALED
+) -> torch.Tensor:
     """Causal attention of a step's queries over the paged cache (arXiv:2309.06180): grouped query heads, optional window.
 
     A query at position p sees keys (p - window, p], or all up to p. What lies in a block beyond a sequence's length, or
@@ -159,6 +169,7 @@ def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scal
         kv_layer: [blocks, 2, Hkv, BS, D], already holding this step's keys and values.
         plan: the step's lengths and block tables; its scratch is filled by the first layer and reused by the others.
         scale: factor on the scores, as a rule D ** -0.5.
+        scales: of an FP8 cache, as it was written with.
     Returns:
         [T, Hq, D] contiguous, of q's dtype.
     """
@@ -166,9 +177,10 @@ def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scal
     _check(q.shape[1] % kv_layer.shape[2] == 0, "q", q, "must have a multiple of the cache's heads")
     _check(kv_layer.shape[3] == plan.block_size, "kv_layer", kv_layer, "must have the plan's block size")
     _check(q.shape[2] % 16 == 0 and q.shape[2] <= 256, "q", q, "needs a head dim that is a multiple of 16, at most 256")
+    _check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
     if q.is_cuda or FORCE_TRITON:
-        return _triton().attention(q, kv_layer, plan, scale)  # type: ignore[no-any-return]
-    return reference.attention(q, kv_layer, plan, scale)
+        return _triton().attention(q, kv_layer, plan, scale, scales)  # type: ignore[no-any-return]
+    return reference.attention(q, kv_layer, plan, scale, scales)
 
 
 def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:

@@ -4,6 +4,8 @@ One pool tensor a KV group: `kv[blocks, layers of the group, K|V, kv heads, bloc
 view `kv[:, i]` = `[blocks, 2, kv heads, block_size, head_dim]`; kernels take its strides, so the layout may change.
 A token's *slot* is `block * block_size + offset in block`. Block 0 is the null block, all zeros and never written:
 padding and freed window blocks point to it.
+
+A pool of float8_e4m3fn holds codes: a key is `code * scales.key`, a value `code * scales.value`, one scale each a layer.
 """
 
 from __future__ import annotations
@@ -12,6 +14,23 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
+
+FP8 = torch.float8_e4m3fn
+
+
+class KVScales(NamedTuple):
+    """What a layer's stored keys and values are multiplied with; 1 unless the cache is FP8."""
+
+    key: float = 1.0
+    value: float = 1.0
+
+
+UNSCALED = KVScales()
+
+
+def codes(kv: torch.Tensor) -> torch.Tensor:
+    """An FP8 cache as bytes, for what is done to it without arithmetic; any other as it is."""
+    return kv.view(torch.uint8) if kv.dtype == FP8 else kv
 
 
 @dataclass(slots=True)

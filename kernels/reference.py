@@ -13,8 +13,9 @@ import torch
 from torch.nn import functional as F
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from workstation.kernels.paging import StepInputs
+from workstation.kernels.paging import FP8, KVScales, StepInputs, codes
 from workstation.kernels.reference_attention import attention, flat_rows, row_strides
+from workstation.kernels.reference_fp8 import to_codes
 
 __all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cache", "silu_mul", "step_inputs"]
 
@@ -72,6 +73,7 @@ def rope_and_cache(
     slots: torch.Tensor,
     num_heads: int,
     num_kv_heads: int,
+    scales: KVScales,
 ) -> torch.Tensor:
     head_dim = kv_layer.shape[-1]
     rotated_heads = num_heads + num_kv_heads
@@ -84,8 +86,10 @@ def rope_and_cache(
     rows = _rows_of_step(slots, kv_layer)
     if rows.kept is not None:
         key, value = key[rows.kept], value[rows.kept]
-    cache = flat_rows(kv_layer, head_dim)
-    if cache.dtype != qkv.dtype:
+    cache = flat_rows(codes(kv_layer), head_dim)
+    if kv_layer.dtype == FP8:
+        key, value = to_codes(key, scales.key), to_codes(value, scales.value)
+    elif cache.dtype != qkv.dtype:
         key, value = key.to(cache.dtype), value.to(cache.dtype)
     cache.index_put_((rows.key,), key)
     cache.index_put_((rows.value,), value)
@@ -111,7 +115,8 @@ def _head_weights(q_norm: torch.Tensor, k_norm: torch.Tensor, num_heads: int, he
 
 
 def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) -> None:
-    kv.index_copy_(0, target, kv.index_select(0, source))
+    stored = codes(kv)
+    stored.index_copy_(0, target, stored.index_select(0, source))
 
 
 class _Angles(NamedTuple):

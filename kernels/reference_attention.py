@@ -13,15 +13,23 @@ from typing import NamedTuple
 import torch
 from torch.nn import functional as F
 
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import UNSCALED, AttentionPlan, KVScales, codes
+from workstation.kernels.reference_fp8 import from_codes
 
 QUERY_TILE = 256  # queries that share one mask when a prompt's chunk has a past
 GROUP_BYTES = 4 << 20  # K and V gathered at once: more would leave the caches before attention reads it
 WASTE_BYTES = 768 << 10  # padding that costs as much as the calls of one more group
 
 
-def attention(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
+def attention(
+    q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float, scales: KVScales = UNSCALED
+) -> torch.Tensor:
     """See `ops.attention`. Reads the plan's tensors on the host: they must lie in CPU memory."""
+    out = _attend(q, kv_layer, plan, scale * scales.key)
+    return out if scales.value == 1.0 else out.mul_(scales.value)
+
+
+def _attend(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale: float) -> torch.Tensor:
     step = _step_index(q, kv_layer, plan)
     if len(step.decodes) == 1 and not step.prefills:
         return _decode(q, kv_layer, step.decodes[0], step, scale)
@@ -99,7 +107,7 @@ class _Step(NamedTuple):
 
 
 def _step_index(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan) -> _Step:
-    geometry = (kv_layer.shape[2:], kv_layer.stride(), q.dtype)
+    geometry = (kv_layer.shape[2:], kv_layer.stride(), kv_layer.dtype, q.dtype)
     step: _Step | None = plan.scratch.get("reference")
     if step is None or step.geometry != geometry:
         step = _make_step(q, kv_layer, plan, geometry)
@@ -124,15 +132,20 @@ def _make_step(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, geo
         staircase = _staircase(max(chunk.keys for chunk in prefills), plan.window, q.dtype)
     parts: list[_Decodes | _Chunk] = [*decodes, *prefills]
     most = max((part.rows.numel() for part in parts), default=0)
-    gathered = torch.empty(most, kv_layer.stride(2), dtype=kv_layer.dtype)
+    gathered = torch.empty(most, kv_layer.stride(2), dtype=codes(kv_layer).dtype)
     return _Step(geometry, order, decodes, prefills, staircase, plan.window, gathered)
 
 
 def _gather(kv_layer: torch.Tensor, part: _Decodes | _Chunk, step: _Step) -> torch.Tensor:
-    """K and V of a group or a chunk, [2, G, Hkv, W * BS, D]; valid until the step's next gather."""
+    """K and V of a group or a chunk as stored, [2, G, Hkv, W * BS, D], FP8 as bytes; valid until the step's next gather."""
     room = step.gathered[: part.rows.numel()]
-    torch.index_select(flat_rows(kv_layer, room.shape[1]), 0, part.rows, out=room)
+    torch.index_select(flat_rows(codes(kv_layer), room.shape[1]), 0, part.rows, out=room)
     return room.view(part.shape)
+
+
+def _widened(stored: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """What was gathered, in the queries' dtype; an FP8 cache's scales are folded into the scores and the result."""
+    return from_codes(stored, dtype) if stored.dtype == torch.uint8 else stored.to(dtype)
 
 
 def _blocks_seen(length: int, queries: int, plan: AttentionPlan) -> tuple[int, int]:
@@ -222,8 +235,8 @@ def _decode(q: torch.Tensor, kv_layer: torch.Tensor, group: _Decodes, step: _Ste
     _, sequences, kv_heads, _, head_dim = group.shape
     gathered = _gather(kv_layer, group, step)
     if group.unseen is not None:
-        gathered.view(-1, head_dim).index_fill_(0, group.unseen, 0.0)
-    key, value = gathered.narrow(3, group.first, group.keys).to(q.dtype).unbind(0)
+        gathered.view(-1, head_dim).index_fill_(0, group.unseen, 0)
+    key, value = _widened(gathered.narrow(3, group.first, group.keys), q.dtype).unbind(0)
     packed = q.reshape(sequences, kv_heads, -1, head_dim)
     out = F.scaled_dot_product_attention(packed, key, value, group.bias, scale=scale)
     return out.reshape(q.shape)
@@ -261,7 +274,8 @@ def _staircase(longest: int, window: int, dtype: torch.dtype) -> torch.Tensor:
 def _prefill(q: torch.Tensor, kv_layer: torch.Tensor, chunk: _Chunk, step: _Step, scale: float, out: torch.Tensor) -> None:
     """Fill out[start:stop]. The group's query heads become heads of a batch of key heads: K and V expand at no cost."""
     _, _, kv_heads, _, head_dim = chunk.shape
-    seen = _gather(kv_layer, chunk, step)[:, 0, :, chunk.first : chunk.first + chunk.keys].to(q.dtype)
+    stored = _gather(kv_layer, chunk, step)[:, 0, :, chunk.first : chunk.first + chunk.keys]
+    seen = _widened(stored, q.dtype)
     group = q.shape[1] // kv_heads
     queries = chunk.stop - chunk.start
     packed = q[chunk.start : chunk.stop].reshape(queries, kv_heads, group, head_dim).permute(1, 2, 0, 3)

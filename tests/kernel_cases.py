@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import FP8, UNSCALED, AttentionPlan, KVScales
 
 BLOCK = 16
 
@@ -30,6 +30,7 @@ class PagedCase:
     plan: AttentionPlan
     keys: list[torch.Tensor]
     values: list[torch.Tensor]
+    scales: KVScales = UNSCALED
 
     @property
     def scale(self) -> float:
@@ -73,8 +74,12 @@ def paged_case(
     layers: int = 3,
     layer: int = 1,
     seed: int = 0,
+    scales: KVScales | None = None,
 ) -> PagedCase:
-    """`shapes` has (new tokens, context length) a sequence, decodes first. Every slot that no query may see holds NaN."""
+    """`shapes` has (new tokens, context length) a sequence, decodes first. Every slot that no query may see holds NaN.
+
+    scales: the cache is FP8, and keys and values are what its codes mean.
+    """
     gen = torch.Generator().manual_seed(seed)
     blocks = [-(-length // BLOCK) for _, length in shapes]
     total = sum(blocks) + 3
@@ -88,14 +93,16 @@ def paged_case(
     for row, (new, length), count in zip(rows.tolist(), shapes, blocks, strict=True):
         own, order = order[:count], order[count:]
         key, value = (torch.randn(length, heads.kv, heads.dim, generator=gen).to(dtype).float() for _ in range(2))
+        if scales is not None:  # codes now, multiplied by their scales where the oracle gets them
+            key, value = ((x / scale).clamp(-448, 448).to(FP8).float() for x, scale in zip((key, value), scales, strict=True))
         oldest = max(0, length - new + 1 - window) if window else 0
         for at in range(oldest, length):
             pool[own[at // BLOCK], layer, 0, :, at % BLOCK] = key[at]
             pool[own[at // BLOCK], layer, 1, :, at % BLOCK] = value[at]
         for j, block in enumerate(own):
             tables[row, j] = 0 if (j + 1) * BLOCK <= oldest else block  # blocks out of the window were given back
-        keys.append(key)
-        values.append(value)
+        keys.append(key if scales is None else key * scales.key)
+        values.append(value if scales is None else value * scales.value)
     counts = torch.tensor([0, *(new for new, _ in shapes)])
     decodes = next((i for i, (new, _) in enumerate(shapes) if new != 1), len(shapes))
     plan = AttentionPlan(
@@ -110,8 +117,8 @@ def paged_case(
         block_size=BLOCK,
     )
     q = torch.randn(int(counts.sum()), heads.query, heads.dim, generator=gen).to(dtype)
-    kv_layer = pool.to(dtype).to(device)[:, layer]
-    return PagedCase(heads, shapes, window, q.to(device), kv_layer, plan, keys, values)
+    kv_layer = pool.to(dtype if scales is None else FP8).to(device)[:, layer]
+    return PagedCase(heads, shapes, window, q.to(device), kv_layer, plan, keys, values, scales or UNSCALED)
 
 
 def naive_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:

@@ -78,6 +78,7 @@ def test_lengths_take_the_forms_vllm_takes(text: str, value: int | None) -> None
         ("port", "http", "a whole number"),
         ("dtype", "bfloat61", "did you mean 'bfloat16'"),
         ("quantization", "int4", "one of fp8"),
+        ("kv_cache_dtype", "fp9", "did you mean 'fp8'"),
         ("scheduling_policy", "lifo", "one of fcfs, priority"),
         ("override_generation_config", "[1]", "a JSON object"),
         ("override_generation_config", "{", "a JSON object"),
@@ -95,7 +96,6 @@ def test_a_value_outside_its_limits_names_flag_value_and_limit(name: str, value:
     [
         ("quantization_config", "{}", "read from its folder"),
         ("tensor_parallel_size", "2", "one engine on one GPU"),
-        ("kv_cache_dtype", "fp8", "the model's dtype"),
         ("block_size", "32", "16 tokens"),
         ("trust_remote_code", True, "never runs code"),
         ("dashboard", True, "has not landed"),
@@ -112,7 +112,7 @@ def test_a_flag_whose_feature_has_not_landed_is_refused_with_a_sentence(name: st
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("tensor_parallel_size", "1"), ("kv_cache_dtype", "auto"), ("block_size", "16"), ("trust_remote_code", False),
+    [("tensor_parallel_size", "1"), ("block_size", "16"), ("trust_remote_code", False),
      ("cpu_offload_gb", "0")],
 )  # fmt: skip
 def test_the_one_value_that_works_is_accepted(name: str, value: Any) -> None:
@@ -170,13 +170,13 @@ def test_every_field_of_the_engine_follows_a_setting() -> None:
         "gpu_memory_utilization": "0.5", "kv_cache_memory_bytes": "9", "num_gpu_blocks_override": "9", "seed": "9",
         "enable_prefix_caching": False, "enable_chunked_prefill": False, "scheduling_policy": "priority",
         "max_num_queued_reqs": "9", "async_scheduling": True, "enforce_eager": True, "num_threads": "9",
-        "quantization": "fp8",
+        "quantization": "fp8", "kv_cache_dtype": "fp8",
     }  # fmt: skip
     changed = engine_config(resolve(SERVE_SETTINGS, flags, {}), "folder", "cpu")
     default = EngineConfig(model="")
     same = {item.name for item in fields(EngineConfig) if getattr(changed, item.name) == getattr(default, item.name)}
-    # The first two have one value, and the last says who drives the engine; every other field needs a setting.
-    assert same == {"block_size", "kv_cache_dtype", "online"}
+    # The first has one value, and the last says who drives the engine; every other field needs a setting.
+    assert same == {"block_size", "online"}
 
 
 def test_two_sizes_for_the_pool_are_one_too_many() -> None:

@@ -67,6 +67,8 @@ def test_the_headline_model_fits_a_96_gb_card_with_twice_the_context_in_fp8_kv()
     plain, small = longest(found, "auto"), longest(found, "fp8")
     assert found.fit.fits and 40_000 < plain < 60_000
     assert 1.95 < small / plain < 2.01
+    manual = (Path(__file__).parent.parent / "docs" / "estimate.md").read_text()
+    assert f"{plain:,} tokens" in manual and f"{small:,} tokens" in manual
     assert f"one request of {plain:,} tokens" in verdict(found)
 
 
@@ -134,7 +136,7 @@ def test_what_does_not_fit_is_told_what_would() -> None:
 
 def test_a_form_is_said_to_be_unserved_when_it_is() -> None:
     assert "does not serve it yet" in verdict(ask("llama-70b-int4", "h100"))
-    assert "does not serve it yet" in verdict(ask("llama-8b", "h200", kv="fp8"))
+    assert "serve" not in verdict(ask("llama-8b", "h200", kv="fp8"))
     assert "serve" not in verdict(ask("llama-8b", "h200", form="fp8"))
 
 
@@ -281,6 +283,29 @@ def test_the_printed_estimate_has_every_section(capsys: pytest.CaptureFixture[st
                  "39.8 GB", "longest of one", "int4 *", "predicted, not measured"):
         assert part in text
     assert max(map(len, text.splitlines()[1:])) <= 128
+
+
+def test_fp8_kv_is_half_of_it_however_it_is_asked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for arguments, variable in ((["--kv-cache-dtype", "fp8"], ""), (["--kv-cache-dtype", "fp8_e4m3"], ""), ([], "fp8")):
+        monkeypatch.setenv("WS_KV_CACHE_DTYPE", variable)
+        assert run("llama-70b-fp8", "--gpu", "rtx-pro-6000", "--json", *arguments) == 0
+        said = json.loads(capsys.readouterr().out)
+        assert (said["kv_cache_dtype"], said["kv_bytes_per_token"], said["served"]) == ("fp8", 163_840, True)
+        assert said["max_model_len"] == said["longest_context"]["fp8"] > 1.9 * said["longest_context"]["auto"]
+
+
+def test_a_checkpoint_that_describes_an_fp8_cache_is_estimated_with_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str],
+) -> None:
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
+    weights = {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True, "dynamic": False}
+    path = described(tmp_path, {"quant_method": "compressed-tensors", "kv_cache_scheme": scheme,
+                                "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}}})
+    for asked, found in ((["--kv-cache-dtype", "bfloat16"], "auto"), ([], "fp8")):
+        assert run(path, "--gpu", "h200", "--json", *asked) == 0
+        assert json.loads(capsys.readouterr().out)["kv_cache_dtype"] == found
 
 
 def test_the_json_has_the_documented_keys(capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal
 
 import pytest
 
@@ -81,6 +82,15 @@ def test_free_memory_limits_the_budget_when_another_program_holds_the_card() -> 
 def test_free_memory_read_before_the_context_existed_is_charged_for_it() -> None:
     busy = replace(H200, free_bytes=40 * GIB, has_context=False)
     assert plan_memory(llama_8b(), CONFIG, WEIGHTS, busy).budget == 40 * GIB - CUDA_CONTEXT_BYTES
+
+
+@pytest.mark.parametrize("asked", ["fp8", "fp8_e4m3"])
+def test_fp8_kv_halves_a_block_and_leaves_the_rest_of_the_plan(asked: Literal["fp8", "fp8_e4m3"]) -> None:
+    plain, small = (plan_memory(llama_8b(), replace(CONFIG, kv_cache_dtype=kv), WEIGHTS, H200) for kv in ("bfloat16", asked))
+    assert small.kv == small.num_blocks * 1024 * 1024
+    assert small.num_blocks - 2 * plain.num_blocks in (0, 1)
+    assert (small.weights, small.workspace, small.logits) == (plain.weights, plain.workspace, plain.logits)
+    assert small == plan_memory(llama_8b(), replace(CONFIG, kv_cache_dtype=asked), WEIGHTS, H200, kv_dtype_bytes=1)
 
 
 def test_a_display_keeps_a_gibibyte() -> None:

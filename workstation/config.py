@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 DType = Literal["auto", "bfloat16", "float16", "float32"]
+KVCacheDType = Literal["auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,6 +19,8 @@ class EngineConfig:
         dtype: of weights and activations; "auto" is the checkpoint's (float32 checkpoints and the CPU: see runner).
         quantization: "fp8" quantises the linear layers of a 16-bit checkpoint while loading; a quantised checkpoint's own
             format is found without it.
+        kv_cache_dtype: "fp8" (or "fp8_e4m3") keeps keys and values in a byte each; "auto" does so only where the checkpoint
+            describes an FP8 cache; the name of the model's dtype never does.
         max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
         max_num_batched_tokens: a step's token budget; None picks by device, and `online` (a server's streams wait for every
             step, prompts of others included) picks at most 4,096.
@@ -40,7 +43,7 @@ class EngineConfig:
     num_blocks: int | None = None
     block_size: int = 16
     quantization: Literal["fp8"] | None = None
-    kv_cache_dtype: Literal["auto"] = "auto"
+    kv_cache_dtype: KVCacheDType = "auto"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True
     scheduling_policy: Literal["fcfs", "priority"] = "fcfs"

@@ -211,7 +211,7 @@ def _fit(
     short = wanted.total - wanted.context - wanted.kv + needed - wanted.budget
     fits = plan is not None and needed <= plan.kv
     longest = open_plan.max_model_len if open_plan else 0
-    made = Fit(form.name, weight, kv, form.served and kv == "auto" and question.ranks == 1, fits, longest,
+    made = Fit(form.name, weight, kv, form.served and question.ranks == 1, fits, longest,
                plan.kv_tokens if plan else 0, 0 if fits else max(short, 1))
     return made, plan or least
 

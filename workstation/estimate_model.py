@@ -17,6 +17,7 @@ from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import parse_json_object
 from workstation.quant.detect import FORMATS, weight_forms
 from workstation.quant.forms import HEAD_MODULE, all_linears, weight_bytes
+from workstation.quant.kv_cache import checkpoint_scheme, is_fp8
 from workstation.safetensors_header import TensorEntry, read_checkpoint
 
 DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
@@ -50,7 +51,7 @@ class EstimatedModel:
 
     Attributes:
         own: the weights as the checkpoint has them.  others: the same shape in the usual forms, smallest last.
-        entry: from the catalogue, or None.
+        entry: from the catalogue, or None.  kv_cache: what the checkpoint says about its KV cache ("" for nothing).
     """
 
     name: str
@@ -58,6 +59,11 @@ class EstimatedModel:
     own: Weights
     others: tuple[Weights, ...]
     entry: ModelEntry | None = None
+    kv_cache: str = ""
+
+    def kv_cache_dtype(self, asked: str) -> str:
+        """`--kv-cache-dtype` as `ws serve` takes it for this model: "fp8", or "auto" for 16 bits."""
+        return "fp8" if is_fp8(asked, self.kv_cache) else "auto"
 
     def weights(self, quantization: str | None) -> Weights:
         """The weights in a form by name; None means as the checkpoint has them. Raises ConfigError."""
@@ -121,7 +127,11 @@ def _described(
     name: str, shape: ModelShape, entry: ModelEntry | None = None, stored: Mapping[str, TensorEntry] | None = None,
 ) -> EstimatedModel:
     own = _own_weights(shape, entry, stored)
-    return EstimatedModel(name, shape, own, usual_forms(shape), entry)
+    try:
+        kv_cache = checkpoint_scheme(shape)
+    except ModelFolderError:  # weights in a form that is estimated and not served
+        kv_cache = ""
+    return EstimatedModel(name, shape, own, usual_forms(shape), entry, kv_cache)
 
 
 def _own_weights(
@@ -135,7 +145,8 @@ def _own_weights(
         return Weights(wanted, form_bytes(shape, wanted))
     method = str(shape.quantization.get("quant_method", ""))
     try:
-        return Weights("fp8", weight_bytes(shape, DENSE_BYTES, weight_forms(shape, stored)), source)
+        forms = weight_forms(shape, stored)
+        return Weights("fp8" if forms.parts else "16-bit", weight_bytes(shape, DENSE_BYTES, forms), source)
     except ModelFolderError:
         if method not in _FOUR_BIT or not _says_four_bits(shape, method):
             raise

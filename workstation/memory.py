@@ -39,6 +39,7 @@ ALLOCATOR_SLACK = 1.1
 # values (4), 64-bit indices (8), probabilities and running sum (8).
 SAMPLER_BYTES_PER_LOGIT = 20
 ELEMENT_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+FP8_BYTES = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +197,7 @@ def plan_memory(
     Args:
         weight_bytes: of the parameters as they will lie on the device.
         dtype_bytes: of one activation; None derives it from config and shape (`element_bytes`).
-        kv_dtype_bytes: of one KV element; None is `dtype_bytes`.
+        kv_dtype_bytes: of one KV element; None is 1 when config asks for FP8 by name, else `dtype_bytes`.
     Raises:
         ConfigError: numbers that contradict each other or the model's window.
         OutOfMemoryError: something does not fit; names what would.
@@ -236,7 +237,8 @@ class _Planner:
             raise ConfigError(f"max_num_seqs must be at least 1, got {config.max_num_seqs}", param="max_num_seqs")
         self.shape, self.config, self.device = shape, config, device
         self.weights, self.dtype_bytes = weight_bytes, dtype_bytes
-        self.block_bytes = shape.kv_bytes_per_block(config.block_size, kv_dtype_bytes or dtype_bytes)
+        asked = FP8_BYTES if config.kv_cache_dtype.startswith("fp8") else dtype_bytes
+        self.block_bytes = shape.kv_bytes_per_block(config.block_size, kv_dtype_bytes or asked)
         cuda = device.kind == "cuda"
         self.context = CUDA_CONTEXT_BYTES if cuda else 0
         tokens = config.max_num_batched_tokens or default_token_budget(device, online=config.online)

@@ -304,6 +304,7 @@ class EngineInfo:
     model: str = ""
     architecture: str = ""
     dtype: str = ""
+    kv_cache_dtype: str = ""
     device: str = ""
     device_name: str = ""
     device_uuid: str = ""

@@ -59,15 +59,15 @@ class ModelRunner:
 
     Args:
         model: the decoder, its weights in place.  num_blocks: of the pool, the null block included.
-        max_model_len: tokens a sequence may hold; sizes the block tables.
+        max_model_len: tokens a sequence may hold; sizes the block tables.  kv_dtype: of the pool.
     """
 
     def __init__(self, model: Decoder, shape: ModelShape, *, num_blocks: int, block_size: int, max_rows: int,
-                 max_model_len: int, dtype: torch.dtype, device: torch.device) -> None:
+                 max_model_len: int, kv_dtype: torch.dtype, device: torch.device) -> None:
         self.model = model
         self.device = device
         self.pool = torch.zeros(num_blocks, shape.layers_per_block, 2, shape.num_kv_heads, block_size, shape.head_dim,
-                                dtype=dtype, device=device)
+                                dtype=kv_dtype, device=device)
         self._kv = (self.pool,) * len(shape.kv_groups)
         self._rows = Rows(max_rows + 1, -(-max_model_len // block_size), len(shape.kv_groups), device)  # one row pads
         self._inputs = InputBuilder(self._rows, shape.kv_groups, block_size)

@@ -21,10 +21,13 @@ from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
 from workstation.memory import DeviceMemory, MemoryPlan, gib, plan_memory
 from workstation.model.loader import load_model, read_forms
 from workstation.quant.forms import weight_bytes
+from workstation.quant.kv_cache import KVCacheForm, kv_cache_form
+from workstation.safetensors_header import read_checkpoint
 
 log = logging.getLogger("ws.engine")
 
 Progress = Callable[[int, int], None]
+FP8 = torch.float8_e4m3fn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -74,15 +77,18 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     dtype = choose_dtype(config, shape, device)
     memory = device_memory(device)
     forms = read_forms(config.model, shape, load_format=config.load_format, quantization=config.quantization)
-    plan = plan_memory(shape, config, weight_bytes(shape, dtype.itemsize, forms), memory, dtype_bytes=dtype.itemsize)
+    cache = read_cache(config, shape, dtype)
+    kv_dtype = FP8 if cache.fp8 else dtype
+    plan = plan_memory(shape, config, weight_bytes(shape, dtype.itemsize, forms), memory, dtype_bytes=dtype.itemsize,
+                       kv_dtype_bytes=kv_dtype.itemsize)
     if plan.note:
         log.warning(plan.note)
     try:
         model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
-                           load_format=config.load_format, forms=forms, progress=progress)
+                           load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
         loaded = time.monotonic()
         runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
-                             max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, dtype=dtype, device=device)
+                             max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, kv_dtype=kv_dtype, device=device)
         if device.type == "cuda" and not config.enforce_eager:
             runner.capture(plan.max_num_batched_tokens)
     except torch.OutOfMemoryError as error:
@@ -94,17 +100,29 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
         priority=config.scheduling_policy == "priority")
     scheduler = Scheduler(pool, shape.kv_groups, limits, caching=config.enable_prefix_caching, seed=config.seed)
     overlap = device.type == "cuda" if config.overlap is None else config.overlap
-    info = _info(config, shape, plan, device, dtype)
+    info = _info(config, shape, plan, device, dtype, kv_dtype)
     info.load_seconds, info.ready_seconds = loaded - begun, time.monotonic() - begun
     _log_measured(plan, device)
     return Engine(scheduler, runner, info, overlap=overlap)
 
 
-def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: torch.device, dtype: torch.dtype) -> EngineInfo:
+def read_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype) -> KVCacheForm:
+    """What the pool holds, and its scales. Raises ConfigError, ModelFolderError as `kv_cache_form` does."""
+    stored = None if config.load_format == "dummy" else read_checkpoint(config.model)
+    return kv_cache_form(config.kv_cache_dtype, _name(dtype), shape, stored)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: torch.device, dtype: torch.dtype,
+          kv_dtype: torch.dtype) -> EngineInfo:
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     return EngineInfo(
-        model=config.model, architecture=shape.architecture, dtype=str(dtype).removeprefix("torch."), device=str(device),
-        device_name=name, max_model_len=plan.max_model_len, logits_width=shape.vocab_size, num_blocks=plan.num_blocks - 1,
+        model=config.model, architecture=shape.architecture, dtype=_name(dtype),
+        kv_cache_dtype="fp8" if kv_dtype == FP8 else _name(kv_dtype), device=str(device), device_name=name,
+        max_model_len=plan.max_model_len, logits_width=shape.vocab_size, num_blocks=plan.num_blocks - 1,
         block_size=config.block_size, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
         weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict(),
         device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workstation.kernels import ops
-from workstation.kernels.paging import AttentionPlan
+from workstation.kernels.paging import UNSCALED, AttentionPlan
 from workstation.kernels.quantized import Operand, Quantized
 from workstation.memory import MLP_TOKENS
 from workstation.model.linear import Linear
@@ -14,7 +14,7 @@ from workstation.model.linear import Linear
 class Attention:
     """Grouped-query attention with rotary embedding and, for Qwen3, an RMSNorm of each query and key head."""
 
-    __slots__ = ("cos_sin", "eps", "k_norm", "num_heads", "num_kv_heads", "o", "q_norm", "qkv", "scale")
+    __slots__ = ("cos_sin", "eps", "k_norm", "kv_scales", "num_heads", "num_kv_heads", "o", "q_norm", "qkv", "scale")
 
     def __init__(
         self, qkv: Linear, o: Linear, q_norm: torch.Tensor | None, k_norm: torch.Tensor | None, cos_sin: torch.Tensor,
@@ -25,14 +25,15 @@ class Attention:
         self.q_norm, self.k_norm, self.cos_sin, self.eps = q_norm, k_norm, cos_sin, eps
         self.num_heads, self.num_kv_heads = num_heads, num_kv_heads
         self.scale = head_dim**-0.5
+        self.kv_scales = UNSCALED  # of an FP8 cache; the loader sets what the checkpoint has
 
     def __call__(
         self, qkv: torch.Tensor, positions: torch.Tensor, kv_layer: torch.Tensor, slots: torch.Tensor, plan: AttentionPlan,
     ) -> torch.Tensor:
         """qkv [T, (Hq + 2 Hkv) · D] → [T, H]; the tokens' keys and values are written to `slots` of kv_layer first."""
         q = ops.rope_and_cache(qkv, positions, self.cos_sin, self.q_norm, self.k_norm, self.eps, kv_layer, slots,
-                               self.num_heads, self.num_kv_heads)
-        return self.o(ops.attention(q, kv_layer, plan, self.scale).flatten(1))
+                               self.num_heads, self.num_kv_heads, self.kv_scales)
+        return self.o(ops.attention(q, kv_layer, plan, self.scale, self.kv_scales).flatten(1))
 
 
 class DecoderLayer:

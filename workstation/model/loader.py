@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 
 from workstation.architecture import ModelShape
 from workstation.errors import ConfigError, ModelFolderError, OutOfMemoryError
+from workstation.kernels.paging import KVScales
 from workstation.model.staging import Reader, make_reader
 from workstation.model.targets import Scratch, Target
 from workstation.model.tensor_names import EMBEDDING, HEAD, is_surplus, targets
@@ -47,7 +48,8 @@ def read_forms(
 
 def load_model(
     folder: str | os.PathLike[str], shape: ModelShape, *, dtype: torch.dtype, device: torch.device, max_model_len: int,
-    load_format: str = "auto", forms: WeightForms | None = None, progress: Progress | None = None, seed: int = 0,
+    load_format: str = "auto", forms: WeightForms | None = None, kv_scales: Sequence[tuple[float, float]] = (),
+    progress: Progress | None = None, seed: int = 0,
 ) -> Decoder:
     """Build a Decoder and fill its weights.
 
@@ -57,6 +59,7 @@ def load_model(
         max_model_len: rows of the rotary table; at most shape.max_position.
         load_format: "auto" and "safetensors" read the folder; "dummy" draws random weights on the device from `seed`.
         forms: from `read_forms`, which None calls without `quantization`.
+        kv_scales: (key, value) of an FP8 KV cache, a pair a layer; without them all are 1.
         progress: called with (bytes done, bytes in all) after each tensor.
 
     Raises ModelFolderError naming the tensor or file, ConfigError naming the option, OutOfMemoryError.
@@ -79,6 +82,8 @@ def load_model(
             raise OutOfMemoryError(f"the weights do not fit into the free memory of {device}; "
                                    "take a smaller or a quantised model, or free the device") from error
         decoder.pack_weights()
+    for layer, pair in zip(decoder.layers, kv_scales, strict=bool(kv_scales)):
+        layer.attention.kv_scales = KVScales(*pair)
     return decoder
 
 

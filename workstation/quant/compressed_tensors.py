@@ -13,15 +13,23 @@ from typing import Any
 
 from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
-from workstation.quant.description import REGEX_PREFIX, Description, Scheme, block_of_128, names_in, pattern
+from workstation.quant.description import (
+    FP8_KV,
+    REGEX_PREFIX,
+    Description,
+    Scheme,
+    block_of_128,
+    kv_cache_in,
+    names_in,
+    pattern,
+)
 from workstation.quant.forms import Activations, Granularity
 
 METHOD = "compressed-tensors"
 MODULE_CLASS = "Linear"
 MAX_GROUPS = 256
 _FORMATS = ("float-quantized", "naive-quantized", "mixed-precision", "dense")
-# Records of how the file was made; the cache's own scheme is a request the cache's dtype decides.
-_HARMLESS = ("quant_method", "quantization_status", "global_compression_ratio", "version", "kv_cache_scheme", "run_compressed")
+_HARMLESS = ("quant_method", "quantization_status", "global_compression_ratio", "version", "run_compressed")  # how it was made
 _NOT_ARITHMETIC = ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
 
@@ -33,7 +41,8 @@ def describe(config: Fields) -> Description:
         value = config.raw(name, {})
         if not isinstance(value, dict) or (value and value.get("format", "") != "dense"):
             raise config.refuse(name, "empty: sparse and transformed weights are not served")
-    groups = _groups(config)
+    kv_cache = kv_cache_in(config)
+    groups = [] if kv_cache == FP8_KV and not config.raw("config_groups") else _groups(config)  # none: the cache alone
     ignored = Names(names_in(config, "ignore"), config.where)
     schemes = tuple(dict.fromkeys(scheme for _, scheme in groups))
 
@@ -44,7 +53,7 @@ def describe(config: Fields) -> Description:
         by_class = [scheme for targets, scheme in groups if targets.has_class]
         return next(iter([*by_name, *by_class]), None)
 
-    return Description(METHOD, schemes, scheme_of, tuple(config.unasked()))
+    return Description(METHOD, schemes, scheme_of, tuple(config.unasked()), kv_cache)
 
 
 class Names:

@@ -16,9 +16,12 @@ from workstation.quant.forms import BLOCK, Activations, Granularity
 
 WHERE = "config.json: quantization_config"
 REGEX_PREFIX = "re:"
+FP8_KV = "fp8"
 MAX_PATTERN, MAX_REPEATS, MAX_PATTERNS = 512, 4, 4096
 _REPEATED_GROUP = re.compile(r"\)[*+{]")
 _BACKSLASHED = re.compile(r"\\.")
+# A scheme for the cache that leaves a field out means this.
+_FP8_SCHEME = {"type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True}
 _CLASSES = re.compile(r"\[[^\]]*\]")
 
 
@@ -44,6 +47,7 @@ class Description:
     Attributes:
         method: the format's name.  schemes: all schemes that some layer may have.
         scheme_of: a checkpoint module name → its scheme, None when it is kept in 16 bits.
+        kv_cache: what it says about the KV cache: "" for nothing, `FP8_KV`, or another scheme as it is written.
         unread: fields that are unknown, and so not used.
     """
 
@@ -51,6 +55,19 @@ class Description:
     schemes: tuple[Scheme, ...]
     scheme_of: Callable[[str], Scheme | None]
     unread: tuple[str, ...] = ()
+    kv_cache: str = ""
+
+
+def kv_cache_in(config: Fields, name: str = "kv_cache_scheme") -> str:
+    """`Description.kv_cache` from a scheme in compressed-tensors' words: FP8 is a static scale a layer, 8 bits of float."""
+    value = config.raw(name)
+    if value is None:
+        return ""
+    if isinstance(value, dict):
+        kind = tuple(value.get(key, default) for key, default in _FP8_SCHEME.items())
+        if kind == tuple(_FP8_SCHEME.values()) and value.get("num_bits") == 8:
+            return FP8_KV
+    return shown(value)
 
 
 def names_in(config: Fields, name: str) -> tuple[str, ...]:

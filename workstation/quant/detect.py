@@ -29,9 +29,10 @@ PLAIN_DTYPES = ("F32", "BF16", "F16")
 FP8_DTYPE = "F8_E4M3"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 MAX_ZERO_POINT_BYTES = 1 << 24
-# Beside a linear layer: static scales of activations, and scales of the KV cache.
+# Beside a linear layer: static scales of activations, and scales of the KV cache (`kv_cache.py` reads those).
 _UNUSED_OF_LINEAR = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "output_scale", "q_scale")
-_UNUSED_OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale")
+_UNUSED_OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale", "attn.k_scale", "attn.v_scale",
+                        "attn.q_scale")
 _SCALES = ("weight_scale", "weight_scale_inv")
 
 
@@ -102,7 +103,7 @@ class _Checker:
 
     def forms(self) -> WeightForms:
         parts = {module: part for module in self._modules if (part := self._read(module)) is not PLAIN}
-        if not parts:
+        if not parts and self._description.schemes:
             raise ModelFolderError(
                 f"config.json describes {self._description.method} weights, but no linear layer's weight is {FP8_DTYPE}; "
                 "remove quantization_config to load them as they are", param="quantization_config")

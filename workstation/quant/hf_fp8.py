@@ -10,10 +10,11 @@ largest value, so that nothing is clipped.
 from __future__ import annotations
 
 from workstation.config_fields import Fields
-from workstation.quant.description import Description, Scheme, block_of_128, is_under, names_in
+from workstation.quant.description import FP8_KV, Description, Scheme, block_of_128, is_under, kv_cache_in, names_in
 from workstation.quant.forms import HEAD_MODULE, Activations, Granularity
 
 METHOD = "fp8"
+STATIC_KV = "static"  # a word where other formats have a scheme
 # `dequantize` asks transformers to widen the weights while loading; the weights mean the same either way.
 _HARMLESS = ("quant_method", "dequantize")
 
@@ -31,8 +32,9 @@ def describe(config: Fields) -> Description:
         raise config.refuse("modules_to_convert", "null")
     scheme = _block(config, activation) if block_of_128(config, "weight_block_size") else _tensor(config)
     kept = (HEAD_MODULE, *names_in(config, "modules_to_not_convert"), *names_in(config, "ignored_layers"))
+    kv_cache = FP8_KV if config.raw("kv_cache_scheme") == STATIC_KV else kv_cache_in(config)
     return Description(METHOD, (scheme,), lambda module: None if any(is_under(module, name) for name in kept) else scheme,
-                       tuple(config.unasked()))
+                       tuple(config.unasked()), kv_cache)
 
 
 def _tensor(config: Fields) -> Scheme:

@@ -10,7 +10,8 @@ from __future__ import annotations
 from fnmatch import fnmatchcase
 
 from workstation.config_fields import Fields
-from workstation.quant.description import MAX_REPEATS, Description, Scheme, names_in
+from workstation.model_folder import shown
+from workstation.quant.description import FP8_KV, MAX_REPEATS, Description, Scheme, kv_cache_in, names_in
 from workstation.quant.forms import HEAD_MODULE, Activations, Granularity
 
 METHOD = "modelopt"
@@ -21,8 +22,7 @@ _SCHEMES = {
     "FP8_PB_WO": Scheme(Granularity.BLOCK, activations=Activations(quantised=False)),
     "FP8_BLOCK_SCALES": Scheme(Granularity.BLOCK, activations=Activations(quantised=False)),
 }
-# `kv_cache_*`: the cache has the model's dtype unless it is asked for otherwise. `config_groups` repeats the algorithm.
-_KNOWN = ("quant_method", "producer", "kv_cache_quant_algo", "kv_cache_scheme", "config_groups", "quantized_layers")
+_KNOWN = ("quant_method", "producer", "config_groups", "quantized_layers")  # `config_groups` repeats the algorithm
 
 
 def describe(config: Fields) -> Description:
@@ -32,7 +32,10 @@ def describe(config: Fields) -> Description:
             raise config.refuse("quantization", "an object")
         config = Fields(inner, f"{BESIDE}: quantization")
     config.asked.update(_KNOWN)
+    kv_cache = _kv_cache(config)
     algorithm = config.text("quant_algo", "")
+    if kv_cache == FP8_KV and not algorithm:  # the cache alone
+        return Description(METHOD, (), lambda module: None, tuple(config.unasked()), kv_cache)
     if algorithm not in _SCHEMES:
         raise config.refuse("quant_algo", f"one of {', '.join(_SCHEMES)} (other algorithms are not served yet)")
     if config.raw("group_size") not in (None, 128):
@@ -44,7 +47,15 @@ def describe(config: Fields) -> Description:
             where = "exclude_modules" if name in (config.values.get("exclude_modules") or ()) else "ignore"
             raise config.refuse(where, f"names with at most {MAX_REPEATS} wildcards")
     return Description(METHOD, (scheme,), lambda module: None if any(_matches(module, name) for name in kept) else scheme,
-                       tuple(config.unasked()))
+                       tuple(config.unasked()), kv_cache)
+
+
+def _kv_cache(config: Fields) -> str:
+    algorithm = config.raw("kv_cache_quant_algo")
+    if algorithm is None:
+        return kv_cache_in(config)
+    config.asked.add("kv_cache_scheme")  # says the same again
+    return FP8_KV if algorithm == "FP8" else shown(algorithm)
 
 
 def _matches(module: str, name: str) -> bool:

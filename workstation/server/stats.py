@@ -31,6 +31,7 @@ class ModelStats(Struct):
     weight_bytes: int
     kv_bytes: int
     plan: dict[str, int]
+    kv_cache_dtype: str = ""
 
 
 class ServerStats(Struct):
