@@ -75,7 +75,7 @@ class ModelRunner:
         self._sampler = Sampler(self._state)
         self._owners: dict[int, sequence.Sequence] = {}
         rooms = (logit_rows(max_rows), shape.vocab_size)
-        self._logits_room = torch.empty(rooms, dtype=dtype, device=device) if device.type == "cuda" else None
+        self._logits_room = torch.empty(rooms, dtype=model.dtype, device=device) if device.type == "cuda" else None
         self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
 
     @torch.inference_mode()
