@@ -81,11 +81,18 @@ def check_rope_and_cache(tokens: int, heads: Heads, rotary_dim: int, normed: boo
             written = found[slot // 16, 1, side, :, slot % 16]
             kept[slot // 16, 1, side, :, slot % 16] = written
             near = codes.view(torch.uint8)
-            assert ((written.int() - near.int()).abs() <= (0 if side else 1)).all()
+            apart = (written.int() - near.int()).abs()
+            assert (apart <= (0 if side else 1)).logical_or(_cancelled(written, codes, dtype)).all()
             differing += int((written != near).sum())
             exact += near.numel()
     assert torch.equal(found, kept)
     assert differing <= (0.002 if dtype == torch.float32 else 0.05) * exact
+
+
+def _cancelled(written: torch.Tensor, codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Where RoPE's difference left so little of a head's components that their own rounding decides the code."""
+    values = codes.float()
+    return (written.view(FP8).float() - values).abs() <= 2 * torch.finfo(dtype).eps * values.abs().amax(-1, keepdim=True)
 
 
 def check_saturation(device: str, dtype: torch.dtype = torch.float32) -> None:

@@ -151,8 +151,9 @@ def test_two_cards_hold_half_of_the_weights_each() -> None:
 
 # docs/performance.md, one H200: milliseconds of a decode step at about 200 tokens of context.
 MEASURED_STEPS = [
-    ("llama-8b", 1, 4.37), ("llama-8b", 32, 5.08), ("llama-8b", 128, 7.27), ("llama-8b-fp8", 1, 3.09),
-    ("llama-8b-fp8", 32, 3.72), ("llama-8b-fp8", 128, 5.62), ("qwen3-0.6b", 1, 1.50), ("qwen3-0.6b", 128, 2.83),
+    ("llama-8b", 1, 4.14), ("llama-8b", 32, 4.64), ("llama-8b", 128, 6.36), ("llama-8b-fp8", 1, 2.56),
+    ("llama-8b-fp8", 32, 2.90), ("llama-8b-fp8", 128, 4.43), ("qwen3-0.6b", 1, 0.80), ("qwen3-0.6b", 128, 1.86),
+    ("llama-70b-fp8", 1, 18.3), ("llama-70b-fp8", 32, 19.6), ("llama-70b-fp8", 128, 27.2),
 ]  # fmt: skip
 
 
@@ -166,7 +167,8 @@ def test_predicted_steps_are_within_25_percent_of_those_measured(name: str, rows
 
 
 @pytest.mark.parametrize(("name", "tokens", "measured"), [
-    ("llama-8b", 2048, 0.048), ("llama-8b", 32768, 1.62), ("llama-8b-fp8", 32768, 1.33), ("qwen3-0.6b", 32768, 0.48)])
+    ("llama-8b", 2048, 0.050), ("llama-8b", 32768, 1.25), ("llama-8b-fp8", 2048, 0.029), ("llama-8b-fp8", 32768, 0.93),
+    ("qwen3-0.6b", 32768, 0.29), ("llama-70b-fp8", 2048, 0.245)])
 def test_predicted_prompts_are_within_25_percent_of_those_measured(name: str, tokens: int, measured: float) -> None:
     model = find_model(name, ENTRIES)
     speed = card("h200").speed(model.own.name)

@@ -4,8 +4,8 @@
     prompt = max(weights / (b · B), 2 · tokens · parameters / (m · R) + attention FLOP / (a · R16)) + layers · l
 
 B is the card's bandwidth, R its dense rate for the operands, R16 the 16-bit one. The five constants were fitted to what this
-server measured on one H200 (docs/performance.md: 8B in bf16 and FP8, 0.6B, batches of 1 to 128, prompts of 2k and 32k); on
-other cards they are an assumption. Predictions, never measurements.
+server measured on one H200 (docs/performance.md: 8B in bf16 and FP8, 70B in FP8, 0.6B, batches of 1 to 128, prompts of 2k and
+32k); on other cards they are an assumption. Predictions, never measurements.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 
 from workstation.architecture import ModelShape
 
-BANDWIDTH_SHARE = 0.85  # b: of the datasheet's bandwidth
+BANDWIDTH_SHARE = 0.80  # b: of the datasheet's bandwidth
 MATRIX_SHARE = 0.60  # m: of the dense rate, in products of a prompt
-ATTENTION_SHARE = 0.325  # a: of the dense 16-bit rate, in attention of a prompt
-LAYER_SECONDS = 30e-6  # l: norms, RoPE, gaps between kernels
-ROW_SECONDS = 7e-6  # r: sampling and attention's fixed part
+ATTENTION_SHARE = 0.52  # a: of the dense 16-bit rate, in attention of a prompt
+LAYER_SECONDS = 16e-6  # l: norms, RoPE, gaps between kernels
+ROW_SECONDS = 5e-6  # r: sampling and attention's fixed part
 
 
 @dataclass(frozen=True, slots=True)
