@@ -327,3 +327,33 @@ def test_one_sample_can_be_ended_while_its_siblings_go_on(folder: Path) -> None:
     answers = drain(engine)
     assert [[expected[index][0], *answers["0", index].tokens] for index in (0, 2)] == [expected[0], expected[2]]
     assert ("0", 1) not in answers and engine.stats().blocks_held == 0
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+@pytest.mark.parametrize("failing", [1, 2, 5, 9])
+@pytest.mark.parametrize("kind", ["folder", "sliding"])
+def test_a_step_without_memory_ends_its_newest_request_and_the_others_as_they_would(
+        kind: str, failing: int, overlap: bool, request: pytest.FixtureRequest) -> None:
+    model = request.getfixturevalue(kind)
+    expected = dict(zip([(str(number), index) for number in range(len(PROMPTS)) for index in range(2)],
+                        run(model, PROMPTS, RANDOM), strict=True))
+    engine = make_engine(model, overlap=overlap, max_num_batched_tokens=100)
+    launch, steps, newest = engine._runner.launch, 0, ""
+
+    def scarce(batch: Any) -> Any:
+        nonlocal steps, newest
+        steps += 1
+        if steps != failing:
+            return launch(batch)
+        newest = max(batch.chunks, key=lambda chunk: chunk.seq.order).seq.request.request_id
+        engine._runner._inputs.update_tables(batch)
+        raise torch.OutOfMemoryError("nothing left")
+
+    engine._runner.launch = scarce  # type: ignore[method-assign]
+    submit(engine, PROMPTS, RANDOM)
+    answers = drain(engine)
+    ended = {request_id for (request_id, _), answer in answers.items() if answer.reason == "error"}
+    assert ended == {newest}
+    assert all("out of memory" in (answer.error or "") for answer in answers.values() if answer.reason == "error")
+    assert {key: answer.tokens for key, answer in answers.items() if key[0] != newest} == {
+        key: tokens for key, tokens in expected.items() if key[0] != newest}

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from array import array
 
 import numpy as np
+import torch
 
+from workstation.engine.batch import Batch
 from workstation.engine.commit import Committer
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
 from workstation.engine.runner import ModelRunner, Step
@@ -14,6 +17,8 @@ from workstation.engine.sampling_state import check_candidates
 from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import Look, Picture, take_picture
 from workstation.errors import InvalidRequestError
+
+log = logging.getLogger("ws.engine")
 
 
 class Engine:
@@ -56,7 +61,7 @@ class Engine:
         """One turn of the loop: the tokens of the newest finished step."""
         started = time.perf_counter()
         batch = self._scheduler.schedule()
-        launched = self._runner.launch(batch) if batch else None
+        launched, shed = self._launch(batch) if batch else (None, [])
         done = launched
         if self._overlap:
             done, self._in_flight = self._in_flight, launched
@@ -64,7 +69,18 @@ class Engine:
             self._count(batch.num_tokens, batch.num_prompt_tokens)
         events = self._committer.commit(done.batch, self._runner.collect(done)) if done else []
         self._scheduler.stats.step_seconds = time.perf_counter() - started
-        return events
+        return events + shed
+
+    def _launch(self, batch: Batch) -> tuple[Step | None, list[TokenEvent]]:
+        """Launch a step. Without memory for it the newest of its requests ends with an error, and the others start anew."""
+        try:
+            return self._runner.launch(batch), []
+        except torch.OutOfMemoryError as error:
+            self._runner.forget(batch)
+            request = self._scheduler.abandon(batch)
+            message = f"the device ran out of memory in a step of {batch.num_tokens} tokens, and this request was its newest"
+            log.warning("%s (%s): %s", message, request.request_id, error)
+            return None, self._committer.abort(request.request_id, "error", message)
 
     def reset_prefix_cache(self) -> int:
         """Forget all cached prefixes; returns how many blocks became free."""

@@ -15,6 +15,7 @@ that side first takes a copy (copy-on-write).  In a sliding group, blocks wholly
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as Tokens
 
 from workstation.architecture import KVGroup
@@ -143,6 +144,17 @@ class KVManager:
             for block in table:
                 if block != NULL_BLOCK:
                     self.pool.withdraw(block)
+
+    def tokens_held(self, running: Iterable[Sequence]) -> int:
+        """Distinct token slots in use, shared blocks once: of all held blocks, what the running ones' tails have left is free."""
+        size, seen, empty = self.pool.block_size, set[int](), 0
+        for seq in running:
+            for table in seq.tables:
+                for entry in range(seq.num_computed // size, len(table)):
+                    if table[entry] and table[entry] not in seen:
+                        seen.add(table[entry])
+                        empty += size - max(0, seq.num_computed - entry * size)
+        return self.pool.num_held * size - empty
 
     # ── growing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -92,7 +92,10 @@ class ModelRunner:
 
     @torch.inference_mode()
     def launch(self, batch: Batch) -> Step:
-        """Start a step; its results are fetched by `collect`."""
+        """Start a step; its results are fetched by `collect`.
+
+        Raises torch.OutOfMemoryError: nothing of the step counts; call `forget`.
+        """
         self._own_rows(batch.samples)
         self._copy(batch.copies)
         self._inputs.update_tables(batch)
@@ -109,6 +112,13 @@ class ModelRunner:
         room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
         logits = self.model.logits(_wanted(hidden, tensors.model), room)
         return self._download(self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts))
+
+    def forget(self, batch: Batch) -> None:
+        """After `launch` ran out of memory: drop what it left half done, and give the device's spare memory back."""
+        for sample in batch.samples:
+            self._owners.pop(sample.row, None)
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def collect(self, step: Step) -> StepResult:
         """Wait for a step and bring its results into plain Python."""

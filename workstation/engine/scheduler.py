@@ -217,6 +217,19 @@ class Scheduler:
         self.stats.preemptions += 1
         insort(self.waiting, seq, key=_order)
 
+    def abandon(self, batch: Batch) -> RequestState:
+        """Take back a planned step that was not computed: its sequences start anew. Returns the newest of their requests."""
+        planned = [chunk.seq for chunk in batch.chunks]
+        for sample in batch.samples:
+            sample.seq.pending -= 1
+            if sample.seq is not batch.chunks[sample.chunk].seq:  # born by this step
+                self.kv.free(sample.seq)
+                sample.seq.born = False
+        for seq in planned:
+            self.kv.withdraw(seq)  # blocks are offered when they are planned
+            self._preempt(seq)
+        return max(planned, key=_order).request
+
     def _plan(self, seq: Sequence, count: int, copies: list[tuple[int, int]], batch: Batch) -> None:
         start = seq.num_computed
         seq.num_computed += count
@@ -374,19 +387,8 @@ class Scheduler:
         stats.running, stats.waiting = len(self.running), len(self.waiting)
         stats.blocks_free, stats.blocks_cached = self.pool.num_free, self.pool.num_cached
         stats.blocks_held, stats.evictions = self.pool.num_held, self.pool.evictions
-        stats.kv_tokens_held = self._tokens_held()
+        stats.kv_tokens_held = self.kv.tokens_held(self.running)
         return stats
-
-    def _tokens_held(self) -> int:
-        """Distinct token slots in use, shared blocks once: all of the held blocks but what their tails have left."""
-        size, seen, empty = self.pool.block_size, set[int](), 0
-        for seq in self.running:
-            for table in seq.tables:
-                for entry in range(seq.num_computed // size, len(table)):
-                    if table[entry] and table[entry] not in seen:
-                        seen.add(table[entry])
-                        empty += size - max(0, seq.num_computed - entry * size)
-        return self.pool.num_held * size - empty
 
     def check(self, extra: Iterable[int] = ()) -> None:
         """Prove the pool's books against every table. Raises AssertionError."""
