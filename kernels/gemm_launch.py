@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from workstation.kernels import reference_gemm
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_small import gemm_kernel, gemv_kernel, reduce_kernel
+from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.tuning import (
     FP8_CAPABILITY,
     KIB,
@@ -245,7 +246,7 @@ def _misplaced(*tensors: torch.Tensor) -> bool:
 @cache
 def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
     problem = Problem(scheme, output, m, n, k)
-    config = choose(problem, device_of(device))
+    config = choose(problem, device_of(device), rings=is_hopper(device))
     # Many rows of a large weight: the product outlasts by far what an early start hides, and its waiting successors cost more.
     short = m <= 64 or n * k * problem.weight_bytes <= CHAINED_BYTES
     return replace(config, pdl=True) if chained(device)["PDL"] and short else config

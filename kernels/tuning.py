@@ -117,15 +117,18 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 
 
-def choose(problem: Problem, device: Device) -> GemmConfig:
-    """The measured configuration of this GPU and weight shape for the next number of rows, or a computed one."""
+def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfig:
+    """The measured configuration of this GPU and weight shape for the next number of rows, or a computed one.
+
+    rings: whether `hopper` may be chosen, which Triton may be too old or too new for.
+    """
     if problem.m > MAX_ROWS:
         return LIBRARY
     rows = tuned(device.name).get((problem.scheme, problem.output, problem.n, problem.k), ())
     for most, config in rows:
-        if problem.m <= most:
+        if problem.m <= most and (rings or config.kind != "hopper"):
             return config
-    return LIBRARY if problem.m > LIBRARY_ABOVE[problem.scheme] else default_config(problem, device)
+    return LIBRARY if problem.m > LIBRARY_ABOVE[problem.scheme] else default_config(problem, device, rings=rings)
 
 
 @cache
@@ -157,12 +160,15 @@ def make_row(problem: Problem, config: GemmConfig) -> list[Any]:
     return [problem.scheme, problem.output, problem.n, problem.k, problem.m, *astuple(config)]
 
 
-def default_config(problem: Problem, device: Device) -> GemmConfig:
+def default_config(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfig:
     """Tile sizes from the device's multiprocessors and shared memory alone; they compile and fit wherever Triton does.
 
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
+    ring = _ring(problem, device) if rings else None
+    if ring is not None:
+        return ring
     tile = _tile(problem, device)
     if problem.output == "silu_mul":
         return tile  # fused: K in one chunk
@@ -171,6 +177,27 @@ def default_config(problem: Problem, device: Device) -> GemmConfig:
     filling = problem.k // (4 * tile.block_k)  # at least four steps a chunk, or the pipeline never fills
     affordable = problem.k * problem.weight_bytes // (8 * problem.m)
     return replace(tile, splits=max(1, min(wanted, filling, affordable, 16)))
+
+
+def _ring(problem: Problem, device: Device) -> GemmConfig | None:
+    """On Hopper, for up to 64 rows of whole tiles: what the measured shapes of an H200 have in common. None: something else.
+
+    A ring as large as leaves room for as many programs as there are; a long K is split while multiprocessors are idle.
+    """
+    width = PANEL_BYTES // problem.weight_bytes
+    whole = problem.n % (2 * CHANNELS) == 0 and problem.k % (2 * width) == 0
+    if device.capability != 90 or problem.scheme == "fp8_weight" or problem.m > 64 or not whole:
+        return None
+    silu = problem.output == "silu_mul"
+    block_m, tiles, panels = max(16, 1 << (problem.m - 1).bit_length()), 2 if silu else 1, 1 if silu else 2
+    programs = problem.n // (2 * CHANNELS if silu else CHANNELS)
+    idle = device.processors // programs if programs else 0
+    long = problem.k * problem.weight_bytes >= 64 * PANEL_BYTES
+    splits = min(4, 2 * idle) if idle and long and block_m == 16 else 1
+    ring = (205 if programs * splits <= device.processors else 100) * KIB
+    stages = ring // (panels * PANEL_BYTES * (tiles * CHANNELS + block_m))
+    config = GemmConfig("hopper", CHANNELS, block_m, panels * width, splits, 4, min(stages, 12), True)
+    return config if stages >= 3 and shared_bytes(problem, config, device.capability) <= device.shared_bytes else None
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

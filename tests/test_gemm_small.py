@@ -12,6 +12,7 @@ import torch
 from gemm_checks import FP8, TOLERANCE, check_linear, check_partials, check_silu_mul, make_case, relative_error
 
 from workstation.kernels import gemm
+from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.tuning import GemmConfig
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -99,3 +100,21 @@ def test_compiled_single_rows_on_the_cuda_cores(x: torch.dtype, weight: torch.dt
     for config in (GemmConfig("gemv", 8, 1, 512, 1, 4, 2), GemmConfig("gemv", 4, 1, 1024, 3, 4, 4, True)):
         check_linear(case, config, BF16 if x == FP8 else x)
         check_partials(case, config)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize(("x", "weight"), [(BF16, BF16), (F16, F16), (FP8, FP8)])
+@pytest.mark.parametrize("m", [1, 5, 16, 33, 130])
+@pytest.mark.parametrize(("n", "k"), [(64, 256), (96, 272), (1056, 4112), (4096, 1024)])
+def test_rings_of_weights_give_products_of_any_shape(m: int, n: int, k: int, x: torch.dtype, weight: torch.dtype) -> None:
+    """Twice each, since a product leaves its counters for the next; the last tiles of n and k may be partial."""
+    case = make_case(m, n, k, x=x, weight=weight, bias=True, device="cuda")
+    block_m = min(128, max(16, 1 << (m - 1).bit_length()))
+    width = 128 // case.weight.element_size()
+    for tiles, panels, splits in ((1, 2, 1), (2, 1, 3), (1, 1, 2)):
+        config = GemmConfig("hopper", 64 * tiles, block_m, panels * width, splits, 4, 3, True)
+        for _ in range(2):
+            check_linear(case, config, BF16 if x == FP8 else x)
+        if n % 32 == 0 and block_m * 2 <= 256:
+            check_silu_mul(case, GemmConfig("hopper", 64, block_m, width, splits, 4, 3, True), BF16 if x == FP8 else x)

@@ -146,7 +146,7 @@ class KVManager:
                     self.pool.withdraw(block)
 
     def tokens_held(self, running: Iterable[Sequence]) -> int:
-        """Distinct token slots in use, shared blocks once: of all held blocks, what the running ones' tails have left is free."""
+        """Distinct token slots in use, shared blocks once: all of the held blocks but what the tails of `running` leave."""
         size, seen, empty = self.pool.block_size, set[int](), 0
         for seq in running:
             for table in seq.tables:
