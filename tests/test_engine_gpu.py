@@ -82,6 +82,22 @@ def test_the_demo_model_in_bf16_stays_near_its_fp32_twin() -> None:
     assert (ours - exact).abs().mean() <= 1.25 * (theirs - exact).abs().mean()
 
 
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+@pytest.mark.parametrize("head_dim", [64, 128])
+def test_decoding_in_bf16_is_no_further_from_fp32_than_transformers(tmp_path: Path, kind: str, head_dim: int) -> None:
+    """Token by token through graphs and chained kernels, in a batch whose contexts differ."""
+    folder = write_tiny(tmp_path / kind, kind, head_dim=head_dim, hidden_size=256, intermediate_size=512)
+    engine = make_engine(folder, device="cuda", dtype="bfloat16")
+    prompts = prompts_of(150, 3, 70, 33, seed=5)
+    submit(engine, prompts, [SamplingParams(temperature=0.0, max_tokens=60, logprobs=0, ignore_eos=True)] * len(prompts))
+    answers = drain(engine)
+    for number, prompt in enumerate(prompts):
+        answer = answers[str(number), 0]
+        ours = torch.tensor([row.logprobs[0] for row in answer.logprobs])
+        exact, theirs = (found[len(prompt) - 1:] for found in _transformers_gap(folder, prompt + answer.tokens))
+        assert (ours - exact).abs().mean() <= 1.25 * (theirs - exact).abs().mean() + 1e-3
+
+
 def test_a_long_context_decodes_like_the_cpu_twin(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "long", "llama", max_position_embeddings=8192)
     prompt = prompts_of(6000, seed=7)
