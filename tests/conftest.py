@@ -1,8 +1,12 @@
-"""Markers and a clean environment for every test."""
+"""Markers, a clean environment for every test, and the Triton kernels' interpreter in the background."""
 
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 
@@ -20,10 +24,69 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.get_closest_marker("long"):
                 item.add_marker(skip_long)
+    items.sort(key=lambda item: item.get_closest_marker("interpreted") is not None)  # last: they wait for the background
     wanting = [item for item in items if item.get_closest_marker("gpu")]
     if wanting and not _has_gpu():
         for item in wanting:
             item.add_marker(pytest.mark.skip(reason="gpu: no usable NVIDIA GPU"))
+
+
+class _Interpreter:
+    """Runs files of kernel tests under Triton's interpreter, one after the other, beside the tests of this process.
+
+    In processes of their own: whether Triton interprets or compiles is settled when it is first imported.
+    """
+
+    def __init__(self) -> None:
+        self._pool = ThreadPoolExecutor(1)
+        self._running: subprocess.Popen[str] | None = None
+        self._stopped = False
+        self.outcomes: dict[tuple[str, ...], Future[tuple[int, str]]] = {}
+
+    def start(self, files: tuple[str, ...]) -> None:
+        self.outcomes.setdefault(files, self._pool.submit(self._run, files))
+
+    def _run(self, files: tuple[str, ...]) -> tuple[int, str]:
+        if self._stopped:
+            return 1, "not run"
+        root = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        self._running = subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, text=True,
+                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        said, _ = self._running.communicate()
+        return self._running.returncode, said
+
+    def stop(self) -> None:
+        self._stopped = True
+        if self._running is not None:
+            self._running.kill()
+        self._pool.shutdown()
+
+
+_INTERPRETER = pytest.StashKey[_Interpreter]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    interpreter = session.config.stash[_INTERPRETER] = _Interpreter()
+    if not session.config.option.collectonly:
+        for item in session.items:
+            marker = item.get_closest_marker("interpreted")
+            if marker and not item.get_closest_marker("skip"):
+                interpreter.start(marker.args)
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    interpreter = session.config.stash.get(_INTERPRETER, None)
+    if interpreter is not None:
+        interpreter.stop()
+
+
+@pytest.fixture
+def interpreted(request: pytest.FixtureRequest) -> tuple[int, str]:
+    """(exit code, what it said) of the files that the test's `interpreted` marker names."""
+    marker = request.node.get_closest_marker("interpreted")
+    return request.config.stash[_INTERPRETER].outcomes[marker.args].result()
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from gemm_checks import FP8, TOLERANCE, check_linear, check_partials, check_silu_mul, make_case, relative_error
@@ -22,12 +17,11 @@ DTYPES = pytest.mark.parametrize(
 ON_GPU = pytest.mark.parametrize(("x", "weight"), [(BF16, BF16), (F16, F16), (FP8, FP8), (BF16, FP8), (F16, FP8)])
 
 
-def test_small_products_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_gemm.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+@pytest.mark.timeout(900)
+@pytest.mark.interpreted("interpreted_gemm.py")
+def test_small_products_hold_in_the_interpreter(interpreted: tuple[int, str]) -> None:
+    code, said = interpreted
+    assert code == 0, said[-7000:]
 
 
 @DTYPES

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from kernel_cases import Heads, cos_sin_table, naive_rope, paged_case
@@ -28,13 +23,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
 
 
-def test_triton_kernels_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kernels.py",
-               "interpreted_fp8.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+@pytest.mark.timeout(900)
+@pytest.mark.interpreted("interpreted_kernels.py", "interpreted_fp8.py")
+def test_triton_kernels_hold_in_the_interpreter(interpreted: tuple[int, str]) -> None:
+    code, said = interpreted
+    assert code == 0, said[-7000:]
 
 
 @DTYPES

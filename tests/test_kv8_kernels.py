@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from kernel_cases import Heads, paged_case
@@ -33,12 +28,11 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.b
 SHAPES = pytest.mark.parametrize("shapes", [DECODES, PREFILLS, DECODES[1:4] + PREFILLS[1:]], ids=["decode", "prefill", "mixed"])
 
 
-@pytest.mark.timeout(300)
-def test_triton_kernels_hold_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_kv8.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+@pytest.mark.timeout(900)
+@pytest.mark.interpreted("interpreted_kv8.py")
+def test_triton_kernels_hold_in_the_interpreter(interpreted: tuple[int, str]) -> None:
+    code, said = interpreted
+    assert code == 0, said[-7000:]
 
 
 @DTYPES

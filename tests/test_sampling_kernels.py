@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,13 +22,11 @@ RULES: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-@pytest.mark.timeout(600)
-def test_sampling_kernels_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_sampling.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+@pytest.mark.timeout(900)
+@pytest.mark.interpreted("interpreted_sampling.py")
+def test_sampling_kernels_hold_in_the_interpreter(interpreted: tuple[int, str]) -> None:
+    code, said = interpreted
+    assert code == 0, said[-7000:]
 
 
 def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
