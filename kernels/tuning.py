@@ -20,6 +20,8 @@ Kind = Literal["dot", "gemv", "hopper", "library"]
 
 MAX_ROWS = 256  # beyond, the library's large tiles win
 TUNED = Path(__file__).parent / "tuned"
+# GPUs that take another's measurements: the same processor with slower memory.
+SAME_AS = {"NVIDIA H100 80GB HBM3": "NVIDIA H200"}
 KIB = 1024
 FP8_CAPABILITY = 89  # the first with e4m3fn conversions and products
 CHANNELS, PANEL_BYTES = 64, 128  # of a tile of weights in `gemm_hopper.py`: the rows of a wgmma, the span of a swizzle
@@ -134,7 +136,7 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
 @cache
 def tuned(gpu: str) -> dict[tuple[str, str, int, int], tuple[tuple[int, GemmConfig], ...]]:
     """The tuned file of a GPU, {(scheme, output, n, k): ((most rows, configuration), ...) by rows}; empty without one."""
-    path = TUNED / (gpu.replace(" ", "_") + ".json")
+    path = TUNED / (SAME_AS.get(gpu, gpu).replace(" ", "_") + ".json")
     if not path.is_file():
         return {}
     table: dict[tuple[str, str, int, int], list[tuple[int, GemmConfig]]] = {}

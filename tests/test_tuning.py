@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,11 @@ def test_few_rows_on_hopper_get_a_ring_and_long_products_of_few_tiles_are_split(
     for problem in (Problem("fp8", "linear", 1, 4112, 4096), Problem("fp8", "linear", 65, 4096, 4096),
                     Problem("fp8_weight", "linear", 1, 4096, 4096)):
         assert default_config(problem, h100).kind == "dot"
+
+
+def test_an_h100_takes_what_was_measured_on_an_h200() -> None:
+    problem = Problem("fp8", "linear", 8, 4096, 14336)
+    assert choose(problem, replace(H200, name="NVIDIA H100 80GB HBM3")) == choose(problem, H200)
 
 
 def test_without_gluon_nothing_measured_or_computed_is_a_ring() -> None:
