@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 from workstation.architecture import KVGroup
+from workstation.engine.admission import SchedulerLimits
 from workstation.engine.batch import Batch, StepResult
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
-from workstation.engine.scheduler import Scheduler, SchedulerLimits
+from workstation.engine.scheduler import Scheduler
 
 SPIN_SECONDS = 0.0003  # a sleep may end this much late; the rest of a step is waited for awake
 FIRST_TOKEN = 5

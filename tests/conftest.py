@@ -83,6 +83,12 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 @pytest.fixture
+def no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sequences are begun wherever they fit for now, so that a small pool preempts."""
+    monkeypatch.setattr("workstation.engine.forecast.Forecast.fits", lambda *_: True)
+
+
+@pytest.fixture
 def interpreted(request: pytest.FixtureRequest) -> tuple[int, str]:
     """(exit code, what it said) of the files that the test's `interpreted` marker names."""
     marker = request.node.get_closest_marker("interpreted")

@@ -8,11 +8,12 @@ from random import Random
 
 from toy_device import EOS, GROUPS, VOCAB, ToyDevice, expected_beams, expected_output
 
+from workstation.engine.admission import SchedulerLimits
 from workstation.engine.batch import Batch, StepResult
 from workstation.engine.blocks import BlockPool
 from workstation.engine.commit import Committer
 from workstation.engine.request import BeamSearchParams, EngineRequest, SamplingParams, TokenEvent
-from workstation.engine.scheduler import Scheduler, SchedulerLimits
+from workstation.engine.scheduler import Scheduler
 from workstation.errors import InvalidRequestError, OverloadedError
 
 

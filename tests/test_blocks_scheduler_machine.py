@@ -39,6 +39,7 @@ def test_two_million_random_operations_leak_nothing(seed: int) -> None:
     random_walk(seed, operations=100_000)
 
 
+@pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("groups", GROUPS)
 @pytest.mark.parametrize("overlap", [False, True], ids=["step by step", "overlapped"])
 def test_every_kind_of_group_survives_a_crowd_in_a_small_pool(groups: str, overlap: bool) -> None:
@@ -50,6 +51,7 @@ def test_every_kind_of_group_survives_a_crowd_in_a_small_pool(groups: str, overl
     machine.drain()
 
 
+@pytest.mark.usefixtures("no_forecast")
 def test_requests_larger_than_half_the_pool_all_end_by_taking_turns() -> None:
     machine = Machine(Setup(num_blocks=11, max_len=30, max_rows=4))
     for number in range(6):

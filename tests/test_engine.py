@@ -54,6 +54,7 @@ def test_greedy_tokens_equal_transformers_generate(folder: Path) -> None:
     {"overlap": True, "max_num_batched_tokens": 5}, {"enable_prefix_caching": False}, {"max_num_seqs": 2},
     {"num_blocks": 12, "max_model_len": 128}, {"num_blocks": 12, "max_model_len": 128, "overlap": True},
 ], ids=str)
+@pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("kind", ["folder", "sliding"])
 def test_tokens_do_not_depend_on_chunks_batches_cache_overlap_or_preemption(
         kind: str, changes: dict[str, Any], request: pytest.FixtureRequest) -> None:
@@ -67,6 +68,7 @@ def test_every_chunk_size_gives_the_same_tokens(folder: Path, budget: int) -> No
     assert run(folder, prompt, greedy(4), max_num_batched_tokens=budget) == run(folder, prompt, greedy(4))
 
 
+@pytest.mark.usefixtures("no_forecast")
 def test_a_tiny_pool_preempts_and_still_finishes_everyone(folder: Path) -> None:
     engine = make_engine(folder, num_blocks=14, max_model_len=128)
     submit(engine, prompts_of(30, 31, 32, 33, seed=5), [greedy(60)] * 4)

@@ -42,6 +42,7 @@ def logprobs(folder: Path, tokens: list[int], **changes: Any) -> torch.Tensor:
     return torch.tensor([row.logprobs[0] for row in rows[1:] if row is not None])
 
 
+@pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("changes", [
     {"max_num_batched_tokens": 1}, {"max_num_batched_tokens": 7}, {"overlap": True}, {"enable_prefix_caching": False},
     {"max_num_seqs": 2}, {"num_blocks": 12, "max_model_len": 128}, {"num_blocks": 12, "max_model_len": 128, "overlap": True},

@@ -8,9 +8,10 @@ import pytest
 from scheduler_machine import Machine, Setup
 
 from workstation.architecture import KVGroup
+from workstation.engine.admission import SchedulerLimits
 from workstation.engine.blocks import CACHED, FREE, OWNED, SHARED, BlockPool
 from workstation.engine.request import EngineRequest, SamplingParams
-from workstation.engine.scheduler import Scheduler, SchedulerLimits
+from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import MAX_ROWS, Look, take_picture
 
 PROMPT = list(range(10))

@@ -12,27 +12,17 @@ import time
 from bisect import insort
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Items
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from workstation.architecture import KVGroup
+from workstation.engine.admission import SchedulerLimits, refuse_impossible
 from workstation.engine.batch import Batch, Chunk, Sample
 from workstation.engine.blocks import BlockPool, root_digest
+from workstation.engine.forecast import Forecast
 from workstation.engine.kv import KVManager
 from workstation.engine.request import EngineRequest, EngineStats, FinishReason
 from workstation.engine.sequence import RequestState, Sequence
-from workstation.errors import ContextLengthError, InvalidRequestError, OverloadedError
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """max_tokens: a step's token budget. max_rows: sequences that may run at once. max_len: tokens a sequence may hold."""
-
-    max_tokens: int
-    max_rows: int
-    max_len: int
-    max_queue: int = 2048
-    chunked_prefill: bool = True
-    priority: bool = False
+from workstation.errors import InvalidRequestError, OverloadedError
 
 
 def _order(seq: Sequence) -> tuple[int, float, int]:
@@ -56,6 +46,9 @@ class Scheduler:
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.stats = EngineStats(blocks_total=pool.total)
+        self._forecast = Forecast(pool)
+        self._left = 0  # sequences that have ended or been preempted
+        self._refused: tuple[Sequence, int] | None = None  # by the forecast, when so many had left
         self._free_rows = list(range(limits.max_rows - 1, -1, -1))
         self._step = 0  # the step being planned; sequences in it carry its number
         self._count = 0
@@ -69,7 +62,11 @@ class Scheduler:
         Raises:
             ContextLengthError, InvalidRequestError: it can never fit.  OverloadedError: the queue is full.
         """
-        self._check(request)
+        refuse_impossible(request, self.limits, self.kv)
+        if request.request_id in self.requests:
+            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", param="request_id")
+        if len(self.waiting) >= self.limits.max_queue:
+            raise OverloadedError(f"the queue is full ({self.limits.max_queue} requests)", retry_after=1)
         width = request.beam.beam_width if request.beam else request.params.n
         prompt_len = len(request.prompt_token_ids)
         room = self.limits.max_len - prompt_len
@@ -93,35 +90,6 @@ class Scheduler:
         self.requests[request.request_id] = state
         insort(self.waiting, state.sequences[0], key=_order)
         return state
-
-    def _check(self, request: EngineRequest) -> None:
-        if request.request_id in self.requests:
-            raise InvalidRequestError(f"request id {request.request_id!r} is already in use", param="request_id")
-        prompt_len = len(request.prompt_token_ids)
-        if prompt_len == 0:
-            raise InvalidRequestError("the prompt must hold at least one token", param="prompt")
-        if prompt_len >= self.limits.max_len:
-            raise ContextLengthError(f"the prompt has {prompt_len} tokens; this model's maximum context length is "
-                                     f"{self.limits.max_len} tokens, output included", param="prompt")
-        width = request.beam.beam_width if request.beam else request.params.n
-        name = "beam_width" if request.beam else "n"
-        if width > self.limits.max_rows:
-            raise InvalidRequestError(f"{name} must be at most {self.limits.max_rows} (max_num_seqs), got {width}", param=name)
-        wanted = request.beam.max_tokens if request.beam else request.params.max_tokens
-        total = min(prompt_len + (wanted or self.limits.max_len), self.limits.max_len)
-        if not self.limits.chunked_prefill and prompt_len > self.limits.max_tokens:
-            raise ContextLengthError(f"the prompt has {prompt_len} tokens; without chunked prefill a step takes at most "
-                                     f"{self.limits.max_tokens} (max_num_batched_tokens)", param="prompt")
-        needed = self.kv.blocks_for(total, self.limits.max_tokens)
-        if request.beam:  # beams advance together, so all of them must fit at once
-            shared = prompt_len // self.pool.block_size if self.kv.shares(request.params) else 0
-            needed = shared + width * (needed - shared + len(self.kv.groups))
-        if needed > self.pool.total:
-            size = self.pool.block_size
-            raise ContextLengthError(f"{total} tokens need {needed} KV blocks of {size}; the pool has {self.pool.total}; "
-                                     f"shorten the prompt or max_tokens", param="max_tokens")
-        if len(self.waiting) >= self.limits.max_queue:
-            raise OverloadedError(f"the queue is full ({self.limits.max_queue} requests)", retry_after=1)
 
     @property
     def has_work(self) -> bool:
@@ -276,7 +244,7 @@ class Scheduler:
             unborn = self._unborn(seq)
             if seq.pending or len(self._free_rows) < 1 + len(unborn):
                 return
-            if batch.chunks and self.pool.available <= seq.blocked_at:
+            if batch.chunks and (self.pool.available <= seq.blocked_at or self._refused == (seq, self._left)):
                 return
             copies = self._claim(seq, batch)
             if copies is None:
@@ -304,6 +272,10 @@ class Scheduler:
         if count < remaining <= self.limits.max_tokens and not self.limits.chunked_prefill:
             self.kv.free(seq)
             return None
+        if batch.chunks and not self.kv.slides and not self._forecast.fits(self.running, seq):
+            self.kv.free(seq)
+            self._refused = (seq, self._left)
+            return None
         whole = self.kv.needed_whole(seq, self.limits.max_tokens)
         spare = max(len(self.running), self.pool.total // 100) if batch.chunks else 0
         copies = None
@@ -321,6 +293,7 @@ class Scheduler:
         insort(self.running, seq, key=_order)
 
     def _leave(self, seq: Sequence) -> None:
+        self._left += 1
         self.running.remove(seq)
         self._free_rows.append(seq.row)
         seq.row = -1
@@ -357,6 +330,8 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: FinishReason) -> bool:
         """End a sequence and free what it holds; True when it was its request's last."""
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
+        if reason in ("stop", "length"):
+            self._forecast.ended(len(seq.tokens) - seq.request.prompt_len)
         return self.drop(seq, reason)
 
     def drop(self, seq: Sequence, reason: FinishReason = "stop") -> bool:

@@ -11,12 +11,13 @@ import torch
 from workstation import gpu
 from workstation.architecture import ModelShape, read_shape
 from workstation.config import EngineConfig
+from workstation.engine.admission import SchedulerLimits
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
 from workstation.engine.host import keep_large_buffers
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
-from workstation.engine.scheduler import Scheduler, SchedulerLimits
+from workstation.engine.scheduler import Scheduler
 from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
 from workstation.memory import DeviceMemory, MemoryPlan, gib, plan_memory
 from workstation.model.loader import load_model, read_forms
