@@ -23,7 +23,7 @@ _LOGGING = "requests are not logged; /metrics has the figures"
 
 LATER_SETTINGS: tuple[Setting, ...] = (
     _later("block_size", "int", 16, "blocks hold 16 tokens"),
-    _later("quantization_config", "text", None, "a checkpoint's format is read from its folder, and fp8 has no options"),
+    _later("quantization_config", "text", None, "a checkpoint's format is read from its folder, and the forms have no options"),
     _later("tensor_parallel_size", "int", 1, _ONE_GPU, "-tp"),
     _later("pipeline_parallel_size", "int", 1, _ONE_GPU, "-pp"),
     _later("data_parallel_size", "int", 1, _ONE_GPU, "-dp"),

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workstation.kernels import reference, reference_fp8
+from workstation.kernels import reference, reference_fp8, reference_int
 from workstation.kernels.gemm import MAX_ROWS
+from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
 from workstation.kernels.quantized import Operand, Quantized, Rounding
 
@@ -40,6 +41,13 @@ def _fp8() -> Any:
     from workstation.kernels import launch_fp8
 
     return launch_fp8
+
+
+@cache
+def _int() -> Any:
+    from workstation.kernels import launch_int
+
+    return launch_int
 
 
 @cache
@@ -252,6 +260,37 @@ def silu_mul_fp8(
     if isinstance(x, Quantized) and x.values.shape[0] <= MAX_ROWS and weight.shape[0] % 32 == 0 and x.values.is_cuda:
         return _fp8().silu_mul_of_quantized(x, weight, scale, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_fp8(x, weight, scale, bias), rounding)
+
+
+def linear_int(
+    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x · Wᵀ + b` with integer weights, W[n, k] = (code[n, k] − zero[k // size, n]) · scale[k // size, n].
+
+    Args:
+        x: [T, K], rows contiguous, its columns in the weight's order.  bias: [N] of x's dtype.
+        out: [T, N] of x's dtype, contiguous, to write into.
+    Returns:
+        [T, N] of x's dtype.
+    """
+    rows = weight.rows
+    _check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    _check(weight.scale.shape == (weight.columns // weight.size, rows), "scale", weight.scale, "must be [G, N]")
+    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    _check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
+    if x.is_cuda or FORCE_TRITON:
+        return _int().linear_int(x, weight, bias, out)  # type: ignore[no-any-return]
+    y = reference_int.linear_int(x, weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def silu_mul_int(
+    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
+) -> Operand:
+    """`silu_mul(linear_int(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
+    if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+        return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
+    return silu_mul(linear_int(x, weight, bias), rounding)
 
 
 def samples(logits: torch.Tensor) -> bool:

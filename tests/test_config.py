@@ -77,7 +77,7 @@ def test_lengths_take_the_forms_vllm_takes(text: str, value: int | None) -> None
         ("port", "65536", "between 0 and 65535"),
         ("port", "http", "a whole number"),
         ("dtype", "bfloat61", "did you mean 'bfloat16'"),
-        ("quantization", "int4", "one of fp8"),
+        ("quantization", "int3", "one of fp8, int8, int4"),
         ("kv_cache_dtype", "fp9", "did you mean 'fp8'"),
         ("scheduling_policy", "lifo", "one of fcfs, priority"),
         ("override_generation_config", "[1]", "a JSON object"),

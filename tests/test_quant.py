@@ -230,14 +230,16 @@ GROUP = "config_groups.group_0"
 
 
 @pytest.mark.parametrize(("name", "path", "value", "words"), [
-    ("ct_channel", "quant_method", "gptq", ["gptq", "compressed-tensors"]),
+    ("ct_channel", "quant_method", "hqq", ["hqq", "compressed-tensors", "gptq"]),
+    ("ct_channel", "quant_method", "gptq", ["format", "gptq_v2"]),
     ("ct_channel", "quant_method", None, ["unnamed method"]),
-    ("ct_channel", "format", "pack-quantized", ["format", "pack-quantized", "not served yet"]),
+    ("ct_channel", "format", "marlin-24", ["format", "marlin-24", "not served yet"]),
     ("ct_channel", "config_groups", {}, ["config_groups", "1 to"]),
     ("ct_channel", "config_groups", [1], ["config_groups"]),
     ("ct_channel", GROUP, "x", ["group_0", "object"]),
     ("ct_channel", f"{GROUP}.weights", None, ["group_0: weights"]),
-    ("ct_channel", f"{GROUP}.weights.type", "int", ["group_0.weights: type", "'int'"]),
+    ("ct_channel", f"{GROUP}.weights.type", "int", ["group_0: input_activations", "integer weights"]),
+    ("ct_channel", f"{GROUP}.weights.type", "complex", ["group_0.weights: type", "'complex'"]),
     ("ct_channel", f"{GROUP}.weights.num_bits", 4, ["num_bits", "8", "4"]),
     ("ct_channel", f"{GROUP}.weights.symmetric", False, ["symmetric"]),
     ("ct_channel", f"{GROUP}.weights.dynamic", True, ["weights: dynamic"]),

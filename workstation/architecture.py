@@ -322,7 +322,9 @@ def _quantization(config: Fields, folder: Path | None) -> dict[str, Any] | None:
     beside = {"hf_quant_config.json": "modelopt", "quantize_config.json": "gptq", "quant_config.json": "awq"}
     for name, method in beside.items():
         if folder is not None and has_file(folder, name):
-            return {"quant_method": method, **read_json_object(folder, name)}
+            found = read_json_object(folder, name)
+            # Old AWQ used GPTQ's file name, and names of its own inside.
+            return {"quant_method": "awq" if "w_bit" in found else method, **found}
     return None
 
 

@@ -17,8 +17,8 @@ class EngineConfig:
         model: path of a folder with config.json and (unless load_format is "dummy") safetensors.
         device: "auto", "cpu", "cuda" or "cuda:N".
         dtype: of weights and activations; "auto" is the checkpoint's (float32 checkpoints and the CPU: see runner).
-        quantization: "fp8" quantises the linear layers of a 16-bit checkpoint while loading; a quantised checkpoint's own
-            format is found without it.
+        quantization: the form that the linear layers of a 16-bit checkpoint take while loading; a quantised checkpoint's
+            own format is found without it.
         kv_cache_dtype: "fp8" (or "fp8_e4m3") keeps keys and values in a byte each; "auto" does so only where the checkpoint
             describes an FP8 cache; the name of the model's dtype never does.
         max_model_len: tokens of prompt + output a sequence may hold; None takes the model's window, shrunk to fit.
@@ -42,7 +42,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None
     block_size: int = 16
-    quantization: Literal["fp8"] | None = None
+    quantization: Literal["fp8", "int8", "int4"] | None = None
     kv_cache_dtype: KVCacheDType = "auto"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True

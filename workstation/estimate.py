@@ -172,7 +172,7 @@ def _with_context(shape: ModelShape, machine: Machine, question: Question, weigh
     """The question with the longest context at which its requests fit together, when it names none."""
     if question.config.max_model_len is not None or question.concurrency == 1:
         return question
-    plan = _plan(shape, question.config, machine, weight, question.kv_cache_dtype)
+    plan = _plan(shape, question.config, machine, weight, question.kv_cache_dtype, question.weights.scratch)
     if plan is None:
         return question
     size, low, high = plan.block_size, 0, plan.max_model_len // plan.block_size
@@ -188,11 +188,11 @@ def _share(weights: Weights, ranks: int) -> int:
 
 
 def _plan(
-    shape: ModelShape, config: EngineConfig, machine: Machine, weight: int, kv_cache_dtype: str,
+    shape: ModelShape, config: EngineConfig, machine: Machine, weight: int, kv_cache_dtype: str, scratch: int,
 ) -> MemoryPlan | None:
     try:
         return plan_memory(shape, config, weight, machine.memory, dtype_bytes=DTYPE_BYTES,
-                           kv_dtype_bytes=KV_BYTES[kv_cache_dtype])
+                           kv_dtype_bytes=KV_BYTES[kv_cache_dtype], scratch_bytes=scratch)
     except OutOfMemoryError:
         return None
 
@@ -202,9 +202,11 @@ def _fit(
 ) -> tuple[Fit, MemoryPlan]:
     """Whether the question's context and concurrency fit, and the plan (of one request, when they do not)."""
     config, kv = question.config, question.kv_cache_dtype
-    plan = _plan(shape, config, machine, weight, kv)
-    open_plan = plan if config.max_model_len is None else _plan(shape, replace(config, max_model_len=None), machine, weight, kv)
-    least = least_plan(shape, config, weight, machine.memory, dtype_bytes=DTYPE_BYTES, kv_dtype_bytes=KV_BYTES[kv])
+    plan = _plan(shape, config, machine, weight, kv, form.scratch)
+    free = replace(config, max_model_len=None)
+    open_plan = plan if config.max_model_len is None else _plan(shape, free, machine, weight, kv, form.scratch)
+    least = least_plan(shape, config, weight, machine.memory, dtype_bytes=DTYPE_BYTES, kv_dtype_bytes=KV_BYTES[kv],
+                       scratch_bytes=form.scratch)
     wanted = least if plan is None or config.max_model_len is not None else plan
     blocks = blocks_for(shape, wanted.max_model_len, wanted.block_size, wanted.max_num_batched_tokens)
     needed = (question.concurrency * blocks + 1) * shape.kv_bytes_per_block(wanted.block_size, KV_BYTES[kv])
@@ -224,7 +226,7 @@ def _frontier(shape: ModelShape, machine: Machine, question: Question, weight: i
 
 
 def _at_once(shape: ModelShape, machine: Machine, question: Question, weight: int, context: int, kv: str) -> int:
-    plan = _plan(shape, replace(question.config, max_model_len=context), machine, weight, kv)
+    plan = _plan(shape, replace(question.config, max_model_len=context), machine, weight, kv, question.weights.scratch)
     if plan is None:
         return 0
     return (plan.num_blocks - 1) // blocks_for(shape, context, plan.block_size, plan.max_num_batched_tokens)
@@ -249,7 +251,7 @@ def longest(found: Estimate, kv_cache_dtype: str) -> int:
     question = replace(found.question, config=replace(found.question.config, max_model_len=None), concurrency=1,
                        kv_cache_dtype=kv_cache_dtype)
     shape = shard(found.model.shape, question.ranks)
-    plan = _plan(shape, question.config, found.machine, found.fit.weight_bytes, kv_cache_dtype)
+    plan = _plan(shape, question.config, found.machine, found.fit.weight_bytes, kv_cache_dtype, question.weights.scratch)
     return plan.max_model_len if plan else 0
 
 

@@ -15,16 +15,18 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.catalog import ModelEntry, demo_folder
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import parse_json_object
+from workstation.quant.at_load import QUANTIZATIONS
 from workstation.quant.detect import FORMATS, weight_forms
-from workstation.quant.forms import HEAD_MODULE, all_linears, weight_bytes
+from workstation.quant.forms import HEAD_MODULE, SCRATCH_BYTES, Form, WeightForms, all_linears, scratch_bytes, weight_bytes
 from workstation.quant.kv_cache import checkpoint_scheme, is_fp8
 from workstation.safetensors_header import TensorEntry, read_checkpoint
 
 DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
-INT4_GROUP, NVFP4_GROUP = 128, 16
-# How a checkpoint's own method is called here, when its weights are not 16-bit and not FP8.
+NVFP4_GROUP = 16
+# How a checkpoint's own method is called here, when it is not served.
 _FOUR_BIT = {"awq": "int4", "gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4", "modelopt": "nvfp4"}
-SERVED = ("16-bit", "fp8")
+SERVED = ("16-bit", *QUANTIZATIONS)
+_NAMES = {Form.FP8_CHANNEL: "fp8", Form.FP8_BLOCK: "fp8", Form.INT4: "int4", Form.INT8: "int8"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,11 +36,13 @@ class Weights:
     Attributes:
         name: "16-bit", "fp8", "int4", "nvfp4", …  nbytes: on the device.
         served: `ws serve` reads this form.  source: "headers" or "shape".
+        scratch: bytes that products with such weights need beside them.
     """
 
     name: str
     nbytes: int
     source: str = "shape"
+    scratch: int = 0
 
     @property
     def served(self) -> bool:
@@ -142,11 +146,11 @@ def _own_weights(
         wanted = entry.quantization if entry and not stored else ""
         if not wanted:
             return Weights("16-bit", weight_bytes(shape, DENSE_BYTES), source)
-        return Weights(wanted, form_bytes(shape, wanted))
+        return _usual(shape, wanted)
     method = str(shape.quantization.get("quant_method", ""))
     try:
         forms = weight_forms(shape, stored)
-        return Weights("fp8" if forms.parts else "16-bit", weight_bytes(shape, DENSE_BYTES, forms), source)
+        return Weights(_name(forms), weight_bytes(shape, DENSE_BYTES, forms), source, scratch_bytes(shape, DENSE_BYTES, forms))
     except ModelFolderError:
         if method not in _FOUR_BIT or not _says_four_bits(shape, method):
             raise
@@ -154,6 +158,12 @@ def _own_weights(
     if stored:
         return Weights(name, sum(tensor.nbytes for tensor in stored.values()), source)
     return Weights(name, form_bytes(shape, name))
+
+
+def _name(forms: WeightForms) -> str:
+    """What most layers are kept in."""
+    names = [_NAMES[part.form] for part in forms.parts.values()]
+    return max(names, key=names.count) if names else "16-bit"
 
 
 def _says_four_bits(shape: ModelShape, method: str) -> bool:
@@ -167,22 +177,25 @@ def _says_four_bits(shape: ModelShape, method: str) -> bool:
 
 def usual_forms(shape: ModelShape) -> tuple[Weights, ...]:
     """The same shape in the forms people publish, largest first; the embedding and the head stay 16-bit."""
-    return tuple(Weights(name, form_bytes(shape, name)) for name in ("16-bit", "fp8", "nvfp4", "int4"))
+    return tuple(_usual(shape, name) for name in ("16-bit", "fp8", "int8", "nvfp4", "int4"))
+
+
+def _usual(shape: ModelShape, name: str) -> Weights:
+    return Weights(name, form_bytes(shape, name), scratch=SCRATCH_BYTES if name.startswith("int") else 0)
 
 
 def form_bytes(shape: ModelShape, name: str) -> int:
     """Bytes of all weights in a form.
 
-    16-bit, and fp8 with a float32 scale a row, as `ws serve` keeps them; int4 with a 16-bit scale and a 4-bit zero point a
-    group of 128 (AWQ's layout); nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
+    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 and int8 with a float32 scale a row, int4 with a
+    16-bit scale a group of 128; nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
     """
     if name == "16-bit":
         return weight_bytes(shape, DENSE_BYTES)
-    if name == "fp8":
-        return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, "fp8"))
-    bits = {"int4": 4 + (16 + 4) / INT4_GROUP, "nvfp4": 4 + 8 / NVFP4_GROUP}.get(name)
-    if bits is None:
+    if name in QUANTIZATIONS:
+        return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, name))
+    if name != "nvfp4":
         raise ConfigError(f"the bytes of {name} weights cannot be told from a shape", param="quantization")
     linears = sum(linear.out_features * linear.in_features for linear in all_linears(shape)
                   if linear.parts[0][0] != HEAD_MODULE)
-    return weight_bytes(shape, DENSE_BYTES) - linears * DENSE_BYTES + int(linears * bits / 8)
+    return weight_bytes(shape, DENSE_BYTES) - linears * DENSE_BYTES + int(linears * (4 + 8 / NVFP4_GROUP) / 8)

@@ -191,6 +191,7 @@ def plan_memory(
     *,
     dtype_bytes: int | None = None,
     kv_dtype_bytes: int | None = None,
+    scratch_bytes: int = 0,
 ) -> MemoryPlan:
     """The plan for one engine on one device.
 
@@ -198,12 +199,13 @@ def plan_memory(
         weight_bytes: of the parameters as they will lie on the device.
         dtype_bytes: of one activation; None derives it from config and shape (`element_bytes`).
         kv_dtype_bytes: of one KV element; None is 1 when config asks for FP8 by name, else `dtype_bytes`.
+        scratch_bytes: what products with these weights need beside activations (`quant.forms.scratch_bytes`).
     Raises:
         ConfigError: numbers that contradict each other or the model's window.
         OutOfMemoryError: something does not fit; names what would.
     """
     width = dtype_bytes or element_bytes(config, shape, device.kind)
-    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes).plan()
+    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes, scratch_bytes).plan()
 
 
 def least_plan(
@@ -214,19 +216,20 @@ def least_plan(
     *,
     dtype_bytes: int | None = None,
     kv_dtype_bytes: int | None = None,
+    scratch_bytes: int = 0,
 ) -> MemoryPlan:
     """What one sequence of the asked context (or the least context) takes, whether it fits or not; arguments as above.
 
     The plan fits when `total - context` is at most `budget`. Raises ConfigError.
     """
     width = dtype_bytes or element_bytes(config, shape, device.kind)
-    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes).least()
+    return _Planner(shape, config, weight_bytes, device, width, kv_dtype_bytes, scratch_bytes).least()
 
 
 class _Planner:
     def __init__(
         self, shape: ModelShape, config: EngineConfig, weight_bytes: int, device: DeviceMemory, dtype_bytes: int,
-        kv_dtype_bytes: int | None = None,
+        kv_dtype_bytes: int | None = None, scratch_bytes: int = 0,
     ) -> None:  # fmt: skip
         if not 0.0 < config.gpu_memory_utilization <= 1.0:
             raise ConfigError(
@@ -236,7 +239,7 @@ class _Planner:
         if config.max_num_seqs < 1:
             raise ConfigError(f"max_num_seqs must be at least 1, got {config.max_num_seqs}", param="max_num_seqs")
         self.shape, self.config, self.device = shape, config, device
-        self.weights, self.dtype_bytes = weight_bytes, dtype_bytes
+        self.weights, self.dtype_bytes, self.scratch = weight_bytes, dtype_bytes, scratch_bytes
         asked = FP8_BYTES if config.kv_cache_dtype.startswith("fp8") else dtype_bytes
         self.block_bytes = shape.kv_bytes_per_block(config.block_size, kv_dtype_bytes or asked)
         cuda = device.kind == "cuda"
@@ -298,10 +301,11 @@ class _Planner:
 
     def _needs(self, length: int) -> _Needs:
         tokens = self._tokens(length)
-        return _needs(
+        needs = _needs(
             self.shape, dtype_bytes=self.dtype_bytes, rows=self.config.max_num_seqs, tokens=tokens, max_len=length,
             block_size=self.config.block_size,
         )  # fmt: skip
+        return replace(needs, workspace=needs.workspace + self.scratch)
 
     def _pool_bytes(self, needs: _Needs) -> int:
         """Bytes the KV pool gets beside `needs`; may be negative when nothing is left."""

@@ -21,7 +21,7 @@ from workstation.engine.scheduler import Scheduler
 from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
 from workstation.memory import DeviceMemory, MemoryPlan, gib, plan_memory
 from workstation.model.loader import load_model, read_forms
-from workstation.quant.forms import weight_bytes
+from workstation.quant.forms import scratch_bytes, weight_bytes
 from workstation.quant.kv_cache import KVCacheForm, kv_cache_form
 from workstation.safetensors_header import read_checkpoint
 
@@ -81,7 +81,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     cache = read_cache(config, shape, dtype)
     kv_dtype = FP8 if cache.fp8 else dtype
     plan = plan_memory(shape, config, weight_bytes(shape, dtype.itemsize, forms), memory, dtype_bytes=dtype.itemsize,
-                       kv_dtype_bytes=kv_dtype.itemsize)
+                       kv_dtype_bytes=kv_dtype.itemsize, scratch_bytes=scratch_bytes(shape, dtype.itemsize, forms))
     if plan.note:
         log.warning(plan.note)
     try:

@@ -6,6 +6,7 @@ import torch
 
 from workstation.model.linear import DenseLinear, Linear, SplitLinear
 from workstation.model.linear_fp8 import empty_fp8
+from workstation.model.linear_int import empty_int
 from workstation.quant.forms import Form, FusedLinear, Segment, WeightForms
 
 
@@ -21,6 +22,8 @@ def pieces(linear: Linear) -> tuple[Linear, ...]:
 
 
 def _empty_segment(segment: Segment, dtype: torch.dtype, device: torch.device) -> Linear:
+    if segment.groups is not None:
+        return empty_int(segment, segment.groups, dtype=dtype, device=device)
     if segment.form is not Form.DENSE:
         return empty_fp8(segment, dtype=dtype, device=device)
     part = segment.linear

@@ -39,7 +39,7 @@ def read_forms(
 ) -> WeightForms:
     """The form each linear layer will have, from config.json and, unless load_format is "dummy", the headers.
 
-    quantization: "fp8" turns the linear layers of a 16- or 32-bit checkpoint into FP8 while it is loaded.
+    quantization: the form that the linear layers of a 16- or 32-bit checkpoint take while it is loaded.
 
     Raises ModelFolderError, ConfigError as `quant.detect.weight_forms` does.
     """

@@ -14,7 +14,7 @@ PLAIN_DTYPES = ("BF16", "F16", "F32")
 # U8 is read as an exponent (e8m0), and only where a target says that it takes one.
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu,
+    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "I32": torch.int32,
 }
 NAN_CODE = 0x7F
 CHUNK_ELEMENTS = 1 << 24
@@ -26,10 +26,12 @@ class Target(ABC):
     """A place for one stored tensor.
 
     Attributes:
-        tensor: what is filled, contiguous.  shapes, dtypes: what may be stored, in safetensors' words.
+        tensor: what is filled.  shapes, dtypes: what may be stored, in safetensors' words.
+        through_scratch: whether a stored tensor lies in the scratch buffer on its way.
     """
 
     __slots__ = ("dtypes", "shapes", "tensor")
+    through_scratch = False
 
     def __init__(self, tensor: torch.Tensor, shapes: Shapes | None = None, dtypes: tuple[str, ...] = PLAIN_DTYPES) -> None:
         self.tensor, self.dtypes = tensor, dtypes
@@ -82,6 +84,7 @@ class Quantised(Target):
     """A 16- or 32-bit weight that is kept in FP8. tensor: [N, K] float8_e4m3fn; scale: [N] float32."""
 
     __slots__ = ("scale",)
+    through_scratch = True
 
     def __init__(self, tensor: torch.Tensor, scale: torch.Tensor) -> None:
         super().__init__(tensor)
@@ -98,10 +101,10 @@ class Quantised(Target):
 
 
 class Scratch:
-    """One buffer on the device for weights on their way to FP8, made for the largest of them."""
+    """One buffer on the device for tensors that are not kept as they are stored, made for the largest of them."""
 
     def __init__(self, targets: dict[str, Target], entries: list[TensorEntry], device: torch.device) -> None:
-        largest = max((entry.nbytes for entry in entries if isinstance(targets[entry.name], Quantised)), default=0)
+        largest = max((entry.nbytes for entry in entries if targets[entry.name].through_scratch), default=0)
         self._buffer = torch.empty(largest, dtype=torch.uint8, device=device)
 
     def take(self, nbytes: int) -> torch.Tensor:

@@ -10,9 +10,12 @@ from workstation.architecture import ModelShape
 from workstation.model.linear import DenseLinear, Linear
 from workstation.model.linear_forms import pieces
 from workstation.model.linear_fp8 import Fp8BlockLinear, Fp8ChannelLinear, Fp8Linear
+from workstation.model.linear_int import IntLinear
 from workstation.model.targets import Copied, CopiedFp8, CopiedScale, Quantised, SpreadScale, Target
+from workstation.model.targets_int import GroupScales, GroupZeros, PackedCodes, QuantisedGroups
 from workstation.model.transformer import Decoder
 from workstation.quant.forms import BLOCK, FusedLinear, Granularity, Part, WeightForms, head_linear, layer_linears
+from workstation.quant.integers import NAMES, stored_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -64,6 +67,8 @@ def _part(name: str, rows: slice, linear: Linear, part: Part) -> Targets:
         yield f"{name}.weight", Copied(linear.weight[rows])
     elif isinstance(linear, Fp8Linear):
         yield from _fp8(name, rows, linear, part)
+    elif isinstance(linear, IntLinear):
+        yield from _integers(name, rows, linear, part)
     else:
         raise TypeError(f"weights are loaded before they are packed, not into {type(linear).__name__}")
     if linear.bias is not None:
@@ -85,3 +90,17 @@ def _fp8(name: str, rows: slice, linear: Fp8Linear, part: Part) -> Targets:
         yield part.scale_name, SpreadScale(linear.scale[rows], shapes, part.scale_dtypes)
     else:
         yield part.scale_name, CopiedScale(linear.scale[rows], shapes, part.scale_dtypes)
+
+
+def _integers(name: str, rows: slice, linear: IntLinear, part: Part) -> Targets:
+    weight, count = linear.weight.part(rows.start, rows.stop), rows.stop - rows.start
+    bits, columns = weight.bits, weight.columns
+    if part.packing is None:
+        yield f"{name}.weight", QuantisedGroups(weight.words, weight.scale, bits, columns)
+        return
+    names = NAMES[part.packing]
+    shapes = stored_shapes(part.packing, bits, count, columns, weight.scale.shape[0])
+    yield f"{name}.{names.codes}", PackedCodes(weight.words, shapes[names.codes], part.packing, bits, columns, linear.order)
+    yield part.scale_name, GroupScales(weight.scale, (shapes[names.scale],), part.scale_dtypes, part.packing)
+    if weight.zero is not None:
+        yield f"{name}.{names.zero}", GroupZeros(weight.zero, shapes[names.zero], part.packing, bits, count)

@@ -1,4 +1,5 @@
-"""compressed-tensors with FP8 weights (`float-quantized`, `naive-quantized`): X.weight F8_E4M3 [N, K], X.weight_scale.
+"""compressed-tensors: groups of layers, and their FP8 weights (`float-quantized`, `naive-quantized`); integers: see
+`compressed_integers`. FP8: X.weight F8_E4M3 [N, K], X.weight_scale.
 
     strategy tensor    one number           strategy channel    [N, 1]           strategy block    [⌈N/128⌉, ⌈K/128⌉]
 
@@ -13,9 +14,11 @@ from typing import Any
 
 from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
+from workstation.quant.compressed_integers import integer_weights
 from workstation.quant.description import (
     FP8_KV,
     REGEX_PREFIX,
+    AnyScheme,
     Description,
     Scheme,
     block_of_128,
@@ -28,7 +31,7 @@ from workstation.quant.forms import Activations, Granularity
 METHOD = "compressed-tensors"
 MODULE_CLASS = "Linear"
 MAX_GROUPS = 256
-_FORMATS = ("float-quantized", "naive-quantized", "mixed-precision", "dense")
+_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
 _HARMLESS = ("quant_method", "quantization_status", "global_compression_ratio", "version", "run_compressed")  # how it was made
 _NOT_ARITHMETIC = ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
@@ -46,7 +49,7 @@ def describe(config: Fields) -> Description:
     ignored = Names(names_in(config, "ignore"), config.where)
     schemes = tuple(dict.fromkeys(scheme for _, scheme in groups))
 
-    def scheme_of(module: str) -> Scheme | None:
+    def scheme_of(module: str) -> AnyScheme | None:
         if ignored.names(module) or ignored.has_class:
             return None
         by_name = [scheme for targets, scheme in groups if targets.names(module)]
@@ -69,14 +72,14 @@ class Names:
         return module in self._paths or any(item.match(module) for item in self._patterns)
 
 
-def _groups(config: Fields) -> list[tuple[Names, Scheme]]:
+def _groups(config: Fields) -> list[tuple[Names, AnyScheme]]:
     value = config.raw("config_groups", {})
     if not isinstance(value, dict) or not value or len(value) > MAX_GROUPS:
         raise config.refuse("config_groups", f"an object of 1 to {MAX_GROUPS} groups")
     return [_group(name, group, config) for name, group in value.items()]
 
 
-def _group(name: str, value: Any, config: Fields) -> tuple[Names, Scheme]:
+def _group(name: str, value: Any, config: Fields) -> tuple[Names, AnyScheme]:
     where = f"{config.where}.config_groups.{name}"
     if not isinstance(value, dict):
         raise ModelFolderError(f"{where} must be an object", param="config_groups")
@@ -89,7 +92,15 @@ def _group(name: str, value: Any, config: Fields) -> tuple[Names, Scheme]:
     weights, inputs = group.raw("weights"), group.raw("input_activations")
     if not isinstance(weights, dict):
         raise group.refuse("weights", "an object")
-    granularity = _weights(Fields(weights, f"{where}.weights"))
+    arguments = Fields(weights, f"{where}.weights")
+    if arguments.text("type", "int") == "int":
+        if inputs is not None:
+            raise group.refuse("input_activations", "null with integer weights (integer products are not served yet)")
+        scheme = integer_weights(arguments)
+        _all_asked(arguments)
+        _all_asked(group)
+        return targets, scheme
+    granularity = _weights(arguments)
     if inputs is not None:
         if not isinstance(inputs, dict):
             raise group.refuse("input_activations", "an object or null")
@@ -130,7 +141,7 @@ def _inputs(inputs: Fields) -> None:
 
 def _eight_bit_float(args: Fields) -> None:
     if args.text("type", "int") != "float":
-        raise args.refuse("type", "float (other types are not served yet)")
+        raise args.refuse("type", "float or int")
     if args.raw("num_bits") != 8:
         raise args.refuse("num_bits", "8")
     if not args.boolean("symmetric", True):

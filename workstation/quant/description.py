@@ -1,4 +1,4 @@
-"""A checkpoint's `quantization_config`, read: which layers are stored in FP8, and how their scales are stored. No torch.
+"""A checkpoint's `quantization_config`, read: which layers are stored in FP8 or as integers, and how. No torch.
 
 One small file a format makes a Description; what they share is here. Every error names the field, its value and the limit.
 """
@@ -13,6 +13,7 @@ from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
 from workstation.model_folder import shown
 from workstation.quant.forms import BLOCK, Activations, Granularity
+from workstation.quant.integers import IntScheme
 
 WHERE = "config.json: quantization_config"
 REGEX_PREFIX = "re:"
@@ -27,7 +28,7 @@ _CLASSES = re.compile(r"\[[^\]]*\]")
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How a group of layers is stored.
+    """How a group of layers is stored in FP8.
 
     Attributes:
         granularity: what one scale covers.  scale_names: the scale tensor's last name, in the spellings the format has.
@@ -38,6 +39,9 @@ class Scheme:
     scale_names: tuple[str, ...] = ("weight_scale",)
     activations: Activations = field(default_factory=Activations)
     scale_dtypes: tuple[str, ...] = ("F32", "BF16", "F16")
+
+
+AnyScheme = Scheme | IntScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +56,8 @@ class Description:
     """
 
     method: str
-    schemes: tuple[Scheme, ...]
-    scheme_of: Callable[[str], Scheme | None]
+    schemes: tuple[AnyScheme, ...]
+    scheme_of: Callable[[str], AnyScheme | None]
     unread: tuple[str, ...] = ()
     kv_cache: str = ""
 

@@ -2,7 +2,7 @@
 
 Formats match the names in their skip lists by five different rules, and some files describe themselves wrongly, so that
 the tensors decide what the description leaves open: a 16-bit weight without a scale is 16-bit, an FP8 weight with its scale
-is FP8, and a difference is logged. What has two readings is an error that names the tensor.
+is FP8, integer codes are integers, and a difference is logged. What has two readings is an error that names the tensor.
 """
 
 from __future__ import annotations
@@ -15,20 +15,22 @@ from workstation.architecture import ModelShape
 from workstation.config_fields import Fields
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import shown
-from workstation.quant import compressed_tensors, fbgemm, hf_fp8, modelopt
-from workstation.quant.description import WHERE, Description, Scheme
-from workstation.quant.forms import HEAD_MODULE, PLAIN, Form, Granularity, Part, WeightForms, all_linears
+from workstation.quant import awq, compressed_tensors, fbgemm, gptq, hf_fp8, modelopt
+from workstation.quant.at_load import QUANTIZATIONS, forms_at_load
+from workstation.quant.description import WHERE, AnyScheme, Description, Scheme
+from workstation.quant.forms import PLAIN, Form, Granularity, Part, WeightForms, all_linears
+from workstation.quant.integer_layers import IntegerLayers, integer_part
+from workstation.quant.integers import CODE_NAMES, NAMES, IntScheme
 from workstation.safetensors_header import TensorEntry
 
 log = logging.getLogger(__name__)
 
 FORMATS: dict[str, Callable[[Fields], Description]] = {
-    module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt)}
-QUANTIZATIONS = ("fp8",)
+    module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt, gptq, awq)}
 PLAIN_DTYPES = ("F32", "BF16", "F16")
 FP8_DTYPE = "F8_E4M3"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
-MAX_ZERO_POINT_BYTES = 1 << 24
+MAX_ZERO_BYTES = 1 << 24
 # Beside a linear layer: static scales of activations, and scales of the KV cache (`kv_cache.py` reads those).
 _UNUSED_OF_LINEAR = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "output_scale", "q_scale")
 _UNUSED_OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale", "attn.k_scale", "attn.v_scale",
@@ -45,7 +47,7 @@ def describe(shape: ModelShape) -> Description | None:
     if method not in FORMATS:
         named = shown(method) if method else "an unnamed method"
         raise ModelFolderError(f"the checkpoint is quantised with {named}, which is not served; served are "
-                               f"{', '.join(FORMATS)} with FP8 weights, and plain bf16, fp16 or fp32 weights",
+                               f"{', '.join(FORMATS)}, and plain bf16, fp16 or fp32 weights",
                                param="quantization_config")
     return FORMATS[method](config)
 
@@ -57,34 +59,37 @@ def weight_forms(
 
     Args:
         stored: the checkpoint's headers; None when there is none (dummy weights), and the description alone decides.
-        quantization: "fp8" quantises the layers of a 16- or 32-bit checkpoint while loading, the head and the embedding
-            excepted; a checkpoint that is FP8 already stays as it is.
+        quantization: one of QUANTIZATIONS quantises the layers of a 16- or 32-bit checkpoint while loading, the head and
+            the embedding excepted; a checkpoint that is quantised already stays as it is.
 
     Raises ConfigError for another `quantization`, ModelFolderError for a description that is not served or that the
     tensors contradict.
     """
     if quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(f"quantization must be {' or '.join(QUANTIZATIONS)} or absent, got {shown(quantization)}; "
+        raise ConfigError(f"quantization must be {', '.join(QUANTIZATIONS)} or absent, got {shown(quantization)}; "
                           "a checkpoint's own format is found without it", param="quantization")
     description = describe(shape)
     if description is None:
-        return _at_load(shape) if quantization else WeightForms()
+        return forms_at_load(shape, quantization) if quantization else WeightForms()
     if description.unread:
         log.warning("%s has fields that are not used: %s", WHERE, ", ".join(description.unread))
     if stored is None:
-        parts = {module: _part(module, scheme, scheme.scale_names[0]) for module in _modules(shape)
+        parts = {module: _described(module, scheme, columns) for module, (_, columns) in _sizes(shape).items()
                  if (scheme := description.scheme_of(module)) is not None}
         return WeightForms(parts, method=description.method)
     return _Checker(shape, description, stored).forms()
 
 
-def _at_load(shape: ModelShape) -> WeightForms:
-    part = Part(Form.FP8_CHANNEL, at_load=True)
-    return WeightForms({module: part for module in _modules(shape) if module != HEAD_MODULE}, method="fp8")
+def _sizes(shape: ModelShape) -> dict[str, tuple[int, int]]:
+    """(rows, columns) of every module."""
+    return {module: (rows, linear.in_features) for linear in all_linears(shape) for module, rows in linear.parts}
 
 
-def _modules(shape: ModelShape) -> Iterator[str]:
-    return (module for linear in all_linears(shape) for module, _ in linear.parts)
+def _described(module: str, scheme: AnyScheme, columns: int) -> Part:
+    """What the description alone makes of a module."""
+    if isinstance(scheme, IntScheme):
+        return integer_part(scheme, module, columns)
+    return _part(module, scheme, scheme.scale_names[0])
 
 
 def _part(module: str, scheme: Scheme, scale: str) -> Part:
@@ -98,14 +103,16 @@ class _Checker:
 
     def __init__(self, shape: ModelShape, description: Description, stored: Mapping[str, TensorEntry]) -> None:
         self._shape, self._description, self._stored = shape, description, stored
-        self._modules = tuple(_modules(shape))
+        self._modules = _sizes(shape)
+        self._integers = IntegerLayers(stored)
         self._differ: list[str] = []
+        self._parts = {module: part for module in self._modules if (part := self._read(module)) is not PLAIN}
 
     def forms(self) -> WeightForms:
-        parts = {module: part for module in self._modules if (part := self._read(module)) is not PLAIN}
+        parts = self._parts
         if not parts and self._description.schemes:
             raise ModelFolderError(
-                f"config.json describes {self._description.method} weights, but no linear layer's weight is {FP8_DTYPE}; "
+                f"config.json describes {self._description.method} weights, but no linear layer's weight is quantised; "
                 "remove quantization_config to load them as they are", param="quantization_config")
         if self._differ:
             log.warning("the tensors of %d layers differ from what %s says about them, and the tensors are followed: %s",
@@ -115,25 +122,47 @@ class _Checker:
     def _read(self, module: str) -> Part:
         scheme = self._description.scheme_of(module)
         weight = self._stored.get(f"{module}.weight")
+        codes = [entry for name in CODE_NAMES if (entry := self._stored.get(f"{module}.{name}"))]
+        if codes:
+            return self._codes(module, codes[0], weight or (codes[1] if len(codes) > 1 else None), scheme)
         scales = [name for name in _SCALES if f"{module}.{name}" in self._stored]
         if weight is None:  # the loader names what is missing
-            return PLAIN if scheme is None else _part(module, scheme, (*scales, *scheme.scale_names)[0])
+            if isinstance(scheme, Scheme):
+                return _part(module, scheme, (*scales, *scheme.scale_names)[0])
+            return PLAIN if scheme is None else _described(module, scheme, self._modules[module][1])
         if weight.dtype in PLAIN_DTYPES:
             if scales:
                 raise self._contradiction(weight, f"{module}.{scales[0]} says that it is quantised")
             if scheme is not None:
                 self._differ.append(module)
             return PLAIN
-        if weight.dtype != FP8_DTYPE:
-            raise self._contradiction(weight, f"{self._description.method} stores {FP8_DTYPE} or 16-bit weights")
+        if weight.dtype != FP8_DTYPE or isinstance(scheme, IntScheme):
+            raise self._contradiction(weight, f"{self._description.method} here stores {self._kinds()} or 16-bit weights")
         return self._fp8(module, weight, scheme, scales)
 
-    def _fp8(self, module: str, weight: TensorEntry, scheme: Scheme | None, scales: list[str]) -> Part:
-        if scheme is None:
-            if len(self._description.schemes) != 1:
-                raise self._contradiction(weight, f"{WHERE} says that it is not quantised")
-            scheme = self._description.schemes[0]
-            self._differ.append(module)
+    def _codes(self, module: str, codes: TensorEntry, other: TensorEntry | None, scheme: AnyScheme | None) -> Part:
+        if other is not None:
+            raise self._contradiction(codes, f"{other.name} is there as well")
+        scheme = scheme or self._only(module, codes)
+        if not isinstance(scheme, IntScheme) or codes.name != f"{module}.{NAMES[scheme.packing].codes}":
+            raise self._contradiction(codes, f"{WHERE} describes {self._kinds()}")
+        return self._integers.part(module, scheme, *self._modules[module])
+
+    def _only(self, module: str, weight: TensorEntry) -> AnyScheme:
+        """The one scheme there is, for a module that is said to be 16-bit and is not."""
+        if len(self._description.schemes) != 1:
+            raise self._contradiction(weight, f"{WHERE} says that it is not quantised")
+        self._differ.append(module)
+        return self._description.schemes[0]
+
+    def _kinds(self) -> str:
+        kinds = {NAMES[item.packing].codes if isinstance(item, IntScheme) else FP8_DTYPE for item in self._description.schemes}
+        return " and ".join(sorted(kinds))
+
+    def _fp8(self, module: str, weight: TensorEntry, given: Scheme | None, scales: list[str]) -> Part:
+        scheme = given or self._only(module, weight)
+        if isinstance(scheme, IntScheme):
+            raise self._contradiction(weight, f"{WHERE} describes {self._kinds()}")
         if len(scales) != 1:
             raise self._contradiction(weight, f"it has {'two scales' if scales else 'no scale'}; "
                                               f"{module}.{' or '.join(scheme.scale_names)} must hold it")
@@ -148,24 +177,37 @@ class _Checker:
                                 param="quantization_config")
 
     def _unused(self) -> Iterator[str]:
+        yield from self._integers.read
         names = [f"{module}.{name}" for module in self._modules for name in _UNUSED_OF_LINEAR]
         names += [f"model.layers.{layer}.self_attn.{name}"
                   for layer in range(self._shape.num_layers) for name in _UNUSED_OF_ATTENTION]
         yield from (name for name in names if name in self._stored)
-        for module in self._modules:
-            for name in ZERO_POINTS:
-                entry = self._stored.get(f"{module}.{name}")
-                if entry is not None and self._is_zero(entry):
-                    yield entry.name
+        for linear in all_linears(self._shape):
+            for module, _ in linear.parts:
+                yield from self._zeros(module, linear.bias)
+
+    def _zeros(self, module: str, has_bias: bool) -> Iterator[str]:
+        """Tensors that say nothing while they are zero: zero points of FP8 weights, GPTQ's biases where none belong."""
+        part = self._parts.get(module, PLAIN)
+        names = [f"{module}.{name}" for name in ZERO_POINTS] if part.groups is None else []
+        if part.groups is not None and not has_bias:
+            names.append(f"{module}.bias")
+        for name in names:
+            entry = self._stored.get(name)
+            if entry is not None and self._is_zero(entry):
+                yield name
 
     @staticmethod
     def _is_zero(entry: TensorEntry) -> bool:
-        """Old writers store zero points of symmetric weights, all zero. Another value would change the weights."""
-        if entry.nbytes > MAX_ZERO_POINT_BYTES:
-            raise ModelFolderError(f"tensor {entry.name} in {entry.file} has {entry.nbytes} bytes; the limit for zero "
-                                   f"points is {MAX_ZERO_POINT_BYTES}")
+        """Whether it holds zeros only; another value would change the results."""
+        if entry.nbytes > MAX_ZERO_BYTES:
+            raise ModelFolderError(f"tensor {entry.name} in {entry.file} has {entry.nbytes} bytes; the limit for what must be "
+                                   f"zero is {MAX_ZERO_BYTES}")
+        if not Path(entry.path).is_file():  # only its header is on this disk
+            return True
         with Path(entry.path).open("rb") as file:
             file.seek(entry.start)
             if any(file.read(entry.nbytes)):
-                raise ModelFolderError(f"tensor {entry.name} in {entry.file} is not zero, but FP8 weights are symmetric")
+                why = "config.json gives the layer no bias" if entry.name.endswith(".bias") else "FP8 weights are symmetric"
+                raise ModelFolderError(f"tensor {entry.name} in {entry.file} is not zero, but {why}")
         return True

@@ -5,6 +5,7 @@ A form says how a matrix W [N, K] is kept; a checkpoint's formats are many, the 
     dense        w                                             16- or 32-bit, the model's dtype
     fp8_channel  w[n, k] = q[n, k] · scale[n]                  q float8_e4m3fn, scale [N] float32
     fp8_block    w[n, k] = q[n, k] · scale[n // 128, k // 128] q float8_e4m3fn, scale [⌈N/128⌉, ⌈K/128⌉] float32
+    int4, int8   w[n, k] = (q[n, k] − z[g, n]) · scale[g, n]   g the group of column k: see `integers.py`
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ from enum import StrEnum
 from math import prod
 
 from workstation.architecture import ModelShape
+from workstation.quant.integers import Groups, Packing
 
 BLOCK = 128
+SCRATCH_BYTES = 64 << 20  # of weights that are widened at a time, in the activations' type
 HEAD_MODULE = "lm_head"
 
 
@@ -24,6 +27,8 @@ class Form(StrEnum):
     DENSE = "dense"
     FP8_CHANNEL = "fp8_channel"
     FP8_BLOCK = "fp8_block"
+    INT4 = "int4"
+    INT8 = "int8"
 
 
 class Granularity(StrEnum):
@@ -64,6 +69,7 @@ class Part:
         scale_name: the stored scales' tensor, "" when there is none.  granularity: what each of them covers.
         scale_dtypes: what the scales may be stored in.
         at_load: the stored weight is 16- or 32-bit and is quantised while it is loaded.
+        groups, packing: of integers: what is kept, and how the checkpoint stores it.
     """
 
     form: Form = Form.DENSE
@@ -72,6 +78,8 @@ class Part:
     activations: Activations = field(default_factory=Activations)
     scale_dtypes: tuple[str, ...] = ("F32", "BF16", "F16")
     at_load: bool = False
+    groups: Groups | None = None
+    packing: Packing | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +145,7 @@ class Segment:
     linear: FusedLinear
     form: Form
     activations: Activations
+    groups: Groups | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +155,7 @@ class WeightForms:
     Attributes:
         parts: by the checkpoint's module name; a module that is absent is dense.
         unused: stored tensors that the method writes and this server does not need (static activation scales, …).
-        method: the checkpoint format, or "fp8" when 16-bit weights are quantised while loading; "" for plain weights.
+        method: the checkpoint format, or what 16-bit weights are quantised to while loading; "" for plain weights.
     """
 
     parts: Mapping[str, Part] = field(default_factory=dict)
@@ -162,7 +171,7 @@ class WeightForms:
         last = PLAIN
         for name, rows in linear.parts:
             part = self.part(name)
-            same = bool(runs) and (part.form, part.activations) == (last.form, last.activations)
+            same = bool(runs) and _kind(part) == _kind(last)
             if same and part.form is Form.FP8_BLOCK:
                 same = sum(count for _, count in runs[-1]) % BLOCK == 0
             if same:
@@ -171,11 +180,16 @@ class WeightForms:
                 runs.append([(name, rows)])
             last = part
         kinds = [self.part(run[0][0]) for run in runs]
-        return tuple(Segment(FusedLinear(tuple(run), linear.in_features, linear.bias), kind.form, kind.activations)
+        return tuple(Segment(FusedLinear(tuple(run), linear.in_features, linear.bias), *_kind(kind))
                      for run, kind in zip(runs, kinds, strict=True))
 
 
 PLAIN = Part()
+
+
+def _kind(part: Part) -> tuple[Form, Activations, Groups | None]:
+    """What parts in one tensor have in common."""
+    return part.form, part.activations, part.groups
 
 
 def scale_grid(rows: int, columns: int) -> tuple[int, int]:
@@ -196,10 +210,19 @@ def weight_bytes(shape: ModelShape, dtype_bytes: int, quant: WeightForms | None 
     return linears + (norms + shape.vocab_size * shape.hidden_size) * dtype_bytes
 
 
+def scratch_bytes(shape: ModelShape, dtype_bytes: int, quant: WeightForms) -> int:
+    """Bytes that products of many rows take to widen integer weights, a part of a matrix at a time."""
+    sizes = [segment.linear.out_features * segment.linear.in_features * dtype_bytes for linear in all_linears(shape)
+             for segment in quant.segments(linear) if segment.groups is not None]
+    return min(max(sizes, default=0), SCRATCH_BYTES)
+
+
 def _segment_bytes(segment: Segment, dtype_bytes: int) -> int:
     rows, columns = segment.linear.out_features, segment.linear.in_features
     bias = rows * segment.linear.bias * dtype_bytes
     if segment.form is Form.DENSE:
         return rows * columns * dtype_bytes + bias
+    if segment.groups is not None:
+        return segment.groups.nbytes(rows, columns) + bias
     scales = rows if segment.form is Form.FP8_CHANNEL else prod(scale_grid(rows, columns))
     return rows * columns + 4 * scales + bias
