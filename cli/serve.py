@@ -160,16 +160,19 @@ def run(launch: Launch) -> None:
     import logging
 
     from workstation.cli.progress import LoadingBar
+    from workstation.server.log_book import LogBook
     from workstation.server.serve import run as serve
     from workstation.server.supervisor import EngineProcess
 
     logging.basicConfig(level=logging.WARNING, format="ws: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)  # the log book lets our loggers say more than a terminal wants
     options, loader = server_options(launch.settings), model_loader(launch)
-    with LoadingBar() as bar:
-        engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update)
+    with LoadingBar() as bar, LogBook() as book:
+        engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update, on_said=book.add)
 
         def ready(server: Any) -> None:
             bar.close()
             note(ready_text(server.base_url, server.model, engine.info, bool(options.api_keys)))
 
-        serve(options, engine, loader, on_ready=ready)
+        serve(options, engine, loader, name=served_names(launch)[0], book=book, on_ready=ready)

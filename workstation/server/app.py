@@ -25,6 +25,7 @@ from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation
 from workstation.server.guard import Guard
 from workstation.server.job import Job
+from workstation.server.log_book import LogBook
 from workstation.server.metrics import Metrics
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.prepare import Service
@@ -49,12 +50,16 @@ SMALL_BODY_BYTES = 64 * 1024
 class Api:
     """The routes' shared state and their handlers."""
 
-    def __init__(self, engine: EngineClient, model: ServedModel, options: ServerOptions) -> None:
+    def __init__(self, engine: EngineClient, model: ServedModel, options: ServerOptions, book: LogBook) -> None:
         self.service = Service(engine, model, options)
         self.gate = Gate(engine)
         self.metrics = Metrics(engine, model.name, self.service.window)
-        self.stats = StatsRoutes(StatsDesk(engine, model.name, self.metrics, self.gate), Gate(engine), options)
+        self.stats = StatsRoutes(StatsDesk(engine, model.name, self.metrics, self.gate), Gate(engine), options, book)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        """End the tokenising threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _check_open(self) -> None:
         """Asked before a body is read, and again after it was prepared: the server may have begun to drain meanwhile."""
@@ -171,17 +176,18 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions | None = None) -> FastAPI:
-    """The ASGI application. `app.state.api.gate` drains it."""
+def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions | None = None,
+               book: LogBook | None = None) -> FastAPI:
+    """The ASGI application. `app.state.api.gate` drains it; `book` holds what `/stats/log` answers."""
     options = options or ServerOptions()
     if not model.names:
         raise InvalidRequestError("a served model needs a name", param="served_model_name")
-    api = Api(engine, model, options)
+    api = Api(engine, model, options, book or LogBook())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.pool.shutdown(wait=False, cancel_futures=True)
+        api.close()
 
     app = FastAPI(title="ws", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
                   redirect_slashes=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
@@ -16,6 +17,8 @@ from workstation.server.metrics import Metrics
 from workstation.server.wire import TokenDetails, Usage
 from workstation.text.detokenizer import Detokenizer
 from workstation.text.tokenizer import Tokenizer
+
+log = logging.getLogger("workstation.server")
 
 
 @dataclass(slots=True)
@@ -149,7 +152,10 @@ class Generation:
             self.metrics.reject(error)
             raise
         finally:
-            self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices), self._spans())
+            tokens = sum(choice.num_tokens for choice in self.choices)
+            self.metrics.finish(self.job, outcome, tokens, self._spans())
+            log.info("%s ended: %s, %d tokens, %.1f s", self.job.public_id[-8:], outcome, tokens,
+                     time.monotonic() - self.job.requests[0].arrival)
 
     def _end_sample(self, event: TokenEvent) -> None:
         """A stop string ended one sample; the engine need not go on with it. (With none left, leaving the iterator does it.)"""

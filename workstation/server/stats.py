@@ -10,7 +10,9 @@ from itertools import pairwise
 
 from msgspec import Struct
 
+from workstation.engine.client import Health
 from workstation.engine.snapshot import CACHED, OWNED, SHARED, BlockRow, Picture, RequestRow, SampleDetail
+from workstation.server.log_book import LogLine
 
 VERSION = 1
 MAX_CELLS = 4096
@@ -34,8 +36,19 @@ class ModelStats(Struct):
     kv_cache_dtype: str = ""
 
 
+class LoadingStats(Struct):
+    """seconds_left: None before the first bytes, and once all are read (graphs and warming up follow)."""
+
+    done_bytes: int
+    total_bytes: int
+    seconds_left: float | None
+
+
 class ServerStats(Struct):
-    """state: starting, ready, restarting, draining or dead.  uptime: since the API process was ready."""
+    """state: starting, ready, restarting, draining or dead.  uptime: since the API process began to answer.
+
+    loading: while weights load, at the start or after the engine's death.
+    """
 
     state: str
     uptime: float
@@ -43,6 +56,7 @@ class ServerStats(Struct):
     restarts: int
     heartbeat_age: float
     cause: str = ""
+    loading: LoadingStats | None = None
 
 
 class GpuStats(Struct):
@@ -188,6 +202,14 @@ class RequestAnswer(Struct):
     samples: list[SampleDetail]
 
 
+class LogAnswer(Struct):
+    """The log's newest lines, oldest first. last: the newest line's number; ask for what is `after` it."""
+
+    version: int
+    last: int
+    lines: list[LogLine]
+
+
 class AbortAnswer(Struct):
     id: str
     aborted: bool
@@ -203,6 +225,14 @@ def fold(states: bytes, cells: int) -> CellMap:
     counted = [b"".join(states.count(state, begin, end).to_bytes(width, "little")
                         for begin, end in pairwise(edges)) for state in (OWNED, SHARED, CACHED)]
     return CellMap(cells, width, *(b64encode(counts).decode() for counts in counted))
+
+
+def loading_stats(health: Health) -> LoadingStats | None:
+    """How far loading has come."""
+    if health.loading is None:
+        return None
+    left = health.loading.seconds_left
+    return LoadingStats(health.loading.done_bytes, health.loading.total_bytes, None if left is None else round(left, 1))
 
 
 def request_stats(row: RequestRow, now: float) -> RequestStats:

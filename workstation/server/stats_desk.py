@@ -30,6 +30,7 @@ from workstation.server.stats import (
     SpeedStats,
     Spread,
     block_stats,
+    loading_stats,
     request_stats,
     timeline,
 )
@@ -100,7 +101,8 @@ class StatsDesk:
         return Snapshot(
             version=VERSION, time=round(time.time() - (time.monotonic() - made), 3),
             server=ServerStats("draining" if self._gate.draining else health.state, round(time.monotonic() - self._started, 1),
-                               __version__, health.restarts, round(health.heartbeat_age, 2), health.cause),
+                               __version__, health.restarts, round(health.heartbeat_age, 2), health.cause,
+                               loading_stats(health)),
             model=ModelStats(self._model_name, info.architecture, info.dtype, info.device, info.device_name, info.max_model_len,
                              info.max_num_seqs, info.max_num_batched_tokens, info.weight_bytes, info.kv_bytes, info.plan,
                              info.kv_cache_dtype),
