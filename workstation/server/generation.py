@@ -9,6 +9,8 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+from msgspec import UNSET
+
 from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, EngineError, InvalidRequestError, OverloadedError
@@ -113,7 +115,8 @@ class Generation:
     def usage(self) -> Usage:
         prompt = sum(len(request.prompt_token_ids) for request in self.job.requests)
         output = 0 if self.job.hide_output else sum(choice.num_tokens for choice in self.choices)
-        return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens))
+        diverged = self.job.divergence or UNSET
+        return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens, diverged))
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every change of every choice, in the order of the engine's events.

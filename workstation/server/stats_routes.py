@@ -47,16 +47,18 @@ class StatsRoutes:
         return [
             ("GET", "/stats", self.snapshot), ("GET", "/stats/stream", self.stream), ("GET", "/stats/blocks", self.blocks),
             ("GET", "/stats/requests/{id}", self.request), ("POST", "/stats/requests/{id}/abort", self.abort),
-            ("GET", "/stats/log", self.log),
+            ("GET", "/stats/log", self.log), ("GET", "/stats/gpu", self.cards),
         ]
 
     async def snapshot(self, request: Request) -> Response:
-        return _json(await self._desk.snapshot(_integer(request, "cells", DEFAULT_CELLS, 1, MAX_CELLS)))
+        return _json(await self._desk.snapshot(_integer(request, "cells", DEFAULT_CELLS, 1, MAX_CELLS),
+                                               _integer(request, "heat", 0, 0, 1) == 1))
 
     async def stream(self, request: Request) -> Response:
         cells = _integer(request, "cells", DEFAULT_CELLS, 1, MAX_CELLS)
         rate = _integer(request, "hz", DEFAULT_RATE, 1, MAX_RATE)
-        return EventStream(self._desk.stream(cells, rate), self._watchers, self._options)
+        heat = _integer(request, "heat", 0, 0, 1) == 1
+        return EventStream(self._desk.stream(cells, rate, heat), self._watchers, self._options)
 
     async def blocks(self, request: Request) -> Response:
         limit = 2**31 - 1
@@ -66,6 +68,9 @@ class StatsRoutes:
 
     async def request(self, request: Request) -> Response:
         return _json(await self._desk.request(request.path_params["id"]))
+
+    async def cards(self, request: Request) -> Response:
+        return _json(await self._desk.cards())
 
     async def log(self, request: Request) -> Response:
         level = request.query_params.get("level", "info")
