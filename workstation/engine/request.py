@@ -345,6 +345,7 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     step_seconds: float = 0.0
     step_tokens: int = 0
+    step_prompt_tokens: int = 0
     kv_tokens_held: int = 0
 
 

@@ -19,7 +19,7 @@ from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, wire
 from workstation.server.body import parse_json, read_body, validate
-from workstation.server.callers import guessed_name, history_key, route_name
+from workstation.server.callers import guessed_name, history_key, own_name, route_name
 from workstation.server.card import Card
 from workstation.server.chat import answer_chat, prepare_chat, stream_chat
 from workstation.server.completions import answer_completion, prepare_completion, stream_completion
@@ -96,7 +96,7 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def chat(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
+        label = own_name(request)
 
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
@@ -109,7 +109,7 @@ class Api:
         return await self._whole(request, answer_chat(generation), generation.job)
 
     async def completions(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
+        label = own_name(request)
 
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)

@@ -16,6 +16,11 @@ KNOWN_AGENTS = (
 )  # fmt: skip
 
 
+def own_name(request: Request) -> str:
+    """What `X-Client` says, "" without it. Headers are bytes, which Starlette reads as Latin-1 and clients write as UTF-8."""
+    return request.headers.get("x-client", "").encode("latin-1").decode(errors="replace")
+
+
 def guessed_name(request: Request) -> str:
     """Such as claude-code, or :54321."""
     agent = request.headers.get("user-agent", "").lower()

@@ -154,6 +154,7 @@ class BatchStats(Struct):
     step_seconds: float
     step_tokens: int
     budget: int
+    step_prompt_tokens: int = 0
 
 
 class Spread(Struct):
@@ -269,8 +270,8 @@ def fold(states: bytes, cells: int, heat: bytes = b"") -> CellMap:
     counted = [b"".join(states.count(state, begin, end).to_bytes(width, "little")
                         for begin, end in pairwise(edges)) for state in (OWNED, SHARED, CACHED)]
     warmest = bytes(max(heat[begin:end]) for begin, end in pairwise(edges)) if len(heat) == total else None
-    return CellMap(cells, width, *(b64encode(counts).decode() for counts in counted),
-                   heat=None if warmest is None else b64encode(warmest).decode())
+    owned, shared, cached = (b64encode(counts).decode() for counts in counted)
+    return CellMap(cells, width, owned, shared, cached, None if warmest is None else b64encode(warmest).decode())
 
 
 def loading_stats(health: Health) -> LoadingStats | None:

@@ -117,7 +117,7 @@ class StatsDesk:
             gpu=card, process_bytes=_resident(getattr(self._engine, "pid", None)),
             blocks=block_stats(picture, info.block_size, cells),
             batch=BatchStats(stats.running, stats.waiting, picture.preempted, stats.steps, round(stats.step_seconds, 6),
-                             stats.step_tokens, info.max_num_batched_tokens),
+                             stats.step_tokens, info.max_num_batched_tokens, stats.step_prompt_tokens),
             speed=self._speed(picture), requests=[request_stats(row, made) for row in picture.rows],
             requests_total=picture.requests, look_seconds=round(picture.seconds, 6), cards=cards)
 
