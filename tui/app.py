@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Awaitable, Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar, TypeVar
 
 from rich.text import Text
@@ -20,7 +20,7 @@ from workstation.tui.canvas import Canvas
 from workstation.tui.client import Source
 from workstation.tui.details import details, log_lines
 from workstation.tui.drawing import Glyphs
-from workstation.tui.frame import BadAnswerError, Frame
+from workstation.tui.frame import BadAnswerError, Frame, clean
 from workstation.tui.map_view import MapView
 from workstation.tui.request_table import ORDERS, RequestTable
 from workstation.tui.screens import Choice, Question, Sheet, keys
@@ -40,6 +40,7 @@ class Dashboard(App[str]):
     Args:
         source: of the frames.  rate: frames a second, 1 to 10.  first: a frame already fetched, drawn at once.
         owns_server: the server was started for this dashboard, so that leaving asks what becomes of it.
+        waiting: says what goes on before the first frame.
     """
 
     CSS_PATH = "app.tcss"
@@ -53,7 +54,7 @@ class Dashboard(App[str]):
     ]
 
     def __init__(self, source: Source, *, rate: float = 4.0, glyphs: Glyphs | None = None, first: Frame | None = None,
-                 owns_server: bool = False) -> None:
+                 owns_server: bool = False, waiting: Callable[[], str] | None = None) -> None:
         super().__init__()
         self.source = source
         self.newest = first
@@ -61,6 +62,7 @@ class Dashboard(App[str]):
         self.trouble = ""
         self.canvas = Canvas(glyphs or Glyphs())
         self._owns_server = owns_server
+        self._waiting = waiting or (lambda: "connecting")
         self._period = 1.0 / rate
         self._lines: list[dict[str, Any]] = []
         self._look, self._hurry = asyncio.Event(), asyncio.Event()
@@ -96,7 +98,8 @@ class Dashboard(App[str]):
         self.call_after_refresh(self.draw)
 
     def draw(self) -> None:
-        self.canvas.draw(self.screen_stack[0], self.newest, self.source.url, self.trouble, self.frozen)
+        waiting = clean(self._waiting()) if self.newest is None else ""
+        self.canvas.draw(self.screen_stack[0], self.newest, self.source.url, self.trouble, self.frozen, waiting)
 
     # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────────
 

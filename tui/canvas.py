@@ -72,10 +72,14 @@ class Canvas:
 
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def draw(self, screen: Screen[Any], frame: Frame | None, url: str, trouble: str, frozen: bool) -> None:
-        """Everything, from the newest frame; after a failure its last picture stays, with its age."""
+    def draw(self, screen: Screen[Any], frame: Frame | None, url: str, trouble: str, frozen: bool,
+             waiting: str = "") -> None:
+        """Everything, from the newest frame; after a failure its last picture stays, with its age.
+
+        waiting: what goes on before there is a frame.
+        """
         width = screen.size.width
-        self.place("head", panels.head(frame, url, trouble, width, panels.age_of(frame)))
+        self.place("head", panels.head(frame, url, trouble or waiting, width, panels.age_of(frame)))
         screen.set_class(bool(trouble) and frame is not None, "down")
         if frame is None:
             self.place("foot", self._foot(None, trouble, frozen, set()))

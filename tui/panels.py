@@ -86,7 +86,7 @@ def advice(frame: Frame, history: History, stuck: set[str]) -> str:
 def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) -> Text:
     """One line: model and device at the left; state, uptime and address at the right as far as there is room."""
     if frame is None:
-        return Text(f" ws  {url}  {trouble or 'connecting'}", style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
+        return Text(f" ws  {url}  {trouble}", style=f"bold {AMBER}", no_wrap=True, overflow="ellipsis")
     model, server, batch = frame.data["model"], frame.data["server"], frame.data["batch"]
     text = Text(f" ws  {model['name']}", style="bold", no_wrap=True)
     kinds = [model["dtype"]]
