@@ -70,7 +70,6 @@ LATER_SETTINGS: tuple[Setting, ...] = (
     _later("default_chat_template_kwargs", "text", None, "send chat_template_kwargs with the request"),
     _later("limit_mm_per_prompt", "text", None, "images, audio and video have not landed"),
     _later("enable_sleep_mode", "bool", False, "a server that is not needed is stopped with `ws stop`"),
-    _later("dashboard", "bool", False, "the dashboard has not landed; `ws ps` and /metrics say what the server does"),
     _later("otlp_traces_endpoint", "text", None, "tracing has not landed"),
     _later("kv_cache_metrics", "bool", False, "block lifetimes are not measured"),
     _later("enable_log_requests", "bool", False, _LOGGING),

@@ -33,6 +33,14 @@ _POSITIONAL = [
         "model", inspect.Parameter.KEYWORD_ONLY, default=None,
         annotation=Annotated[str | None, typer.Option(help="The same as MODEL.")],
     ),
+    inspect.Parameter(
+        "dashboard", inspect.Parameter.KEYWORD_ONLY, default=False,
+        annotation=Annotated[bool, typer.Option("--dashboard", help="Watch it here; q asks whether it stops or goes on.")],
+    ),
+    inspect.Parameter(
+        "detach", inspect.Parameter.KEYWORD_ONLY, default=False,
+        annotation=Annotated[bool, typer.Option("--detach", help="Return when the server is ready; `ws stop` stops it.")],
+    ),
 ]  # fmt: skip
 
 
@@ -43,15 +51,36 @@ def _command(**given: Any) -> None:
     models.toml; flags win over variables, variables over models.toml. vLLM's other flags are refused with a sentence.
     """
     model = chosen_model(given.pop("model_name"), given.pop("model"), os.environ)
+    dashboard, detach = given.pop("dashboard"), given.pop("detach")
     answer_removed({flag.name: given.pop(flag.name) for flag in REMOVED_FLAGS})
     settings, _ = settle(model, given, os.environ)
     from workstation.server.serve import bind
 
     bind(settings["host"], settings["port"]).close()  # a taken port is told before minutes go into a download
+    if dashboard or detach:
+        in_background(model, given, settings, dashboard=dashboard, detach=detach)
+        return
     run(plan_launch(model, given, os.environ))
 
 
 command = with_flags(_command, _POSITIONAL, SERVE_SETTINGS, REMOVED_FLAGS)
+
+
+def in_background(model: str, given: Mapping[str, Any], settings: Settings, *, dashboard: bool, detach: bool) -> None:
+    """`--dashboard` and `--detach`: the server in a process of its own, watched or left there."""
+    from workstation.cli import detached
+    from workstation.cli.top import check_terminal
+
+    if dashboard and detach:
+        raise ConfigError("--dashboard stays and --detach leaves; give one", param="detach")
+    if dashboard:
+        check_terminal()
+    keys = api_keys(settings)
+    server = detached.start(model, given, settings, keys)
+    if dashboard:
+        detached.watch(server, keys[0] if keys else None)
+    else:
+        detached.leave(server)
 
 
 def chosen_model(positional: str | None, flag: str | None, environment: Mapping[str, str]) -> str:
@@ -160,16 +189,19 @@ def run(launch: Launch) -> None:
     import logging
 
     from workstation.cli.progress import LoadingBar
+    from workstation.server.log_book import LogBook
     from workstation.server.serve import run as serve
     from workstation.server.supervisor import EngineProcess
 
     logging.basicConfig(level=logging.WARNING, format="ws: %(message)s")
+    for handler in logging.getLogger().handlers:
+        handler.setLevel(logging.WARNING)  # the log book lets our loggers say more than a terminal wants
     options, loader = server_options(launch.settings), model_loader(launch)
-    with LoadingBar() as bar:
-        engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update)
+    with LoadingBar() as bar, LogBook() as book:
+        engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update, on_said=book.add)
 
         def ready(server: Any) -> None:
             bar.close()
             note(ready_text(server.base_url, server.model, engine.info, bool(options.api_keys)))
 
-        serve(options, engine, loader, on_ready=ready)
+        serve(options, engine, loader, name=served_names(launch)[0], book=book, on_ready=ready)

@@ -191,7 +191,7 @@ class FakeEngine:
     def _row(self, request: EngineRequest) -> RequestRow:
         prompt = len(request.prompt_token_ids)
         return RequestRow(request.request_id, request.label, "decode", 1, prompt, self.num_cached_tokens, prompt, 4, 3, 0,
-                          request.arrival, request.arrival, request.arrival + 0.1)
+                          request.arrival, request.arrival, request.arrival + 0.1, request.route)
 
     async def start(self) -> None:
         self.state = "ready"

@@ -25,7 +25,7 @@ ROUTES = [
     ("GET", "/version"),
     ("GET", "/metrics"),
     ("GET", "/stats"), ("GET", "/stats/stream"), ("GET", "/stats/blocks"), ("GET", "/stats/requests/{id}"),
-    ("POST", "/stats/requests/{id}/abort"),
+    ("POST", "/stats/requests/{id}/abort"), ("GET", "/stats/log"), ("GET", "/stats/gpu"),
 ]
 
 

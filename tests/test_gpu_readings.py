@@ -2,39 +2,55 @@
 
 from __future__ import annotations
 
+import asyncio
+import os
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fakes import FakeEngine, api_client, served_model, write_byte_level_folder
 
-from workstation import gpu
+from workstation import gpu, gpu_live
+from workstation.engine.request import EngineInfo, EngineStats
 from workstation.errors import DeviceError
 from workstation.memory import GIB
+from workstation.server import card as server_card
+from workstation.server.app import create_app
+from workstation.server.card import Energy
 
 
 class FakeNvml:
     """One card. Queries named in `broken` fail as NVML's binding fails: with an exception."""
 
-    NVML_TEMPERATURE_GPU = 0
+    NVML_TEMPERATURE_GPU = NVML_PCIE_UTIL_TX_BYTES = 0
+    NVML_PCIE_UTIL_RX_BYTES = NVML_CLOCK_SM = 1
+    NVML_CLOCK_MEM = 2
 
     def __init__(self, cuda: int = 13000, broken: frozenset[str] = frozenset()) -> None:
         self.broken = broken
         self.answers: dict[str, Any] = {
             "nvmlDeviceGetCount": 1, "nvmlDeviceGetHandleByIndex": "card", "nvmlDeviceGetHandleByUUID": "card",
             "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=96 * GIB, used=6 * GIB, free=90 * GIB),
-            "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=37), "nvmlSystemGetCudaDriverVersion": cuda,
+            "nvmlDeviceGetUtilizationRates": SimpleNamespace(gpu=37, memory=21), "nvmlSystemGetCudaDriverVersion": cuda,
             "nvmlDeviceGetDisplayActive": 1, "nvmlDeviceGetIndex": 0, "nvmlDeviceGetName": b"NVIDIA Test",
             "nvmlDeviceGetUUID": "GPU-1", "nvmlSystemGetDriverVersion": "570.1", "nvmlDeviceGetPowerUsage": 250_000,
             "nvmlDeviceGetEnforcedPowerLimit": 600_000, "nvmlDeviceGetTotalEnergyConsumption": 5000,
             "nvmlDeviceGetTemperature": 61, "nvmlDeviceGetCudaComputeCapability": (9, 0),
+            "nvmlDeviceGetFanSpeed": 40, "nvmlDeviceGetCurrentClocksThrottleReasons": 0x4 | 0x1,
+            "nvmlDeviceGetClockInfo": lambda card, kind: {1: 1755, 2: 2619}[kind],
+            "nvmlDeviceGetPcieThroughput": lambda card, kind: {0: 1, 1: 2}[kind],
+            "nvmlDeviceGetComputeRunningProcesses": [SimpleNamespace(pid=os.getpid(), usedGpuMemory=GIB)],
+            "nvmlDeviceGetGraphicsRunningProcesses": [SimpleNamespace(pid=2**22 + 5, usedGpuMemory=None)],
         }  # fmt: skip
 
     def __getattr__(self, name: str) -> Any:
         def query(*arguments: Any) -> Any:
             if name in self.broken:
                 raise RuntimeError("Not Supported")
-            return self.answers[name]
+            answer = self.answers[name]
+            return answer(*arguments) if callable(answer) else answer
 
         return query
 
@@ -134,3 +150,107 @@ def test_a_control_groups_limit_counts_when_it_is_smaller(monkeypatch: pytest.Mo
     memory = gpu.host_memory()
     assert memory.total_bytes == GIB
     assert memory.free_bytes <= GIB - GIB // 4
+
+
+def test_a_live_reading_holds_load_clocks_pcie_and_who_is_on_the_card(card: FakeNvml) -> None:
+    reading = gpu_live.live("GPU-1")
+    assert reading is not None
+    assert (reading.memory_utilization, reading.fan, reading.clock_mhz, reading.memory_clock_mhz) == (0.21, 0.4, 1755, 2619)
+    assert (reading.throttle, reading.pcie_read, reading.pcie_write) == ("power cap", 2048.0, 1024.0)
+    mine, other = sorted(reading.processes, key=lambda row: row.pid != os.getpid())
+    assert mine.bytes == GIB and mine.user and mine.command
+    assert (other.pid, other.user, other.command, other.bytes) == (2**22 + 5, None, None, None)
+
+
+LIVE_QUERIES = ["nvmlDeviceGetUtilizationRates", "nvmlDeviceGetFanSpeed", "nvmlDeviceGetClockInfo",
+                "nvmlDeviceGetPcieThroughput", "nvmlDeviceGetCurrentClocksThrottleReasons",
+                "nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetGraphicsRunningProcesses"]
+
+
+@pytest.mark.parametrize("query", LIVE_QUERIES)
+def test_a_live_query_that_fails_leaves_the_others(card: FakeNvml, query: str) -> None:
+    whole = gpu_live.live("GPU-1")
+    card.broken = frozenset({query})
+    part = gpu_live.live("GPU-1")
+    assert whole is not None and part is not None and part != whole and part.sample.name == "NVIDIA Test"
+
+
+def test_a_card_without_throttling_says_so_and_one_that_tells_nothing_does_not(card: FakeNvml) -> None:
+    card.answers["nvmlDeviceGetCurrentClocksThrottleReasons"] = 1  # idle
+    assert getattr(gpu_live.live("GPU-1"), "throttle", None) == ""
+    card.broken = frozenset({"nvmlDeviceGetCurrentClocksThrottleReasons"})
+    assert getattr(gpu_live.live("GPU-1"), "throttle", "") is None
+
+
+def test_a_card_that_was_lost_is_none(card: FakeNvml) -> None:
+    card.broken = frozenset({"nvmlDeviceGetHandleByUUID"})
+    assert gpu_live.live("GPU-1") is None and gpu_live.energy("GPU-1") is None
+
+
+def test_every_card_of_the_machine_is_listed(card: FakeNvml) -> None:
+    card.answers["nvmlDeviceGetCount"] = 3
+    assert len(gpu_live.samples()) == 3
+
+
+def test_joules_a_token_are_energy_over_tokens_of_the_last_ten_seconds() -> None:
+    energy = Energy()
+    assert energy.feed(0.0, 1000.0, 0) is None
+    assert energy.feed(1.0, 1300.0, 100) == 3.0
+    for second in range(2, 30):
+        last = energy.feed(float(second), 1300.0 + 50 * (second - 1), 100 + 100 * (second - 1))
+    assert last == 0.5
+
+
+def test_an_idle_card_an_old_reading_and_a_restart_give_no_joules() -> None:
+    energy = Energy()
+    energy.feed(0.0, 1000.0, 10)
+    assert energy.feed(1.0, 1100.0, 10) is None
+    assert energy.feed(2.0, 1200.0, 4) is None
+    assert energy.feed(500.0, 9000.0, 40) is None
+    assert energy.feed(501.0, None, 40) is None
+
+
+class EngineOnTheCard(FakeEngine):
+    """Says that it runs on the fake's card; 100 tokens more each time it is asked."""
+
+    made = 0
+
+    @property
+    def info(self) -> EngineInfo:
+        return replace(super().info, device="cuda:1", device_uuid="GPU-1")
+
+    def stats(self) -> EngineStats:
+        self.made += 100
+        return replace(super().stats(), generated_tokens=self.made)
+
+
+def test_a_frame_the_gpu_page_and_the_metrics_hold_the_engines_card_found_by_uuid(
+    card: FakeNvml, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(server_card, "PERIOD", 0.0)
+    app = create_app(EngineOnTheCard(), served_model(write_byte_level_folder(tmp_path)))
+
+    async def main() -> tuple[Any, Any, str]:
+        async with api_client(app) as client:
+            await client.get("/stats")
+            card.answers["nvmlDeviceGetTotalEnergyConsumption"] += 40_000
+            return ((await client.get("/stats")).json(), (await client.get("/stats/gpu")).json(),
+                    (await client.get("/metrics")).text)
+
+    frame, page, metrics = asyncio.run(main())
+    assert (frame["gpu"]["uuid"], frame["gpu"]["clock_mhz"], frame["gpu"]["throttle"]) == ("GPU-1", 1755, "power cap")
+    assert 0 < frame["gpu"]["joules_per_token"] <= 0.4
+    assert frame["cards"] == page["cards"] and frame["cards"][0]["own"] is True
+    assert {row["pid"] for row in page["processes"]} == {os.getpid(), 2**22 + 5}
+    assert 'ws:joules_per_token{engine="0",model_name="fake"} 0.' in metrics
+
+
+def test_without_a_card_in_use_the_gpu_page_is_empty(tmp_path: Path) -> None:
+    app = create_app(FakeEngine(), served_model(write_byte_level_folder(tmp_path)))
+
+    async def main() -> Any:
+        async with api_client(app) as client:
+            return (await client.get("/stats/gpu")).json(), (await client.get("/metrics")).text
+
+    page, metrics = asyncio.run(main())
+    assert page == {"version": 1, "cards": [], "processes": []} and "joules" not in metrics

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
@@ -15,10 +16,13 @@ import msgspec
 import pytest
 from fakes import FakeEngine, api_client, served_model, write_byte_level_folder
 
+from workstation.engine.client import Health, Progress
 from workstation.engine.request import EngineRequest, EngineStats, SamplingParams
 from workstation.engine.snapshot import Picture
 from workstation.server import stats_desk
 from workstation.server.app import create_app
+from workstation.server.door import loading_door
+from workstation.server.log_book import LogBook
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.stats import Snapshot, fold
 from workstation.server.stats_rates import Rates, Recent
@@ -105,7 +109,7 @@ def test_a_wrong_number_of_cells_is_refused_by_name(model: ServedModel, query: s
     assert "from 1 to 4096" in answer.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("path", ["/stats", "/stats/stream", "/stats/blocks", "/stats/requests/a"])
+@pytest.mark.parametrize("path", ["/stats", "/stats/stream", "/stats/blocks", "/stats/requests/a", "/stats/log"])
 def test_every_route_asks_for_the_key(model: ServedModel, path: str) -> None:
     assert get(busy("a"), model, path, ServerOptions(api_keys=("secret",))).status_code == 401
 
@@ -268,3 +272,91 @@ def test_waste_is_the_share_of_held_slots_without_a_token(model: ServedModel) ->
 
     stats = replace(FakeEngine().stats(), kv_tokens_held=96)
     assert block_stats(Picture(0, stats, b"", [], 0), 16, 4).waste == 0.25
+
+
+def test_the_log_holds_our_loggers_lines_of_the_level_asked_for(model: ServedModel) -> None:
+    with LogBook() as book:
+        app = create_app(FakeEngine(), model, None, book)
+        log = logging.getLogger("workstation.server")
+        log.info("one %d", 1)
+        log.warning("two")
+
+        async def main() -> list[Any]:
+            async with api_client(app) as client:
+                queries = ("", "level=warning", "after=1", "lines=1")
+                return [(await client.get(f"/stats/log?{query}")).json() for query in queries]
+
+        answers = asyncio.run(main())
+    texts = [[(line["level"], line["text"]) for line in answer["lines"]] for answer in answers]
+    assert texts[0] == [("info", "one 1"), ("warning", "two")] and answers[0]["last"] == 2
+    assert texts[1] == texts[2] == texts[3] == [("warning", "two")]
+
+
+def test_talk_never_pushes_trouble_out_of_the_log() -> None:
+    book = LogBook(kept=4)
+    book.add(0.0, logging.ERROR, "engine", "the engine died")
+    for number in range(1000):
+        book.add(1.0, logging.INFO, "server", f"{number} " + "x" * 1000)
+    lines = book.newest("info", 200)
+    assert [line.level for line in lines] == ["error"] + ["info"] * 4 and all(len(line.text) <= 400 for line in lines)
+
+
+def test_no_text_of_a_prompt_is_in_the_log(model: ServedModel) -> None:
+    secret = "correct horse battery"
+
+    async def test(client: httpx.AsyncClient) -> str:
+        for engine_fault in (None, 1):
+            engine.error_after = engine_fault
+            await client.post("/v1/completions", json={"prompt": secret, "max_tokens": 3})
+        await client.post("/v1/completions", json={"prompt": secret, "max_tokens": secret})
+        return (await client.get("/stats/log?level=debug")).text
+
+    engine = FakeEngine()
+    with LogBook() as book:
+        app = create_app(engine, model, None, book)
+
+        async def main() -> str:
+            async with api_client(app) as client:
+                return await test(client)
+
+        said = asyncio.run(main())
+    assert "ended: length, 3 tokens" in said and "ended: error" in said and "horse" not in said
+
+
+@pytest.mark.parametrize(("query", "param"), [("level=loud", "level"), ("lines=0", "lines"), ("lines=201", "lines"),
+                                              ("after=x", "after")])
+def test_a_wrong_question_to_the_log_is_refused_by_name(model: ServedModel, query: str, param: str) -> None:
+    answer = get(FakeEngine(), model, f"/stats/log?{query}")
+    assert answer.status_code == 400 and answer.json()["error"]["param"] == param
+
+
+def test_a_frame_says_how_far_loading_has_come(model: ServedModel) -> None:
+    class Loading(FakeEngine):
+        def health(self) -> Health:
+            return Health("restarting", loading=Progress(25, 100, 2.0))
+
+    frame = get(Loading(), model, "/stats").json()
+    assert frame["server"]["loading"] == {"done_bytes": 25, "total_bytes": 100, "seconds_left": 6.0}
+    assert Progress(0, 100, 2.0).seconds_left is None and Progress(100, 100, 2.0).seconds_left is None
+
+
+def test_while_the_engine_loads_the_door_answers_its_state_and_refuses_the_rest(model: ServedModel) -> None:
+    engine = FakeEngine(state="starting")
+    door = loading_door(engine, "fake", ServerOptions(api_keys=("secret",)), LogBook())
+
+    async def main() -> list[httpx.Response]:
+        transport = httpx.ASGITransport(app=door)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+            key = {"authorization": "Bearer secret"}
+            answers = [await client.get("/health"), await client.get("/stats"), await client.get("/stats", headers=key),
+                       await client.get("/v1/models", headers=key), await client.get("/stats?cells=0", headers=key)]
+            engine.state = "ready"
+            app = create_app(engine, model, ServerOptions(api_keys=("secret",)))
+            door.open(app, app.state.api.close)
+            return [*answers, await client.get("/v1/models", headers=key)]
+
+    health, keyless, frame, models, wrong, opened = asyncio.run(main())
+    assert (health.status_code, health.json()["status"]) == (503, "starting") and keyless.status_code == 401
+    assert frame.json()["server"]["state"] == "starting" and frame.json()["model"]["name"] == "fake"
+    assert (models.status_code, "retry-after" in models.headers) == (503, True)
+    assert wrong.status_code == 400 and opened.status_code == 200

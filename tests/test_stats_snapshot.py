@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from random import Random
 
 import pytest
@@ -13,6 +14,7 @@ from workstation.engine.blocks import CACHED, FREE, OWNED, SHARED, BlockPool
 from workstation.engine.request import EngineRequest, SamplingParams
 from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import MAX_ROWS, Look, take_picture
+from workstation.server.stats import fold
 
 PROMPT = list(range(10))
 
@@ -149,3 +151,29 @@ def slots_in_use(planner: Scheduler) -> int:
                 if block:
                     used.setdefault(block, min(size, max(0, seq.num_computed - entry * size)))
     return sum(used.values())
+
+
+def test_heat_ranks_cached_blocks_by_their_turn_to_be_evicted() -> None:
+    pool = BlockPool(9)
+    taken = [pool.allocate() for _ in range(4)]
+    for number, block in enumerate(taken[:3]):
+        pool.publish(block, 0, bytes([number]), (number,))
+    for block in (taken[1], taken[0], taken[2]):
+        pool.release(block)
+    heat = pool.heat_bytes()
+    assert len(heat) == 8 and heat[taken[3] - 1] == 0
+    assert heat[taken[1] - 1] == 255 > heat[taken[0] - 1] > heat[taken[2] - 1] > 0
+
+
+def test_a_cell_is_as_warm_as_its_next_block_to_go() -> None:
+    folded = fold(bytes([3] * 6), 2, bytes([1, 200, 3, 0, 0, 9]))
+    assert base64.b64decode(folded.heat or "") == bytes([200, 9]) and fold(bytes(6), 2).heat is None
+
+
+def test_a_blocks_age_starts_when_it_is_taken_and_again_when_it_is_let_go() -> None:
+    pool = BlockPool(3)
+    block = pool.allocate()
+    taken = pool.since(block)
+    pool.publish(block, 0, b"d", (1,))
+    pool.release(block)
+    assert 0.0 < taken <= pool.since(block)

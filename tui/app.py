@@ -1,111 +1,105 @@
-"""The dashboard: one frame after another, drawn. Everything it knows came over HTTP."""
+"""The dashboard: one frame after another, drawn. Everything it knows came from a Source, which is HTTP or a recording."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
-from typing import ClassVar
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, ClassVar, TypeVar
 
 from rich.text import Text
 from textual import events, work
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.containers import Horizontal
-from textual.widgets import DataTable, Input, Static
+from textual.screen import Screen
+from textual.widgets import Input
 
-from workstation.tui import panels
-from workstation.tui.client import Client
-from workstation.tui.drawing import Glyphs, block_map, clock
-from workstation.tui.frame import BadAnswerError, Frame
-from workstation.tui.screens import KEYS, Question, Sheet
+from workstation.tui import gpu_panels
+from workstation.tui.canvas import Canvas
+from workstation.tui.client import Source
+from workstation.tui.details import details, log_lines
+from workstation.tui.drawing import Glyphs
+from workstation.tui.frame import BadAnswerError, Frame, clean
+from workstation.tui.map_view import MapView
+from workstation.tui.request_table import ORDERS, RequestTable
+from workstation.tui.screens import Choice, Question, Sheet, keys
 
 RETRY_SECONDS = 1.0
-DETAILS_SECONDS = 1.0
-TABLE_SECONDS = 1.0
-MAX_CELLS = 4096
-TALL, TINY = 32, 16
+SLOW_SECONDS = 1.0
+MAX_BLOCKS = 1024
+LOG_LINES = 200
+THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "solarized-light", "textual-ansi")
+STOP, LEAVE = "stop", "leave"
+Answer = TypeVar("Answer")
 
 
-class Dashboard(App[None]):
-    """`ws top`.
+class Dashboard(App[str]):
+    """`ws top`; its result says what is to become of a server that it was started with: STOP or LEAVE.
 
     Args:
-        client: of the server to watch.  rate: frames a second, 1 to 10.  first: a frame already fetched, drawn at once.
+        source: of the frames.  rate: frames a second, 1 to 10.  first: a frame already fetched, drawn at once.
+        owns_server: the server was started for this dashboard, so that leaving asks what becomes of it.
+        waiting: says what goes on before the first frame.
     """
 
     CSS_PATH = "app.tcss"
     TITLE = "ws"
-    ENABLE_COMMAND_PALETTE = False
     BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("q", "quit", "quit"), Binding("question_mark", "help", "help"), Binding("slash", "filter", "filter"),
-        Binding("s", "sort", "sort"), Binding("x", "abort", "abort"), Binding("space", "freeze", "freeze", priority=False),
-        Binding("escape", "clear", show=False),
+        Binding("q,ctrl+c", "leave", "quit", priority=False), Binding("question_mark", "help", "help"),
+        Binding("slash", "filter", "filter"), Binding("s", "sort", "sort"), Binding("x", "abort", "abort"),
+        Binding("space", "freeze", "freeze"), Binding("h", "heat", "heat"), Binding("t", "theme", "theme"),
+        Binding("g", "card", "the card"), Binding("l", "log", "log"), Binding("escape", "clear", show=False),
+        Binding("ctrl+q", "leave", show=False),
     ]
 
-    def __init__(self, client: Client, *, rate: float = 4.0, glyphs: Glyphs | None = None, first: Frame | None = None) -> None:
+    def __init__(self, source: Source, *, rate: float = 4.0, glyphs: Glyphs | None = None, first: Frame | None = None,
+                 owns_server: bool = False, waiting: Callable[[], str] | None = None) -> None:
         super().__init__()
-        self.client = client
+        self.source = source
         self.newest = first
         self.frozen = False
         self.trouble = ""
-        self.order = panels.ORDERS[0]
-        self.words = ""
+        self.canvas = Canvas(glyphs or Glyphs())
+        self._owns_server = owns_server
+        self._waiting = waiting or (lambda: "connecting")
         self._period = 1.0 / rate
-        self._glyphs = glyphs or Glyphs()
-        self._history = panels.History()
-        self._lit: set[int] = set()
-        self._panels = {name: Static(id=name, markup=False) for name in ("head", "memory", "map", "batch", "speed", "foot")}
-        self._table: DataTable[Text] = DataTable(id="requests", cursor_type="row")
-        self._placed: dict[str, Text] = {}
-        self._table_drawn = 0.0
-        self._shown: list[str] = []
-        self._columns: list[str] = []
+        self._lines: list[dict[str, Any]] = []
+        self._look, self._hurry = asyncio.Event(), asyncio.Event()
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def compose(self) -> ComposeResult:
-        panel = self._panels
-        yield from (panel["head"], panel["memory"], panel["map"], Horizontal(panel["batch"], panel["speed"], id="figures"))
-        yield self._table
-        yield Input(placeholder="filter by id, client or state", id="filter")
-        yield panel["foot"]
+        yield from self.canvas.widgets()
+
+    def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
+        """What the palette (Ctrl+P) lists: Textual's own, and every key of ours."""
+        yield from super().get_system_commands(screen)
+        for binding in self.BINDINGS:
+            if isinstance(binding, Binding) and binding.description:
+                yield SystemCommand(binding.description, f"key {binding.key}", getattr(self, f"action_{binding.action}"))
 
     def on_mount(self) -> None:
-        self._panels["map"].border_title = "KV blocks"
-        self._table.border_title = "Requests"
-        self._table.focus()
-        self._fit(self.size.width, self.size.height)
+        self.canvas.title()
+        self.canvas.table.focus()
+        self.canvas.fit(self.screen_stack[0], self.size.width, self.size.height)
         if self.newest is not None:
-            self._history.feed(self.newest)
+            self.canvas.history.feed(self.newest)
         self.call_after_refresh(self._begin)
 
     def _begin(self) -> None:
         self.draw()
         self.watch_server()
-        self.watch_chosen()
+        self.watch_slowly()
+        self.watch_cell()
 
     def on_resize(self, event: events.Resize) -> None:
-        self._fit(event.size.width, event.size.height)
+        self.canvas.fit(self.screen_stack[0], event.size.width, event.size.height)
         self.call_after_refresh(self.draw)
 
-    def _fit(self, width: int, height: int) -> None:
-        base = self.screen_stack[0]
-        base.set_class(height >= TALL, "tall")
-        base.set_class(height < TINY or width < 40, "tiny")
-        base.set_class(self._glyphs.ascii, "ascii")
-        names = panels.columns(width)
-        if names != self._columns:
-            self._columns = names
-            table = self._table
-            table.clear(columns=True)
-            self._shown = []
-            for name in names:
-                table.add_column(Text(name), key=name)
-
-    def map_cells(self) -> int:
-        """As many cells as the map has room for, its legend's line left out; never more than the server folds."""
-        size = self._panels["map"].content_size
-        return max(1, min(MAX_CELLS, size.width * (size.height - 1)))
+    def draw(self) -> None:
+        waiting = clean(self._waiting()) if self.newest is None else ""
+        self.canvas.draw(self.screen_stack[0], self.newest, self.source.url, self.trouble, self.frozen, waiting)
 
     # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -116,9 +110,11 @@ class Dashboard(App[None]):
             began = time.monotonic()
             pause = self._period
             try:
-                frame = await self.client.frame(self.map_cells())
+                frame = await self.source.frame(self.canvas.map.room, self.canvas.heat)
             except BadAnswerError as error:
-                self.trouble, pause = str(error), RETRY_SECONDS
+                # A server of our own has not opened its port yet: no trouble before the first frame.
+                waits = self._owns_server and self.newest is None
+                self.trouble, pause = ("" if waits else str(error)), (self._period if waits else RETRY_SECONDS)
             else:
                 self.take(frame)
             if not self.frozen or self.trouble:
@@ -130,154 +126,148 @@ class Dashboard(App[None]):
         self.trouble = ""
         if not self.frozen:
             self.newest = frame
-            self._history.feed(frame)
+            self.canvas.history.feed(frame)
 
-    @work(exclusive=True, group="details")
-    async def watch_chosen(self) -> None:
-        """Once a second: which blocks the chosen request holds, to light them, and its details while they are open."""
+    @work(exclusive=True, group="slow")
+    async def watch_slowly(self) -> None:
+        """Once a second, and when another request is chosen: that request (its blocks are lit) and the log."""
         while True:
-            chosen = self.chosen_id()
-            self._lit = set()
-            if chosen is not None and self.newest is not None and not self.frozen:
-                try:
-                    answer = await self.client.details(chosen)
-                except BadAnswerError:
-                    answer = None
-                if answer is not None:
-                    tables = [table for sample in answer["samples"] for table in sample["tables"]]
-                    self._lit = self.newest.cells_of({block for table in tables for block in table})
-            await asyncio.sleep(DETAILS_SECONDS)
+            if not (self.frozen or self.trouble or self.newest is None):
+                await self._show_chosen(self.newest)
+                self._lines = await self._or_none(self.source.log(LOG_LINES)) or self._lines
+                self.canvas.draw_log(self._lines)
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(SLOW_SECONDS):
+                    await self._hurry.wait()
 
-    # ── drawing ─────────────────────────────────────────────────────────────────────────────────────────────────────
+    async def _show_chosen(self, frame: Frame) -> None:
+        chosen = self.canvas.table.chosen_id
+        answer = None if chosen is None else await self._or_none(self.source.details(chosen))
+        blocks: set[int] = set()
+        if answer is not None:
+            blocks = {block for sample in answer["samples"] for table in sample["tables"] for block in table}
+        self.canvas.lit = frame.cells_of(blocks)
+        self.canvas.draw_side(answer)
+        sheet = self.screen
+        if isinstance(sheet, Sheet) and answer is not None and sheet.subject == chosen:
+            sheet.show(details(answer, self.canvas.glyphs))
 
-    def draw(self) -> None:
-        """Everything, from the newest frame; after a failure its last picture stays, with its age."""
-        frame, width = self.newest, self.size.width
-        age = max(0.0, time.time() - frame.data["time"]) if frame is not None else 0.0
-        self._place("head", panels.head(frame, self.client.url, self.trouble, width, age))
-        self._place("foot", self._foot())
-        if frame is None:
-            return
-        size = self._panels["memory"].content_size
-        self._place("memory", panels.memory(frame, size.width, self._glyphs, size.height))
-        self._draw_map(frame)
-        for name, make in (("batch", panels.batch), ("speed", panels.speed)):
-            self._place(name, make(frame, self._history, self._glyphs, self._panels[name].content_size.width))
-        self._draw_requests(frame)
+    def on_request_table_moved(self) -> None:
+        self._hurry.set()
 
-    def _place(self, name: str, text: Text) -> None:
-        """Put text into a panel, if it says anything new."""
-        if self._glyphs.ascii:
-            text.plain = self._glyphs.plain(text.plain)
-        if self._placed.get(name) != text:
-            self._placed[name] = text
-            self._panels[name].update(text, layout=False)  # panels keep their size
+    async def _or_none(self, asked: Awaitable[Answer]) -> Answer | None:
+        """For what only adorns the picture: a failure leaves it out."""
+        try:
+            return await asked
+        except BadAnswerError:
+            return None
 
-    def _draw_map(self, frame: Frame) -> None:
-        widget = self._panels["map"]
-        text = block_map(frame.cells, max(1, widget.content_size.width), self._glyphs, self._lit)
-        self._place("map", text.append("\n").append_text(panels.legend(frame, self._glyphs)))
-        widget.border_subtitle = self._glyphs.plain(panels.blocks_line(frame))
+    @work(exclusive=True, group="cell")
+    async def watch_cell(self) -> None:
+        """Ask for the blocks of the cell that is pointed at; a mouse that moves on makes one question, not many."""
+        while True:
+            await self._look.wait()
+            self._look.clear()
+            cell, frame = self.canvas.pointed, self.newest
+            if cell is not None and frame is not None and cell < frame.count:
+                first, last = frame.span(cell)
+                self.canvas.blocks = await self._or_none(self.source.blocks(first, min(last, first + MAX_BLOCKS - 1)))
+                self.canvas.draw_legend(frame)
+            await asyncio.sleep(0.1)
 
-    def _draw_requests(self, frame: Frame) -> None:
-        table = self._table
-        rows = panels.chosen(frame.requests, self.words, self.order)
-        names = [row["id"] for row in rows]
-        width = self.size.width
-        if names != self._shown:
-            self._refill(table, rows, names, width)
-        elif time.monotonic() - self._table_drawn >= TABLE_SECONDS:
-            self._table_drawn = time.monotonic()
-            for row in rows:
-                for name, cell in zip(self._columns, panels.row_cells(row, width), strict=True):
-                    if table.get_cell(row["id"], name) != cell:
-                        table.update_cell(row["id"], name, cell)
-        total = frame.data["requests_total"]
-        shown = f"{len(rows)} of {total}" if len(rows) < total else f"{total}"
-        words = f" · filter: {panels_safe(self.words)}" if self.words else ""
-        table.border_subtitle = self._glyphs.plain(f"{shown} · by {self.order}{words}")
-
-    def _refill(self, table: DataTable[Text], rows: list[dict[str, object]], names: list[str], width: int) -> None:
-        """New rows, with the cursor on the request that it stood on."""
-        before, line = self.chosen_id(), table.cursor_row
-        table.clear()
-        for row in rows:
-            table.add_row(*panels.row_cells(row, width), key=str(row["id"]))
-        self._shown = names
-        if names:
-            table.move_cursor(row=names.index(before) if before in names else min(line, len(names) - 1))
-
-    def _foot(self) -> Text:
-        keys = " ? help  q quit  / filter  s sort  Enter details  x abort  space freeze"
-        if self.trouble:
-            return Text(f" {self.trouble}; trying again", style="#D55E00", no_wrap=True)
-        if self.frozen and self.newest is not None:
-            return Text(f"{keys}   FROZEN at {clock(self.newest.data['server']['uptime'])}", style="#E69F00", no_wrap=True)
-        return Text(keys, no_wrap=True)
+    def on_map_view_pointed(self, event: MapView.Pointed) -> None:
+        self.canvas.pointed, self.canvas.blocks = event.cell, None
+        self._look.set()
+        if self.newest is not None and self.newest.count:
+            self.canvas.draw_legend(self.newest)
 
     # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def chosen_id(self) -> str | None:
-        """The request under the cursor."""
-        row = self._table.cursor_row
-        return self._shown[row] if 0 <= row < len(self._shown) else None
-
     def action_help(self) -> None:
-        self.push_screen(Sheet("Keys", Text(KEYS)))
+        self._open("Keys", keys(self.canvas.glyphs))
 
     def action_freeze(self) -> None:
         self.frozen = not self.frozen
         self.draw()
 
+    def action_heat(self) -> None:
+        self.canvas.heat = not self.canvas.heat
+        self.draw()
+
+    def action_theme(self) -> None:
+        """The next theme; all meaning stays in the palette of drawing.py."""
+        themes = [name for name in THEMES if name in self.available_themes]
+        at = themes.index(self.theme) if self.theme in themes else -1
+        self.theme = themes[(at + 1) % len(themes)]
+
     def action_sort(self) -> None:
-        self.order = panels.ORDERS[(panels.ORDERS.index(self.order) + 1) % len(panels.ORDERS)]
+        self.canvas.order = ORDERS[(ORDERS.index(self.canvas.order) + 1) % len(ORDERS)]
         self.draw()
 
     def action_filter(self) -> None:
-        box = self.query_one("#filter", Input)
-        box.add_class("open")
-        box.focus()
+        self.canvas.filter.add_class("open")
+        self.canvas.filter.focus()
 
     def action_clear(self) -> None:
         """Close the filter and show all requests."""
-        box = self.query_one("#filter", Input)
-        box.value = self.words = ""
-        box.remove_class("open")
-        self._table.focus()
+        self.canvas.filter.value = self.canvas.words = ""
+        self.canvas.filter.remove_class("open")
+        self.canvas.table.focus()
         self.draw()
 
     def on_input_changed(self, event: Input.Changed) -> None:
-        self.words = event.value
+        self.canvas.words = event.value
         self.draw()
 
     def on_input_submitted(self) -> None:
-        self.query_one("#filter").remove_class("open")
-        self._table.focus()
+        self.canvas.filter.remove_class("open")
+        self.canvas.table.focus()
+
+    def action_log(self) -> None:
+        self._open("Log", log_lines(self._lines) if self._lines else Text("nothing was said yet"))
+
+    def _open(self, title: str, text: Text, subject: str = "") -> None:
+        sheet = Sheet(title, text, subject)
+        sheet.set_class(self.canvas.glyphs.ascii, "ascii")
+        self.push_screen(sheet)
 
     @work(exclusive=True, group="sheet")
-    async def on_data_table_row_selected(self) -> None:
-        chosen = self.chosen_id()
-        if chosen is None:
-            return
+    async def action_card(self) -> None:
         try:
-            text = panels.details(await self.client.details(chosen))
+            text = gpu_panels.processes(await self.source.cards(), self.newest)
         except BadAnswerError as error:
             text = Text(str(error))
-        self.push_screen(Sheet("Request", text))
+        self._open("The card", text)
+
+    @work(exclusive=True, group="sheet")
+    async def on_request_table_opened(self, event: RequestTable.Opened) -> None:
+        try:
+            text = details(await self.source.details(event.request_id), self.canvas.glyphs)
+        except BadAnswerError as error:
+            text = Text(str(error))
+        self._open("Request", text, event.request_id)
 
     @work(exclusive=True, group="abort")
     async def action_abort(self) -> None:
-        chosen = self.chosen_id()
-        if chosen is None or not await self.push_screen_wait(Question(f"Abort {chosen}? Its client gets an error.")):
+        chosen = self.canvas.table.chosen_id
+        if chosen is None or await self.push_screen_wait(Question(f"Abort {chosen}? Its client gets an error.")) != "y":
             return
         try:
-            await self.client.abort(chosen)
+            await self.source.abort(chosen)
         except BadAnswerError as error:
             self.notify(str(error), severity="error", markup=False)
         else:
             self.notify(f"aborted {chosen[-8:]}", markup=False, timeout=3)
 
-
-def panels_safe(words: str) -> str:
-    """A border's subtitle is markup; what was typed is not."""
-    return words.replace("[", "\\[")
+    @work(exclusive=True, group="leave")
+    async def action_leave(self) -> None:
+        """Go; when the server was started with the dashboard, ask what becomes of it."""
+        if not self._owns_server:
+            self.exit(LEAVE)
+            return
+        question = Choice("Leave the dashboard. What about the server?",
+                          {"s": "stop it (requests in flight finish)", "d": "let it go on, detached", "n": "stay here"}, "n")
+        answer = await self.push_screen_wait(question)
+        if answer != "n":
+            self.exit(STOP if answer == "s" else LEAVE)

@@ -1,29 +1,57 @@
-"""The only place with URLs: frames, details and aborts of one server, over HTTP."""
+"""The only place with URLs: frames, details, blocks, the log and aborts of one server, over HTTP."""
 
 from __future__ import annotations
 
-import json
-from typing import Any
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
 
 from workstation.tui.frame import BadAnswerError, Frame, clean, parse, scrub
+from workstation.tui.shapes import BLOCKS, CARDS, LOG, fits, fits_details, read
 
 TIMEOUT = httpx.Timeout(3.0, read=5.0)
+
+
+class Source(Protocol):
+    """Where frames come from: a server, or a recording. Everything raises BadAnswerError with one line for the user."""
+
+    url: str
+
+    async def frame(self, cells: int, heat: bool = False) -> Frame: ...
+
+    async def details(self, request_id: str) -> dict[str, Any]: ...
+
+    async def blocks(self, first: int, last: int) -> dict[str, Any]: ...
+
+    async def cards(self) -> dict[str, Any]: ...
+
+    async def log(self, lines: int) -> list[dict[str, Any]]: ...
+
+    async def abort(self, request_id: str) -> None: ...
+
+
+class Recorder(Protocol):
+    """Takes every frame's body."""
+
+    def write(self, body: bytes) -> None: ...
 
 
 class Client:
     """Talks to one server.
 
     Args:
-        url: the server's root.  api_key: sent as a bearer token.  transport: for tests.
+        url: the server's root.  api_key: sent as a bearer token.  recorder: given every frame.  transport: for tests.
     Raises:
         BadAnswerError: the URL is malformed.
     """
 
-    def __init__(self, url: str, api_key: str | None = None, *, transport: httpx.AsyncBaseTransport | None = None) -> None:
+    def __init__(self, url: str, api_key: str | None = None, *, recorder: Recorder | None = None,
+                 transport: httpx.AsyncBaseTransport | None = None) -> None:
         self.url = url
+        self._recorder = recorder
         headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         try:
             # Plain http needs no certificates, and loading them would cost a tenth of a second.
@@ -31,22 +59,50 @@ class Client:
                                            verify=url.startswith("https://"))
         except httpx.InvalidURL as error:
             raise BadAnswerError(f"{clean(url)} is not a URL: {clean(error)}") from None
+        except UnicodeEncodeError:
+            raise BadAnswerError("the API key holds characters that no header may hold") from None
 
-    async def frame(self, cells: int) -> Frame:
-        """The newest frame. Raises BadAnswerError with one line that says what is wrong."""
-        return parse(await self._body("GET", f"/stats?cells={cells}"))
+    async def frame(self, cells: int, heat: bool = False) -> Frame:
+        """The newest frame."""
+        body = await self._body("GET", f"/stats?cells={cells}{'&heat=1' if heat else ''}")
+        frame = parse(body)
+        if self._recorder is not None:
+            self._recorder.write(body)
+        return frame
 
     async def details(self, request_id: str) -> dict[str, Any]:
-        """A live request's details. Raises BadAnswerError when it is gone."""
-        answer: dict[str, Any] = scrub(json.loads(await self._body("GET", f"/stats/requests/{quote(request_id, safe='')}")))
-        return answer
+        """A live request's details."""
+        return await self._answer(f"/stats/requests/{quote(request_id, safe='')}", fits_details)
+
+    async def blocks(self, first: int, last: int) -> dict[str, Any]:
+        """Single blocks."""
+        return await self._answer(f"/stats/blocks?from={first}&to={last}", partial(fits, shape=BLOCKS))
+
+    async def cards(self) -> dict[str, Any]:
+        """The machine's cards and the processes on the engine's."""
+        return await self._answer("/stats/gpu", partial(fits, shape=CARDS))
+
+    async def log(self, lines: int) -> list[dict[str, Any]]:
+        """The log's newest lines, oldest first."""
+        found: list[dict[str, Any]] = (await self._answer(f"/stats/log?lines={lines}", partial(fits, shape=LOG)))["lines"]
+        return found
 
     async def abort(self, request_id: str) -> None:
-        """End a request. Raises BadAnswerError when it is gone."""
+        """End a request."""
         await self._body("POST", f"/stats/requests/{quote(request_id, safe='')}/abort")
 
     async def close(self) -> None:
         await self._http.aclose()
+
+    async def _answer(self, path: str, fit: Callable[[Any], bool]) -> dict[str, Any]:
+        try:
+            answer = read(await self._body("GET", path))
+        except ValueError:
+            answer = None
+        if not fit(answer):
+            raise BadAnswerError(f"{self.url} sent something else than {path.partition('?')[0]} promises")
+        cleaned: dict[str, Any] = scrub(answer)
+        return cleaned
 
     async def _body(self, method: str, path: str) -> bytes:
         try:

@@ -7,17 +7,21 @@ from dataclasses import dataclass
 
 from rich.text import Text
 
-from workstation.tui.frame import Cell
+from workstation.tui.frame import Cell, Frame
 
 GIB = 1024**3
 # Okabe and Ito's palette: told apart with every common colour blindness. Shapes say the same, for NO_COLOR.
 COLOURS = {"owned": "#56B4E9", "shared": "#E69F00", "cached": "#009E73", "free": "#666666"}
 SHAPES = {"owned": "█▄", "shared": "▓▚", "cached": "▒░", "free": "··"}
 ASCII_SHAPES = {"owned": "#=", "shared": "%~", "cached": "+-", "free": ".."}
+AMBER, RED, GREEN = "#E69F00", "#D55E00", "#009E73"
+# From used last to evicted next.
+HEAT_COLOURS = ("#56B4E9", "#56B4E9", "#009E73", "#009E73", "#F0E442", "#E69F00", "#E69F00", "#D55E00")
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-=+*%#"
 DASH = "-"
-TO_ASCII = str.maketrans({"·": ".", "●": "*", "°": " ", "…": "~"})
+TO_ASCII = str.maketrans({"·": ".", "●": "*", "°": " ", "…": "~", "–": "-", "↓": "v", "█": "#", "▓": "%", "▒": "+",
+                          "▄": "=", "▚": "~", "░": "-", "╎": "|", "▁": "_", "×": "x", "↑": "^"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,13 +34,22 @@ class Glyphs:
     def shapes(self) -> dict[str, str]:
         return ASCII_SHAPES if self.ascii else SHAPES
 
+    @property
+    def bars(self) -> str:
+        return ASCII_BARS if self.ascii else BARS
+
+    @property
+    def held(self) -> str:
+        """A cell in use, in a map of heat."""
+        return "|" if self.ascii else "╎"
+
     def plain(self, text: str) -> str:
         """The text, in ASCII where that is asked for; as long as before."""
         return text.translate(TO_ASCII) if self.ascii else text
 
     def spark(self, values: Sequence[float], width: int) -> str:
         """The newest `width` values, scaled to the largest of them."""
-        bars = ASCII_BARS if self.ascii else BARS
+        bars = self.bars
         shown = list(values)[-width:]
         top = max(shown, default=0.0)
         line = "".join(bars[min(7, int(value / top * 7.999)) if top > 0 else 0] for value in shown)
@@ -45,11 +58,11 @@ class Glyphs:
     def bar(self, parts: Sequence[tuple[float, str]], total: float, width: int) -> Text:
         """A stacked bar: (size, colour) parts of `total`, the rest empty."""
         text, drawn, reached = Text(no_wrap=True), 0, 0.0
-        fills = "=:~+" if self.ascii else "━╍┅┉"
+        fills = "=:~+^" if self.ascii else "━╍┅┉╺"
         for number, (size, colour) in enumerate(parts):
             reached += size
             end = min(width, round(reached / total * width)) if total > 0 else 0
-            text.append(fills[number % 4] * max(0, end - drawn), style=colour)
+            text.append(fills[number % 5] * max(0, end - drawn), style=colour)
             drawn = max(drawn, end)
         return text.append(("." if self.ascii else "─") * (width - drawn), style=COLOURS["free"])
 
@@ -68,25 +81,11 @@ def state_of(cell: Cell) -> tuple[str, bool]:
     return ("shared" if shared >= cached else "cached"), busy >= free
 
 
-def block_map(cells: Sequence[Cell], width: int, glyphs: Glyphs, lit: set[int]) -> Text:
-    """Rows of `width` cells; those in `lit` are reversed."""
-    text = Text(no_wrap=True)
-    run, style, shapes = "", "", glyphs.shapes
-    drawn: dict[Cell, tuple[str, str]] = {}  # most cells are alike
-    for number, cell in enumerate(cells):
-        look = drawn.get(cell)
-        if look is None:
-            name, full = state_of(cell)
-            look = drawn[cell] = (shapes[name][0 if full else 1], COLOURS[name])
-        shape, wanted = look
-        if number in lit:
-            wanted += " reverse"
-        if wanted != style and run:
-            text.append(run, style=style)
-            run = ""
-        style = wanted
-        run += f"\n{shape}" if number and number % width == 0 else shape
-    return text.append(run, style=style)
+def block_rows(frame: Frame, width: int, glyphs: Glyphs) -> str:
+    """The map as plain text, `width` cells a line."""
+    looks = (state_of(frame.cell(number)) for number in range(frame.count))
+    drawn = "".join(glyphs.shapes[name][0 if full else 1] for name, full in looks)
+    return "\n".join(drawn[at:at + width] for at in range(0, len(drawn), width))
 
 
 def gib(size: float | None) -> str:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import base64
-import json
 import unicodedata
 from array import array
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any, NamedTuple
 
+from workstation.tui.shapes import fits_frame, read
+
 VERSION = 1
-MAX_TEXT = 200
+MAX_TEXT = 400
+MAX_CELLS = 4096
 
 
 class BadAnswerError(Exception):
@@ -19,7 +22,10 @@ class BadAnswerError(Exception):
 
 def clean(text: object) -> str:
     """Text that came from elsewhere, without control and formatting characters (escape codes, bidi marks, line breaks)."""
-    return "".join(char for char in str(text)[:MAX_TEXT] if unicodedata.category(char)[0] != "C")
+    short = str(text)[:MAX_TEXT]
+    if short.isprintable():
+        return short
+    return "".join(char for char in short if unicodedata.category(char)[0] != "C")
 
 
 def scrub(value: Any) -> Any:
@@ -44,59 +50,83 @@ class Cell(NamedTuple):
 
 @dataclass(slots=True)
 class Frame:
-    """One frame. data: the answer as in docs/stats.md, strings cleaned.  cells: the block map, unfolded."""
+    """One frame.
+
+    Attributes:
+        data: the answer as in docs/stats.md, strings cleaned.
+        owned, shared, cached, free: blocks of each cell.  heat: 0 to 255 a cell, when it was asked for.
+    """
 
     data: dict[str, Any]
-    cells: list[Cell]
+    owned: list[int]
+    shared: list[int]
+    cached: list[int]
+    free: list[int]
+    heat: bytes | None = None
 
     @property
     def requests(self) -> list[dict[str, Any]]:
         rows: list[dict[str, Any]] = self.data["requests"]
         return rows
 
+    @property
+    def count(self) -> int:
+        """Cells of the map."""
+        return len(self.owned)
+
+    def cell(self, number: int) -> Cell:
+        return Cell(self.owned[number], self.shared[number], self.cached[number], self.free[number])
+
     def span(self, cell: int) -> tuple[int, int]:
         """First and last block (1-based, both included) of a cell."""
-        total, count = self.data["blocks"]["total"], len(self.cells)
+        total, count = self.data["blocks"]["total"], self.count
         return total * cell // count + 1, total * (cell + 1) // count
 
     def cells_of(self, blocks: set[int]) -> set[int]:
         """The cells that hold any of these blocks (numbers from 1)."""
-        total, count = self.data["blocks"]["total"], len(self.cells)
+        total, count = self.data["blocks"]["total"], self.count
         return {(block * count - 1) // total for block in blocks if 0 < block <= total}
+
+    def fitted(self, room: int) -> Frame:
+        """This frame with at most `room` cells, neighbours added up: for a recording, or a screen that has just shrunk."""
+        if self.count <= room:
+            return self
+        edges = [self.count * cell // room for cell in range(room + 1)]
+        owned, shared, cached, free = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
+                                       for values in (self.owned, self.shared, self.cached, self.free))
+        heat = None if self.heat is None else bytes(max(self.heat[begin:end]) for begin, end in pairwise(edges))
+        return Frame(self.data, owned, shared, cached, free, heat)
 
 
 def parse(body: bytes) -> Frame:
     """A frame from JSON. Raises BadAnswerError for anything else, and for another version."""
     try:
-        raw = json.loads(body)
+        raw = read(body)
         version = raw["version"]
     except (ValueError, KeyError, TypeError):
         raise BadAnswerError("the answer is not a frame of /stats (is this a ws server?)") from None
     if version != VERSION:
         raise BadAnswerError(f"the server speaks version {clean(version)} of /stats, this dashboard version {VERSION}")
     try:
-        data = scrub(raw)
-        return Frame(data, _cells(raw["blocks"])) if _complete(data) else _broken()
-    except (KeyError, TypeError, ValueError):
-        return _broken()
-
-
-def _broken() -> Frame:
+        if fits_frame(raw):
+            return _frame(scrub(raw), raw["blocks"])
+    except ValueError:  # the map's numbers do not fit each other
+        pass
     raise BadAnswerError("the frame of /stats is damaged")
 
 
-def _complete(data: dict[str, Any]) -> bool:
-    wanted = ("time", "server", "model", "gpu", "process_bytes", "blocks", "batch", "speed", "requests", "requests_total")
-    return all(name in data for name in wanted) and isinstance(data["requests"], list)
-
-
-def _cells(blocks: dict[str, Any]) -> list[Cell]:
+def _frame(data: dict[str, Any], blocks: dict[str, Any]) -> Frame:
     folded, total = blocks["cells"], int(blocks["total"])
     count, width = int(folded["count"]), int(folded["width"])
+    if not (0 <= count <= MAX_CELLS and count <= total and width in (1, 2, 4)) or (total > 0) != (count > 0):
+        raise ValueError("a map of this size was not asked for")
     owned, shared, cached = (_numbers(folded[name], width, count) for name in ("owned", "shared", "cached"))
-    edges = [total * cell // count for cell in range(count + 1)] if count else []
-    return [Cell(owned[i], shared[i], cached[i], edges[i + 1] - edges[i] - owned[i] - shared[i] - cached[i])
-            for i in range(count)]
+    edges = [total * cell // count for cell in range(count + 1)] if count else [0]
+    busy = map(sum, zip(owned, shared, cached, strict=True))
+    free = [end - begin - held for (begin, end), held in zip(pairwise(edges), busy, strict=True)]
+    heat = folded.get("heat")
+    warm = None if heat is None else bytes(_numbers(heat, 1, count))
+    return Frame(data, owned, shared, cached, free, warm)
 
 
 def _numbers(text: str, width: int, count: int) -> list[int]:

@@ -2,51 +2,108 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
 from rich.text import Text
 
-from workstation.tui.drawing import COLOURS, DASH, Glyphs, clock, count, gib, percent, seconds
+from workstation.tui.drawing import AMBER, COLOURS, GREEN, HEAT_COLOURS, RED, Glyphs, clock, count, gib, percent, seconds
 from workstation.tui.frame import Frame
+from workstation.tui.request_table import is_stuck
 
-STATE_STYLES = {"ready": "bold #009E73", "dead": "bold #D55E00", "down": "bold #D55E00"}
+STATE_STYLES = {"ready": f"bold {GREEN}", "dead": f"bold {RED}", "down": f"bold {RED}"}
+STATE_NAMES = {"starting": "LOADING"}
 HISTORY = 120
-ORDERS = ("age", "client", "state", "prompt", "generated", "rate", "blocks")
-STUCK_SECONDS = 10.0
+FULL_SHARE, FULL_SECONDS = 0.9, 30.0
+
+
+def _series() -> deque[float]:
+    return deque(maxlen=HISTORY)
 
 
 @dataclass(slots=True)
 class History:
-    """The last two minutes or less, for sparklines. `feed` with every new frame."""
+    """What one frame does not say: up to two minutes for sparklines, and what has not moved. `feed` each new frame."""
 
-    decode: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    prompt: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    rows: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
-    step: deque[float] = field(default_factory=lambda: deque(maxlen=HISTORY))
+    decode: deque[float] = field(default_factory=_series)
+    prompt: deque[float] = field(default_factory=_series)
+    rows: deque[float] = field(default_factory=_series)
+    step: deque[float] = field(default_factory=_series)
+    load: deque[float] = field(default_factory=_series)
+    prefill: deque[float] = field(default_factory=_series)
+    full_since: float | None = None
+    _moved: dict[str, tuple[int, float]] = field(default_factory=dict)  # id → (tokens, when they last became more)
 
     def feed(self, frame: Frame) -> None:
-        speed, batch = frame.data["speed"], frame.data["batch"]
+        speed, batch, gpu, now = frame.data["speed"], frame.data["batch"], frame.data["gpu"], frame.data["time"]
         self.decode.append(speed["generate_rate"] or 0.0)
         self.prompt.append(speed["prompt_rate"] or 0.0)
         self.rows.append(batch["running"])
         self.step.append(batch["step_seconds"])
+        self.load.append((gpu or {}).get("utilization") or 0.0)
+        self.prefill.append(batch.get("step_prompt_tokens") or 0)
+        if held_share(frame) <= FULL_SHARE:
+            self.full_since = None
+        elif self.full_since is None:
+            self.full_since = now
+        self._follow(frame, now)
+
+    def _follow(self, frame: Frame, now: float) -> None:
+        moved = {}
+        for row in frame.requests:
+            made = row["computed"] + row["generated"]
+            before = self._moved.get(row["id"])
+            moved[row["id"]] = before if before is not None and before[0] == made else (made, now)
+        self._moved = moved
+
+    def stuck(self, frame: Frame) -> set[str]:
+        """Requests that wait for long or have made no token for long."""
+        now = frame.data["time"]
+        return {row["id"] for row in frame.requests if is_stuck(row, now - self._moved.get(row["id"], (0, now))[1])}
+
+
+def held_share(frame: Frame) -> float:
+    blocks = frame.data["blocks"]
+    return blocks["held"] / blocks["total"] if blocks["total"] else 0.0
+
+
+def advice(frame: Frame, history: History, stuck: set[str]) -> str:
+    """One line about what is stuck or full, "" when nothing is."""
+    share = held_share(frame)
+    if history.full_since is not None and frame.data["time"] - history.full_since >= FULL_SECONDS:
+        return f"KV {percent(share)} held for {seconds(frame.data['time'] - history.full_since)}: lower --max-num-seqs or " \
+               f"--max-model-len, or use --kv-cache-dtype fp8"
+    waiting = sum(row["id"] in stuck and row["state"] in ("waiting", "preempted") for row in frame.requests)
+    if waiting:
+        rows = frame.data["batch"]["running"] >= frame.data["model"]["max_num_seqs"]
+        why = "the KV pool is full" if share > FULL_SHARE else "others run first"
+        why = "all rows are taken (--max-num-seqs)" if rows else why
+        return f"{waiting} waiting for more than 10 s: {why}"
+    return f"{len(stuck)} without a new token for more than 10 s" if stuck else ""
 
 
 def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) -> Text:
     """One line: model and device at the left; state, uptime and address at the right as far as there is room."""
     if frame is None:
-        return Text(f" ws  {url}  {trouble or 'connecting'}", style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
+        return Text(f" ws  {url}  {trouble}", style=f"bold {AMBER}", no_wrap=True, overflow="ellipsis")
     model, server, batch = frame.data["model"], frame.data["server"], frame.data["batch"]
-    text = Text(f" ws  {model['name']} · {model['dtype']}", style="bold", no_wrap=True)
+    text = Text(f" ws  {model['name']}", style="bold", no_wrap=True)
+    kinds = [model["dtype"]]
+    if width >= 90 and model.get("kv_cache_dtype") not in (None, "", model["dtype"]):
+        kinds.append(f"{model['kv_cache_dtype']} KV")
     if width >= 100:
-        text.append(f" · {model['device_name']}", style="not bold")
+        kinds.append(model["device_name"])
+    for kind in kinds:
+        if kind:
+            text.append(f" · {kind}", style="not bold")
     state = "down" if trouble else server["state"]
     right = Text(no_wrap=True)
-    right.append(f"● {state.upper()}", style=STATE_STYLES.get(state, "bold #E69F00"))
+    right.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
     if trouble:
         right.append(f"  last frame {seconds(age)} ago ")
+    elif server.get("loading"):
+        right.append(f"  {progress(frame)} ")
     else:
         right.append(f"  {clock(server['uptime'])}  {batch['running']} running {batch['waiting']} waiting ")
     if width >= 100:
@@ -55,117 +112,93 @@ def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) ->
     return text.append(" " * max(0, width - text.cell_len - right.cell_len)).append_text(right)
 
 
-def memory(frame: Frame, width: int, glyphs: Glyphs, lines: int) -> Text:
-    """The card's memory as one bar (the process's when there is no card), and under it the names and readings."""
-    model, gpu = frame.data["model"], frame.data["gpu"]
-    weights, kv = model["weight_bytes"], model["kv_bytes"]
-    own = weights + kv
-    if gpu is None or gpu["total_bytes"] is None:
-        used = frame.data["process_bytes"]
-        total, right = used or own, f"process {gib(used)} GiB"
-        name, other, readings = "RAM ", max(0, total - own), "no NVIDIA GPU: util -  temp -  power -"
-    else:
-        used, total = gpu["used_bytes"] or own, gpu["total_bytes"]
-        name, other, right = "VRAM", max(0, used - own), f"{gib(used)}/{gib(total)} GiB"
-        readings = (f"util {percent(gpu['utilization'])}  {count(gpu['temperature_celsius'])} °C  "
-                    f"{count(gpu['power_watts'])}/{count(gpu['power_limit_watts'])} W  "
-                    f"{DASH if gpu['joules_per_token'] is None else gpu['joules_per_token']} J/token")
-    text = Text(f" {name} ", no_wrap=True)
-    parts = [(weights, "#56B4E9"), (kv, "#CC79A7"), (other, "#E69F00")]
-    text.append_text(glyphs.bar(parts, total, max(8, width - len(right) - 8))).append(f" {right}")
-    if lines > 1:
-        text.append("\n weights ", style="dim").append(gib(weights), style="#56B4E9").append("  KV ", style="dim")
-        text.append(gib(kv), style="#CC79A7").append("  other ", style="dim").append(gib(other), style="#E69F00")
-        text.append(f"   {readings}", style="dim")
-    return text
+def progress(frame: Frame) -> str:
+    """How far loading has come, in words."""
+    loading = frame.data["server"]["loading"]
+    done, total, left = loading["done_bytes"], loading["total_bytes"], loading["seconds_left"]
+    if total and done >= total:
+        return "weights read; graphs and warming up"
+    return f"{percent(done / total if total else 0.0)}  {gib(done)}/{gib(total)} GiB  {seconds(left)} left"
 
 
-def blocks_line(frame: Frame) -> str:
-    """The map's bottom line."""
+def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
+    """In the map's place while there is no pool yet."""
+    loading = frame.data["server"].get("loading")
+    if loading is None:
+        return Text(" the engine is starting", no_wrap=True)
+    bar = glyphs.bar([(loading["done_bytes"], COLOURS["owned"])], loading["total_bytes"], max(10, width - 2))
+    return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
+
+
+def blocks_line(frame: Frame, width: int) -> str:
+    """The map's bottom line, as much of it as there is room for."""
     blocks, speed = frame.data["blocks"], frame.data["speed"]
-    total, cells = blocks["total"], max(1, len(frame.cells))
-    held = blocks["held"] / total if total else 0.0
-    return (f"{percent(held)} held · waste {blocks['waste'] * 100:.1f} % · hits {percent(speed['hit_rate'])} · "
-            f"evicted {count(speed['eviction_rate'])}/s · {total / cells:.3g} blocks/cell")
+    parts = [f"{percent(held_share(frame))} held", f"waste {blocks['waste'] * 100:.1f} %", f"hits {percent(speed['hit_rate'])}",
+             f"evicted {count(speed['eviction_rate'])}/s", f"preempted {count(speed['preemption_rate'])}/s",
+             f"{blocks['total']:,} × {blocks['size']} tokens"]
+    return fitting(parts, " · ", width)
 
 
-def legend(frame: Frame, glyphs: Glyphs) -> Text:
+def fitting(parts: list[str], gap: str, width: int) -> str:
+    """As many of the parts, from the first, as fit."""
+    while len(parts) > 1 and len(gap.join(parts)) > width:
+        parts = parts[:-1]
+    return gap.join(parts)
+
+
+def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> Text:
+    """What the shapes mean. shown: cells that the map draws."""
     blocks = frame.data["blocks"]
-    own = blocks["held"] - blocks["shared"]
     text = Text(no_wrap=True)
-    for name, label, number in (("owned", "one request", own), ("shared", "shared", blocks["shared"]),
-                                ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
-        text.append(f" {glyphs.shapes[name][0]} ", style=COLOURS[name]).append(f"{label} {number:,} ")
-    return text
+    if heat:
+        text.append(f" {glyphs.bars[0]} used last ", style=HEAT_COLOURS[0])
+        text.append(f" {glyphs.bars[-1]} evicted next ", style=HEAT_COLOURS[-1])
+        text.append(f" {glyphs.held} held  ").append(f"{glyphs.shapes['free'][0]} free ")
+    else:
+        own = blocks["held"] - blocks["shared"]
+        for name, label, number in (("owned", "one request", own), ("shared", "shared", blocks["shared"]),
+                                    ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
+            text.append(f" {glyphs.shapes[name][0]} ", style=COLOURS[name]).append(f"{label} {number:,} ")
+    scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} blocks"
+    return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
 
 def batch(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
     now = frame.data["batch"]
-    room = max(4, min(24, width - 34))
+    room = max(4, min(24, width - 40))
     text = Text(f" rows {now['running']}/{frame.data['model']['max_num_seqs']} wait {now['waiting']} "
-                f"preempted {now['preempted']}".ljust(34), no_wrap=True)
-    text.append(glyphs.spark(history.rows, room), style="#56B4E9")
-    text.append(f"\n step {seconds(now['step_seconds'])}  budget {now['step_tokens']}/{now['budget']}".ljust(35))
-    return text.append(glyphs.spark(history.step, room), style="#E69F00")
+                f"preempted {now['preempted']} ".ljust(32), no_wrap=True)
+    text.append(glyphs.spark(history.rows, room), style=COLOURS["owned"])
+    text.append(f"\n step {seconds(now['step_seconds'])}  budget {now['step_tokens']}/{now['budget']} ".ljust(33))
+    text.append(glyphs.spark(history.step, room), style=AMBER)
+    if width >= 56:
+        text.append(f" prefill {now.get('step_prompt_tokens', 0):,} ".rjust(16), style="dim")
+        text.append(glyphs.spark(history.prefill, 8), style=GREEN)
+    return text
 
 
 def speed(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
     now = frame.data["speed"]
     room = max(4, min(20, (width - 34) // 2))
     text = Text(f" gen {count(now['generate_rate'])} tok/s ", no_wrap=True)
-    text.append(glyphs.spark(history.decode, room), style="#009E73")
-    text.append(f" prompt {count(now['prompt_rate'])} ").append(glyphs.spark(history.prompt, room), style="#56B4E9")
-    spreads = [f"{name} {seconds(now[key]['p50'])}/{seconds(now[key]['p99'])}"
+    text.append(glyphs.spark(history.decode, room), style=GREEN)
+    text.append(f" prompt {count(now['prompt_rate'])} ").append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+    spreads = [f"{name} {pair(now[key]['p50'], now[key]['p99'])}"
                for name, key in (("TTFT", "ttft"), ("ITL", "itl"), ("e2e", "e2e"))]
-    text.append("\n " + " · ".join(spreads))
-    if width >= 60:
+    shown = spreads if width >= sum(map(len, spreads)) + 7 else spreads[:2]
+    text.append("\n " + " · ".join(shown))
+    if width >= 56:
         text.append("  p50/p99", style="dim")
     return text
 
 
-def chosen(rows: list[dict[str, Any]], words: str, order: str) -> list[dict[str, Any]]:
-    """The rows whose id, client or state holds `words`, largest of `order` first (names in alphabetical order)."""
-    wanted = words.lower()
-    found = [row for row in rows if wanted in f"{row['id']} {row['client']} {row['state']}".lower()]
-    if order in ("client", "state"):
-        return sorted(found, key=lambda row: (row[order], -row["age"]))
-    return sorted(found, key=lambda row: -(row[order] or 0))
+def pair(middle: float | None, high: float | None) -> str:
+    """p50 and p99, the unit once where it is the same: 84/310 ms."""
+    first, second = seconds(middle), seconds(high)
+    unit = first.rpartition(" ")[2]
+    return f"{first.removesuffix(f' {unit}')}/{second}" if unit and second.endswith(f" {unit}") else f"{first}/{second}"
 
 
-def columns(width: int) -> list[str]:
-    """The table's columns for a screen this wide."""
-    if width < 100:
-        return ["id", "client", "state", "prompt", "made", "tok/s", "age"]
-    return ["id", "client", "state", "prompt", "cached", "made", "tok/s", "TTFT", "blocks", "age"]
-
-
-def row_cells(row: dict[str, Any], width: int) -> list[Text]:
-    """One request, one Text a column; amber when it has waited for long."""
-    style = "#E69F00" if row["state"] in ("waiting", "preempted") and row["age"] > STUCK_SECONDS else ""
-    cached = percent(row["cached"] / row["prompt"]) if row["ttft"] is not None and row["prompt"] else DASH
-    values = {
-        "id": row["id"][-8:], "client": (row["client"] or DASH)[:24], "state": row["state"], "prompt": count(row["prompt"]),
-        "cached": cached, "made": count(row["generated"]), "tok/s": count(row["rate"]), "TTFT": seconds(row["ttft"]),
-        "blocks": count(row["blocks"]), "age": seconds(row["age"]),
-    }
-    return [Text(values[name], style=style, justify="left" if name in ("id", "client", "state") else "right", no_wrap=True)
-            for name in columns(width)]
-
-
-def details(answer: dict[str, Any]) -> Text:
-    """A request's details: sampling, where its time went, its block tables."""
-    row, spent = answer["request"], answer["timeline"]
-    text = Text(f"{row['id']}\n", style="bold")
-    text.append(f"client {row['client'] or DASH}   state {row['state']}   samples {row['samples']}   "
-                f"preempted {row['preemptions']} times\n", style="not bold")
-    text.append(f"prompt {row['prompt']:,} ({row['cached']:,} from the cache)   generated {row['generated']:,} of at most "
-                f"{answer['max_tokens']:,}\n", style="not bold")
-    text.append(f"queue {seconds(spent['queue'])}   prefill {seconds(spent['prefill'])}   "
-                f"decode {seconds(spent['decode'])}\n\n", style="not bold")
-    given = "   ".join(f"{name} {value}" for name, value in answer["sampling"].items() if value is not None)
-    text.append(f"{given}\n\n", style="not bold")
-    for sample in answer["samples"]:
-        for group, table in enumerate(sample["tables"]):
-            shown = " ".join(map(str, table[:200])) + (f" … {len(table) - 200} more" if len(table) > 200 else "")
-            text.append(f"sample {sample['index']} group {group}, {len(table)} blocks: {shown}\n", style="not bold")
-    return text
+def age_of(frame: Frame | None) -> float:
+    """Seconds since the engine made the frame."""
+    return max(0.0, time.time() - frame.data["time"]) if frame is not None else 0.0

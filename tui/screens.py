@@ -1,40 +1,53 @@
-"""What opens above the dashboard: the keys, a question, one request's details."""
+"""What opens above the dashboard: the keys, a question, a choice, a request's details."""
 
 from __future__ import annotations
 
 from typing import ClassVar
 
 from rich.text import Text
+from textual import events
 from textual.app import ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
 from textual.screen import ModalScreen
 from textual.widgets import Static
 
+from workstation.tui.drawing import Glyphs
+
 KEYS = """\
- ?       this help                 q       quit
- Tab     next panel                ↑ ↓     choose a request
- Enter   its details               x       abort it (asks first)
- s       sort by the next column   /       filter by id, client or state
- space   freeze, and go on         Esc     close, or clear the filter
+ ?       this help                  q       quit
+ Tab     next panel                 ↑ ↓     choose a request, a cell
+ Enter   a request's details        x       abort it (asks first)
+ s       sort by the next column    /       filter by id, client, route, state
+ space   freeze, and go on          h       heat: who is evicted next
+ g       the card's page            l       the log
+ t       the next theme             Ctrl+P  all commands
+ Esc     close, or clear the filter
 
  A cell of the map stands for one or more KV blocks, in physical order:
  █ held by one request   ▓ shared by several   ▒ cached   · free
  (▄ ▚ ░: less than half of the cell's blocks). The chosen request's cells
- are drawn reversed. Esc closes this."""
+ are drawn reversed; the mouse or the arrows tell what is in a cell.
+ In heat, ▁ was used last and █ is evicted next, and ╎ is held."""
+
+
+def keys(glyphs: Glyphs) -> Text:
+    """The help, in characters that the screen can draw."""
+    return Text(glyphs.plain(KEYS))
 
 
 class Sheet(ModalScreen[None]):
-    """Text in a box; Esc, q, Enter or ? closes it."""
+    """Text in a box; Esc, q, Enter or ? closes it. subject: whose details it shows, "" for other texts."""
 
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding(key, "close", show=False) for key in ("escape", "q", "enter", "question_mark")
     ]
 
-    def __init__(self, title: str, text: Text) -> None:
+    def __init__(self, title: str, text: Text, subject: str = "") -> None:
         super().__init__()
         self._title = title
         self._text = text
+        self.subject = subject
 
     def compose(self) -> ComposeResult:
         box = VerticalScroll(Static(self._text, id="sheet-text", markup=False), id="sheet")
@@ -48,19 +61,33 @@ class Sheet(ModalScreen[None]):
         self.dismiss(None)
 
 
-class Question(ModalScreen[bool]):
-    """y or Enter says yes; n or Esc says no."""
+class Choice(ModalScreen[str]):
+    """A question answered by one key.
 
-    BINDINGS: ClassVar[list[BindingType]] = [
-        Binding("y,enter", "answer(True)", show=False), Binding("n,escape", "answer(False)", show=False),
-    ]
+    Args:
+        question: plain text.  answers: key → what it means.  escape: the answer of Esc.
+    """
 
-    def __init__(self, question: str) -> None:
+    def __init__(self, question: str, answers: dict[str, str], escape: str) -> None:
         super().__init__()
         self._question = question
+        self._answers = answers
+        self._escape = escape
 
     def compose(self) -> ComposeResult:
-        yield Static(Text(f"{self._question}\n\ny yes    n no"), id="question", markup=False)
+        answers = "    ".join(f"{key} {meaning}" for key, meaning in self._answers.items())
+        yield Static(Text(f"{self._question}\n\n{answers}"), id="question", markup=False)
 
-    def action_answer(self, yes: bool) -> None:
-        self.dismiss(yes)
+    def on_key(self, event: events.Key) -> None:
+        event.stop()
+        if event.key in self._answers:
+            self.dismiss(event.key)
+        elif event.key == "escape":
+            self.dismiss(self._escape)
+
+
+class Question(Choice):
+    """y says yes; n or Esc says no."""
+
+    def __init__(self, question: str) -> None:
+        super().__init__(question, {"y": "yes", "n": "no"}, "n")

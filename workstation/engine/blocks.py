@@ -17,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from struct import pack
+from time import monotonic
 
 NULL_BLOCK = 0
 FREE, OWNED, SHARED, CACHED = range(4)  # a block's byte in the dashboard's map
@@ -34,9 +35,13 @@ def chain_digest(parent: bytes, tokens: Sequence[int]) -> bytes:
 
 @dataclass(slots=True)
 class Block:
-    """One block's book-keeping. `key` is (KV group, chain digest) while published; `tokens` are compared on a hit."""
+    """One block's book-keeping. `key` is (KV group, chain digest) while published; `tokens` are compared on a hit.
+
+    since: time.monotonic() at which it was handed out or, cached, its last holder let go.
+    """
 
     refs: int = 0
+    since: float = 0.0
     key: tuple[int, bytes] | None = None
     tokens: tuple[int, ...] = ()
 
@@ -93,6 +98,18 @@ class BlockPool:
         """The states of blocks 1 … total, one byte each: a copy."""
         return bytes(memoryview(self._states)[1:])
 
+    def since(self, block: int) -> float:
+        """time.monotonic() at which a block was handed out or, cached, its last holder let go; 0.0 for one never used."""
+        return self._blocks[block].since
+
+    def heat_bytes(self) -> bytes:
+        """One byte a block: 0 for those that are not cached, else 1 (used last) to 255 (evicted next)."""
+        heat = bytearray(self.total)
+        count = len(self._cached)
+        for place, block in enumerate(self._cached):
+            heat[block - 1] = 255 - 254 * place // count
+        return bytes(heat)
+
     def allocate(self) -> int:
         """Hand out one block with refs = 1, evicting the least recently used cached block if none is free.
 
@@ -107,7 +124,8 @@ class BlockPool:
             self.evictions += 1
         else:
             raise IndexError("no KV block is free or cached")
-        self._blocks[block].refs = 1
+        entry = self._blocks[block]
+        entry.refs, entry.since = 1, monotonic()
         self._states[block] = OWNED
         return block
 
@@ -128,6 +146,7 @@ class BlockPool:
             raise ValueError(f"block {block} is released more often than it was taken")
         entry.refs -= 1
         if entry.refs == 0:
+            entry.since = monotonic()
             if entry.key is not None:
                 self._cached[block] = None
                 self._states[block] = CACHED

@@ -16,18 +16,35 @@ EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
 
 
 @dataclass(slots=True)
+class Progress:
+    """How far loading has come. seconds: since its first bytes; what is left of a load of even speed follows from it."""
+
+    done_bytes: int
+    total_bytes: int
+    seconds: float
+
+    @property
+    def seconds_left(self) -> float | None:
+        """None before anything was read, and once all is read: what follows (graphs, warming up) has no known length."""
+        if not 0 < self.done_bytes < self.total_bytes:
+            return None
+        return self.seconds * (self.total_bytes - self.done_bytes) / self.done_bytes
+
+
+@dataclass(slots=True)
 class Health:
     """Answered without a call into the engine.
 
     Attributes:
         heartbeat_age: seconds since the engine last said it lives.  restarts: deaths survived so far.
-        cause: of the last death.
+        cause: of the last death.  loading: set while weights load and until the engine is ready.
     """
 
     state: EngineState
     heartbeat_age: float = 0.0
     restarts: int = 0
     cause: str = ""
+    loading: Progress | None = None
 
 
 class Inbox:

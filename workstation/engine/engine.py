@@ -103,7 +103,7 @@ class Engine:
     def _count(self, tokens: int, prompt_tokens: int) -> None:
         stats = self._scheduler.stats
         stats.steps += 1
-        stats.step_tokens = tokens
+        stats.step_tokens, stats.step_prompt_tokens = tokens, prompt_tokens
         stats.computed_prompt_tokens += prompt_tokens
 
 

@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
@@ -54,6 +55,19 @@ class Heart(threading.Thread):
             time.sleep(BEAT_SECONDS)
 
 
+class Relay(logging.Handler):
+    """Sends the log's lines along with everything else. Sockets belong to one thread: lines of others stay on stderr."""
+
+    def __init__(self, send: Callable[[wire.FromEngine], None]) -> None:
+        super().__init__(logging.INFO)
+        self._send = send
+        self._thread = threading.get_ident()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if threading.get_ident() == self._thread:
+            self._send(wire.Said(record.created, record.levelno, record.name.rpartition(".")[2], record.getMessage()))
+
+
 class EngineLoop:
     """inbox → engine.step() → outbox, until told to stop."""
 
@@ -71,6 +85,9 @@ class EngineLoop:
     def run(self) -> int:
         """Load, announce, serve. Returns the process's exit code."""
         self._heart.start()
+        relay = Relay(self._send)
+        for name in ("ws", "workstation"):
+            logging.getLogger(name).addHandler(relay)
         try:
             from workstation.engine.start import build_engine  # torch, seconds: only after the first beat
 

@@ -227,7 +227,7 @@ class EngineRequest:
         params: for a beam request only max_tokens, ignore_eos and stop_token_ids are read.
         eos_token_ids: from generation_config.json; they end a sequence unless params.ignore_eos.
         priority: lower runs earlier under the priority policy.  cache_salt: prefix blocks are shared inside one salt only.
-        arrival: time.monotonic() in seconds.  label: who asked, for the dashboard.
+        arrival: time.monotonic() in seconds.  label, route: who asked and where, for the dashboard.
     """
 
     request_id: str
@@ -239,6 +239,7 @@ class EngineRequest:
     cache_salt: str = ""
     arrival: float = 0.0
     label: str = ""
+    route: str = ""
 
 
 @dataclass(slots=True)
@@ -344,6 +345,7 @@ class EngineStats:
     finished: dict[str, int] = field(default_factory=dict)
     step_seconds: float = 0.0
     step_tokens: int = 0
+    step_prompt_tokens: int = 0
     kv_tokens_held: int = 0
 
 

@@ -23,12 +23,16 @@ MAX_OWNERS = 16
 
 @dataclass(slots=True)
 class Look:
-    """What to make. request_id: also this request's details. first, last: also these blocks, both included; 0 is none."""
+    """What to make. request_id: also this request's details. first, last: also these blocks, both included; 0 is none.
+
+    heat: also the order of eviction.
+    """
 
     number: int = 0
     request_id: str | None = None
     first: int = 0
     last: int = 0
+    heat: bool = False
 
 
 @dataclass(slots=True)
@@ -53,6 +57,7 @@ class RequestRow:
     arrival: float
     scheduled: float
     first_token: float
+    route: str = ""
 
 
 @dataclass(slots=True)
@@ -87,13 +92,17 @@ class Owner:
 
 @dataclass(slots=True)
 class BlockRow:
-    """One block. state as in blocks.py; published: the prefix cache can find it; owners: the first 16."""
+    """One block. state as in blocks.py; published: the prefix cache can find it; owners: the first 16.
+
+    age: seconds since it was handed out or, cached, since its last holder let go; None for a free one.
+    """
 
     block: int
     state: int
     refs: int
     published: bool
     owners: list[Owner] = field(default_factory=list)
+    age: float | None = None
 
 
 @dataclass(slots=True)
@@ -103,6 +112,7 @@ class Picture:
     Attributes:
         states: one byte a block, block 1 first: FREE, OWNED, SHARED or CACHED of blocks.py.
         rows: at most 512, those that run first.  requests: how many there are.  preempted: sequences waiting to be recomputed.
+        heat: when asked for, one byte a block: 0 not cached, else 1 (used last) to 255 (evicted next).
         seconds: what making it cost the engine.
     """
 
@@ -115,6 +125,7 @@ class Picture:
     detail: RequestDetail | None = None
     blocks: list[BlockRow] = field(default_factory=list)
     seconds: float = 0.0
+    heat: bytes = b""
 
 
 def take_picture(scheduler: Scheduler, look: Look) -> Picture:
@@ -126,6 +137,8 @@ def take_picture(scheduler: Scheduler, look: Look) -> Picture:
     if look.request_id is not None:
         request = scheduler.requests.get(look.request_id)
         picture.detail = None if request is None else _detail(request)
+    if look.heat:
+        picture.heat = scheduler.pool.heat_bytes()
     if look.last >= look.first > 0:
         picture.blocks = _blocks(scheduler, look.first, min(look.last, scheduler.pool.total, look.first + MAX_BLOCK_ROWS - 1))
     return picture
@@ -159,7 +172,8 @@ def _row(request: RequestState) -> RequestRow:
     times, asked = request.times, request.request
     return RequestRow(
         asked.request_id, asked.label, state, request.num_live, request.prompt_len, request.num_cached_tokens, computed,
-        generated, blocks, request.num_preemptions, times.arrival, times.scheduled, times.first_token)
+        generated, blocks, request.num_preemptions, times.arrival, times.scheduled, times.first_token,
+        asked.route)
 
 
 def _detail(request: RequestState) -> RequestDetail:
@@ -170,7 +184,9 @@ def _detail(request: RequestState) -> RequestDetail:
 
 def _blocks(scheduler: Scheduler, first: int, last: int) -> list[BlockRow]:
     pool, size = scheduler.pool, scheduler.pool.block_size
-    rows = {block: BlockRow(block, pool.state(block), pool.refs(block), pool.is_published(block))
+    now = scheduler.clock()
+    rows = {block: BlockRow(block, pool.state(block), pool.refs(block), pool.is_published(block),
+                            age=None if pool.state(block) == FREE else round(max(0.0, now - pool.since(block)), 1))
             for block in range(first, last + 1)}
     for seq in scheduler.running:
         for group, table in enumerate(seq.tables):

@@ -49,6 +49,15 @@ class Loading(msgspec.Struct, tag="loading", array_like=True):
     total_bytes: int
 
 
+class Said(msgspec.Struct, tag="said", array_like=True):
+    """A line of the engine's log. when: Unix seconds.  level: as in `logging`."""
+
+    when: float
+    level: int
+    source: str
+    text: str
+
+
 class StartFailed(msgspec.Struct, tag="failed", array_like=True):
     """kind: class name in errors.py."""
 
@@ -92,7 +101,7 @@ class Beat(msgspec.Struct, tag="beat", array_like=True):
 
 
 ToEngine = Submit | Abort | Ask | Shutdown
-FromEngine = Ready | Loading | StartFailed | Step | Refused | Crashed | Beat | Shown
+FromEngine = Ready | Loading | Said | StartFailed | Step | Refused | Crashed | Beat | Shown
 
 encode = msgspec.msgpack.Encoder().encode
 decode_to_engine = msgspec.msgpack.Decoder(ToEngine).decode

@@ -19,14 +19,18 @@ from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, wire
 from workstation.server.body import parse_json, read_body, validate
+from workstation.server.callers import guessed_name, history_key, own_name, route_name
+from workstation.server.card import Card
 from workstation.server.chat import answer_chat, prepare_chat, stream_chat
 from workstation.server.completions import answer_completion, prepare_completion, stream_completion
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation
 from workstation.server.guard import Guard
 from workstation.server.job import Job
+from workstation.server.log_book import LogBook
 from workstation.server.metrics import Metrics
 from workstation.server.options import ServedModel, ServerOptions
+from workstation.server.prefix_history import PrefixHistory
 from workstation.server.prepare import Service
 from workstation.server.schemas import (
     HARMLESS_FIELDS,
@@ -49,12 +53,19 @@ SMALL_BODY_BYTES = 64 * 1024
 class Api:
     """The routes' shared state and their handlers."""
 
-    def __init__(self, engine: EngineClient, model: ServedModel, options: ServerOptions) -> None:
+    def __init__(self, engine: EngineClient, model: ServedModel, options: ServerOptions, book: LogBook) -> None:
         self.service = Service(engine, model, options)
         self.gate = Gate(engine)
-        self.metrics = Metrics(engine, model.name, self.service.window)
-        self.stats = StatsRoutes(StatsDesk(engine, model.name, self.metrics, self.gate), Gate(engine), options)
+        card = Card(engine)
+        self.metrics = Metrics(engine, model.name, self.service.window, card)
+        self.history = PrefixHistory(engine.info.block_size)
+        desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
+        self.stats = StatsRoutes(desk, Gate(engine), options, book)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
+
+    def close(self) -> None:
+        """End the tokenising threads."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
 
     def _check_open(self) -> None:
         """Asked before a body is read, and again after it was prepared: the server may have begun to drain meanwhile."""
@@ -85,40 +96,51 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def chat(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
+        label = own_name(request)
 
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
-            return prepare_chat(self.service, body, label)
+            return self._admitted(request, prepare_chat(self.service, body, label))
 
         self._check_open()
         generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_chat(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_chat(generation))
+        return await self._whole(request, answer_chat(generation), generation.job)
 
     async def completions(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
+        label = own_name(request)
 
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)
-            return prepare_completion(self.service, body, label)
+            return self._admitted(request, prepare_completion(self.service, body, label))
 
         self._check_open()
         generation = self._generation(await self._prepared(request, prepare))
         if generation.job.stream:
             return EventStream(stream_completion(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_completion(generation))
+        return await self._whole(request, answer_completion(generation), generation.job)
+
+    def _admitted(self, request: Request, job: Job) -> Job:
+        """The job with what the dashboard wants to know: who asked, where, and why the prefix cache will miss."""
+        for item in job.requests:
+            item.label = item.label or guessed_name(request)
+            item.route = route_name(request.url.path)
+        self.history.admit(job, history_key(request, job.requests[0].label))
+        return job
 
     def _generation(self, job: Job) -> Generation:
         self._check_open()
         return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
 
-    async def _whole(self, request: Request, work: Any) -> Response:
+    async def _whole(self, request: Request, work: Any, job: Job) -> Response:
         try:
-            return _json(await self.gate.run(work, until_disconnect(request.receive)))
+            answer = _json(await self.gate.run(work, until_disconnect(request.receive)))
         except ClientGone:
             return Response(status_code=499)  # nobody reads it; the log shows why
+        if job.divergence is not None:
+            answer.headers["x-ws-prefix"] = job.divergence.header()
+        return answer
 
     async def models(self, request: Request) -> Response:
         return _json(wire.encode({"object": "list", "data": [self._card(name) for name in self.service.model.names]}))
@@ -171,17 +193,18 @@ def _json(body: bytes) -> Response:
     return Response(body, media_type="application/json")
 
 
-def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions | None = None) -> FastAPI:
-    """The ASGI application. `app.state.api.gate` drains it."""
+def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions | None = None,
+               book: LogBook | None = None) -> FastAPI:
+    """The ASGI application. `app.state.api.gate` drains it; `book` holds what `/stats/log` answers."""
     options = options or ServerOptions()
     if not model.names:
         raise InvalidRequestError("a served model needs a name", param="served_model_name")
-    api = Api(engine, model, options)
+    api = Api(engine, model, options, book or LogBook())
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.pool.shutdown(wait=False, cancel_futures=True)
+        api.close()
 
     app = FastAPI(title="ws", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
                   redirect_slashes=False)

@@ -18,6 +18,7 @@ from workstation.server.generation import Delta, Generation
 from workstation.server.job import Job
 from workstation.server.logprobs import LogprobWriter
 from workstation.server.messages import template_messages, template_tools
+from workstation.server.prefix_history import message_digests
 from workstation.server.prepare import Service
 from workstation.server.schemas import ChatRequest
 
@@ -45,7 +46,8 @@ def prepare_chat(service: Service, body: ChatRequest, label: str) -> Job:
                                        prepare.clean_label(label, body.user))
     return Job(public_id, model, int(time.time()), requests, params.n, stream=bool(body.stream), usage_at_end=usage_at_end,
                usage_always=usage_always, logprobs=logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
-               return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids))
+               return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
+               messages=message_digests(body.messages))
 
 
 def prompt_ids(service: Service, body: Any) -> list[int]:

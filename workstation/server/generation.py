@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+
+from msgspec import UNSET
 
 from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
@@ -16,6 +19,8 @@ from workstation.server.metrics import Metrics
 from workstation.server.wire import TokenDetails, Usage
 from workstation.text.detokenizer import Detokenizer
 from workstation.text.tokenizer import Tokenizer
+
+log = logging.getLogger("workstation.server")
 
 
 @dataclass(slots=True)
@@ -110,7 +115,8 @@ class Generation:
     def usage(self) -> Usage:
         prompt = sum(len(request.prompt_token_ids) for request in self.job.requests)
         output = 0 if self.job.hide_output else sum(choice.num_tokens for choice in self.choices)
-        return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens))
+        diverged = self.job.divergence or UNSET
+        return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens, diverged))
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every change of every choice, in the order of the engine's events.
@@ -149,7 +155,10 @@ class Generation:
             self.metrics.reject(error)
             raise
         finally:
-            self.metrics.finish(self.job, outcome, sum(choice.num_tokens for choice in self.choices), self._spans())
+            tokens = sum(choice.num_tokens for choice in self.choices)
+            self.metrics.finish(self.job, outcome, tokens, self._spans())
+            log.info("%s ended: %s, %d tokens, %.1f s", self.job.public_id[-8:], outcome, tokens,
+                     time.monotonic() - self.job.requests[0].arrival)
 
     def _end_sample(self, event: TokenEvent) -> None:
         """A stop string ended one sample; the engine need not go on with it. (With none left, leaving the iterator does it.)"""

@@ -4,7 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec import Struct
+
 from workstation.engine.request import EngineRequest
+
+
+class Divergence(Struct):
+    """Where a prompt leaves the earlier prompt of the same client that it shares most with; everything before is shared.
+
+    Attributes:
+        token: index of the first token that differs.  message: index of the first message that does; None when none does
+            (other tools or template variables) and in completions.
+        earlier_tokens: length of the earlier prompt.  prompt: which of the request's prompts.
+    """
+
+    token: int
+    message: int | None
+    earlier_tokens: int
+    prompt: int = 0
+
+    def header(self) -> str:
+        """The value of `x-ws-prefix`."""
+        message = "" if self.message is None else f"message={self.message}; "
+        return f"diverged; {message}token={self.token}; earlier-tokens={self.earlier_tokens}; prompt={self.prompt}"
 
 
 @dataclass(slots=True)
@@ -14,6 +36,7 @@ class Job:
     Attributes:
         public_id: the `id` of the answer.  requests: one a prompt.  samples: choices a prompt.
         stream, usage_at_end, usage_always: how to answer.  logprobs: whether output logprobs are shown.
+        messages: a digest a chat message.  divergence: why less of the prompt was cached than could have been, when so.
         hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
     """
 
@@ -32,6 +55,8 @@ class Job:
     return_token_ids: bool = False
     tokens_as_ids: bool = False
     hide_output: bool = False
+    messages: tuple[bytes, ...] = ()
+    divergence: Divergence | None = None
 
     @property
     def varies_in_text_alone(self) -> bool:

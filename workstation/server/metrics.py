@@ -12,6 +12,7 @@ from prometheus_client.registry import Collector
 from workstation.engine.client import EngineClient
 from workstation.engine.request import EngineRequest, TokenEvent
 from workstation.errors import EngineDeadError, InvalidRequestError, OverloadedError, WorkstationError
+from workstation.server.card import Card
 from workstation.server.histogram import Histogram
 from workstation.server.job import Job
 from workstation.server.stats_rates import Recent
@@ -34,7 +35,7 @@ def _token_buckets(window: int) -> list[float]:
 class Metrics:
     """The server's own registry: histograms and counters of requests, and the engine's snapshot read at scrape time."""
 
-    def __init__(self, engine: EngineClient, model_name: str, window: int) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, window: int, card: Card | None = None) -> None:
         self.registry = CollectorRegistry()
         labels = (model_name, "0")
         tokens = _token_buckets(window)
@@ -65,7 +66,7 @@ class Metrics:
         self._ended = {reason: success.labels(*labels, reason) for reason in FINISH_REASONS}
         self._rejected = {reason: rejections.labels(*labels, reason) for reason in REJECTIONS}
         self.ttft, self.itl, self.e2e = Recent(), Recent(4096), Recent()  # the dashboard's spreads
-        self.registry.register(_EngineCollector(engine, labels))
+        self.registry.register(_EngineCollector(engine, labels, card or Card(engine)))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -121,8 +122,9 @@ class Metrics:
 class _EngineCollector(Collector):
     """The engine's newest snapshot as gauges and counters."""
 
-    def __init__(self, engine: EngineClient, labels: tuple[str, str]) -> None:
+    def __init__(self, engine: EngineClient, labels: tuple[str, str], card: Card) -> None:
         self._engine = engine
+        self._card = card
         self._labels = labels
 
     def collect(self) -> Iterator[Metric]:
@@ -143,6 +145,9 @@ class _EngineCollector(Collector):
             "prompt_tokens_cached": ("Prompt tokens read from the prefix cache.", stats.cached_tokens),
             "generation_tokens": ("Tokens generated.", stats.generated_tokens),
         }
+        joules = self._card.joules_per_token()
+        if joules is not None:
+            gauges["joules_per_token"] = ("The card's energy over the tokens generated in the last ten seconds.", joules)
         for name, (text, value) in gauges.items():
             gauge = GaugeMetricFamily(f"ws:{name}", text, labels=LABELS)
             gauge.add_metric(self._labels, value)

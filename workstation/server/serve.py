@@ -19,7 +19,9 @@ from workstation.engine.client import EngineClient
 from workstation.errors import ConfigError, EngineDeadError, OverloadedError, PortInUseError, StartupError
 from workstation.runtime import RunningServer
 from workstation.server.app import create_app
+from workstation.server.door import loading_door
 from workstation.server.gate import Gate
+from workstation.server.log_book import LogBook
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.protocol import limited_protocol
 
@@ -29,7 +31,7 @@ LAST_WORDS_SECONDS = 2.0
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address but not listening yet: the port is ours, and closed until the engine is ready.
+    """A socket bound to the address but not listening yet: the port is ours before anything is loaded.
 
     Raises PortInUseError or ConfigError naming address and cure.
     """
@@ -50,22 +52,25 @@ def bind(host: str, port: int) -> socket.socket:
     return made
 
 
-def run(options: ServerOptions, engine: EngineClient, load_model: Callable[[], ServedModel], *,
-        on_ready: Callable[[RunningServer], None] | None = None) -> None:
+def run(options: ServerOptions, engine: EngineClient, load_model: Callable[[], ServedModel], *, name: str = "",
+        book: LogBook | None = None, on_ready: Callable[[RunningServer], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; returns after a clean drain.
+
+    While the engine loads the port answers 503, and `/stats` with the progress.
 
     Args:
         engine: not started yet.  load_model: called in a thread while the engine loads.
+        name: of the model, for dashboards that watch it load.  book: what `/stats/log` answers.
         on_ready: called once requests are answered.
 
-    Raises StartupError (before the port opened) or EngineDeadError (the engine could not be kept alive).
+    Raises StartupError (nothing was served) or EngineDeadError (the engine could not be kept alive).
     """
     if not options.loopback and not options.api_keys:
         raise ConfigError(f"listening on {options.host} without an API key would open the model to the network",
                           param="api_key")
     sock = bind(options.host, options.port)
     try:
-        uvloop_run(Serving(options, engine, load_model, sock, on_ready).run())
+        uvloop_run(Serving(options, engine, load_model, sock, on_ready, name, book or LogBook()).run())
     finally:
         sock.close()
 
@@ -92,12 +97,14 @@ class Serving:
     """One serving run: start, serve, drain, stop."""
 
     def __init__(self, options: ServerOptions, engine: EngineClient, load_model: Callable[[], ServedModel],
-                 sock: socket.socket, on_ready: Callable[[RunningServer], None] | None) -> None:
+                 sock: socket.socket, on_ready: Callable[[RunningServer], None] | None, name: str, book: LogBook) -> None:
         self._options = options
         self._engine = engine
         self._load_model = load_model
         self._sock = sock
         self._on_ready = on_ready
+        self._book = book
+        self._door = loading_door(engine, name, options, book)
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
 
@@ -105,12 +112,26 @@ class Serving:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._signalled)
+        server = self._uvicorn()
+        serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
         try:
             model = await self._start()
             if model is not None:
-                await self._serve(model)
+                await self._until_listening(server, serving)
+                await self._serve(model, serving)
         finally:
+            server.should_exit = True
+            await asyncio.wait({serving}, timeout=10)
+            server.force_exit = True
+            await asyncio.gather(serving, return_exceptions=True)
             await self._engine.stop()
+
+    def _uvicorn(self) -> _Uvicorn:
+        options = self._options
+        return _Uvicorn(uvicorn.Config(
+            self._door, http=limited_protocol(options.max_header_bytes, options.header_timeout), ws="none", lifespan="on",
+            log_level="warning", access_log=options.access_log, limit_concurrency=options.max_connections,
+            timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
 
     def _signalled(self) -> None:
         (self._second_signal if self._first_signal.is_set() else self._first_signal).set()
@@ -134,32 +155,21 @@ class Serving:
                 task.cancel()
             await asyncio.gather(engine, stopped, return_exceptions=True)
 
-    async def _serve(self, model: ServedModel) -> None:
-        options = self._options
-        app = create_app(self._engine, model, options)
-        server = _Uvicorn(uvicorn.Config(
-            app, http=limited_protocol(options.max_header_bytes, options.header_timeout), ws="none", lifespan="on",
-            log_level="warning", access_log=options.access_log, limit_concurrency=options.max_connections,
-            timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
-        serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
-        record = None
+    async def _serve(self, model: ServedModel, serving: asyncio.Future[None]) -> None:
+        """Open the door and stay until the end."""
+        app = create_app(self._engine, model, self._options, self._book)
+        self._door.open(app, app.state.api.close)
+        host, port = self._sock.getsockname()[:2]
+        record = runtime.describe(host, port, model.name)
+        path = runtime.write(record)
+        log.info("%s is ready at %s", model.name, record.base_url)
         try:
-            await self._until_listening(server, serving)
-            host, port = self._sock.getsockname()[:2]
-            record = runtime.describe(host, port, model.name)
-            path = runtime.write(record)
-            try:
-                if self._on_ready is not None:
-                    self._on_ready(record)
-                with calm_collector(freeze=True):
-                    await self._until_end(serving, app.state.api.gate)
-            finally:
-                runtime.remove(path)
+            if self._on_ready is not None:
+                self._on_ready(record)
+            with calm_collector(freeze=True):
+                await self._until_end(serving, app.state.api.gate)
         finally:
-            server.should_exit = True
-            await asyncio.wait({serving}, timeout=10)
-            server.force_exit = True
-            await asyncio.gather(serving, return_exceptions=True)
+            runtime.remove(path)
 
     async def _until_listening(self, server: uvicorn.Server, serving: asyncio.Future[None]) -> None:
         while not server.started:

@@ -10,7 +10,10 @@ from itertools import pairwise
 
 from msgspec import Struct
 
+from workstation.engine.client import Health
 from workstation.engine.snapshot import CACHED, OWNED, SHARED, BlockRow, Picture, RequestRow, SampleDetail
+from workstation.server.job import Divergence
+from workstation.server.log_book import LogLine
 
 VERSION = 1
 MAX_CELLS = 4096
@@ -34,8 +37,19 @@ class ModelStats(Struct):
     kv_cache_dtype: str = ""
 
 
+class LoadingStats(Struct):
+    """seconds_left: None before the first bytes, and once all are read (graphs and warming up follow)."""
+
+    done_bytes: int
+    total_bytes: int
+    seconds_left: float | None
+
+
 class ServerStats(Struct):
-    """state: starting, ready, restarting, draining or dead.  uptime: since the API process was ready."""
+    """state: starting, ready, restarting, draining or dead.  uptime: since the API process began to answer.
+
+    loading: while weights load, at the start or after the engine's death.
+    """
 
     state: str
     uptime: float
@@ -43,10 +57,15 @@ class ServerStats(Struct):
     restarts: int
     heartbeat_age: float
     cause: str = ""
+    loading: LoadingStats | None = None
 
 
 class GpuStats(Struct):
-    """NVML's reading of the engine's card, at most a second old. utilization: 0…1."""
+    """NVML's reading of the engine's card, at most a second old. utilization, memory_utilization, fan: 0…1.
+
+    throttle: why clocks are lowered, "" when they are not.  pcie_read, pcie_write: bytes a second into and out of the card.
+    own_bytes: what NVML counts for the engine's process, where it tells.
+    """
 
     name: str
     total_bytes: int | None
@@ -56,6 +75,42 @@ class GpuStats(Struct):
     power_limit_watts: float | None
     temperature_celsius: float | None
     joules_per_token: float | None = None
+    uuid: str = ""
+    memory_utilization: float | None = None
+    fan: float | None = None
+    clock_mhz: int | None = None
+    memory_clock_mhz: int | None = None
+    throttle: str | None = None
+    pcie_read: float | None = None
+    pcie_write: float | None = None
+    own_bytes: int | None = None
+
+
+class CardStats(Struct):
+    """One of the machine's cards; own: the engine's."""
+
+    index: int
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
+    utilization: float | None
+    own: bool
+
+
+class GpuProcessStats(Struct):
+    """A process on the engine's card; None where the system hides it. own: the engine."""
+
+    pid: int
+    user: str | None
+    command: str | None
+    bytes: int | None
+    own: bool
+
+
+class GpuAnswer(Struct):
+    version: int
+    cards: list[CardStats]
+    processes: list[GpuProcessStats]
 
 
 class CellMap(Struct):
@@ -63,6 +118,7 @@ class CellMap(Struct):
 
     owned, shared, cached: base64 of `count` little-endian unsigned integers of `width` bytes: how many of a cell's blocks are
     held by one, held by several, cached; the rest are free. Exact, and 1,000 cells stay under 10 kB in any pool.
+    heat: when asked for, base64 of a byte a cell: 0 nothing cached, else how near eviction its next block is, 1 to 255.
     """
 
     count: int
@@ -70,12 +126,11 @@ class CellMap(Struct):
     owned: str
     shared: str
     cached: str
+    heat: str | None = None
 
 
 class BlockStats(Struct):
-    """The pool. waste: share of held token slots that hold no token, 0…1.
-
-    """
+    """The pool. waste: share of held token slots that hold no token, 0…1."""
 
     total: int
     size: int
@@ -99,6 +154,7 @@ class BatchStats(Struct):
     step_seconds: float
     step_tokens: int
     budget: int
+    step_prompt_tokens: int = 0
 
 
 class Spread(Struct):
@@ -140,13 +196,14 @@ class RequestStats(Struct):
     age: float
     samples: int
     preemptions: int
+    route: str = ""
 
 
 class Snapshot(Struct):
     """One frame. time: Unix seconds at which the engine made it; an old time says that it has not answered since.
 
     requests: at most 512 rows, running ones first; requests_total counts all.  process_bytes: memory of the engine's process.
-    look_seconds: what the picture cost the engine.
+    look_seconds: what the picture cost the engine.  cards: all of the machine's, when the engine is on one of them.
     """
 
     version: int
@@ -161,6 +218,7 @@ class Snapshot(Struct):
     requests: list[RequestStats]
     requests_total: int
     look_seconds: float
+    cards: list[CardStats] = []
 
 
 class BlocksAnswer(Struct):
@@ -178,7 +236,7 @@ class Timeline(Struct):
 
 
 class RequestAnswer(Struct):
-    """Details of a live request: its row, where its time went, and a block table a sample and KV group."""
+    """Details of a live request: its row, where its time went, a block table a sample and KV group, and why it missed."""
 
     version: int
     request: RequestStats
@@ -186,6 +244,15 @@ class RequestAnswer(Struct):
     timeline: Timeline
     sampling: dict[str, float | int | bool | None]
     samples: list[SampleDetail]
+    diverged: Divergence | None = None
+
+
+class LogAnswer(Struct):
+    """The log's newest lines, oldest first. last: the newest line's number; ask for what is `after` it."""
+
+    version: int
+    last: int
+    lines: list[LogLine]
 
 
 class AbortAnswer(Struct):
@@ -193,8 +260,8 @@ class AbortAnswer(Struct):
     aborted: bool
 
 
-def fold(states: bytes, cells: int) -> CellMap:
-    """Count the states (one byte a block, as in engine/blocks.py) of min(cells, blocks) cells."""
+def fold(states: bytes, cells: int, heat: bytes = b"") -> CellMap:
+    """Count the states (one byte a block, as in engine/blocks.py) of min(cells, blocks) cells. heat: as in Picture."""
     total = len(states)
     cells = min(cells, total)
     edges = [total * cell // cells for cell in range(cells + 1)] if cells else [0]
@@ -202,7 +269,17 @@ def fold(states: bytes, cells: int) -> CellMap:
     width = 1 if largest < 1 << 8 else 2 if largest < 1 << 16 else 4
     counted = [b"".join(states.count(state, begin, end).to_bytes(width, "little")
                         for begin, end in pairwise(edges)) for state in (OWNED, SHARED, CACHED)]
-    return CellMap(cells, width, *(b64encode(counts).decode() for counts in counted))
+    warmest = bytes(max(heat[begin:end]) for begin, end in pairwise(edges)) if len(heat) == total else None
+    owned, shared, cached = (b64encode(counts).decode() for counts in counted)
+    return CellMap(cells, width, owned, shared, cached, None if warmest is None else b64encode(warmest).decode())
+
+
+def loading_stats(health: Health) -> LoadingStats | None:
+    """How far loading has come."""
+    if health.loading is None:
+        return None
+    left = health.loading.seconds_left
+    return LoadingStats(health.loading.done_bytes, health.loading.total_bytes, None if left is None else round(left, 1))
 
 
 def request_stats(row: RequestRow, now: float) -> RequestStats:
@@ -214,7 +291,7 @@ def request_stats(row: RequestRow, now: float) -> RequestStats:
         row.id, row.label, row.state, row.prompt, row.cached, row.computed, row.generated,
         None if rate is None else round(rate, 2),
         round(first - row.arrival, 4) if first else None, row.blocks, round(max(0.0, now - row.arrival), 3), row.samples,
-        row.preemptions)
+        row.preemptions, row.route)
 
 
 def timeline(row: RequestRow, now: float) -> Timeline:
@@ -234,4 +311,4 @@ def block_stats(picture: Picture, block_size: int, cells: int) -> BlockStats:
         total=stats.blocks_total, size=block_size, free=stats.blocks_free, held=stats.blocks_held,
         shared=picture.states.count(SHARED), cached=stats.blocks_cached,
         waste=round(1 - stats.kv_tokens_held / slots, 4) if slots else 0.0, evictions=stats.evictions,
-        preemptions=stats.preemptions, cells=fold(picture.states, cells))
+        preemptions=stats.preemptions, cells=fold(picture.states, cells, picture.heat))

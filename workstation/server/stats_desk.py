@@ -5,24 +5,25 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections import deque
 from collections.abc import AsyncGenerator
 from pathlib import Path
 
-from workstation import __version__, gpu
+from workstation import __version__
 from workstation.engine.client import EngineClient
 from workstation.engine.snapshot import Look, Picture
 from workstation.errors import EngineDeadError, OverloadedError
 from workstation.server import wire
+from workstation.server.card import Card
 from workstation.server.errors import HTTPRequestError
 from workstation.server.gate import Gate
 from workstation.server.metrics import Metrics
+from workstation.server.prefix_history import PrefixHistory
 from workstation.server.stats import (
     VERSION,
     AbortAnswer,
     BatchStats,
     BlocksAnswer,
-    GpuStats,
+    GpuAnswer,
     ModelStats,
     RequestAnswer,
     ServerStats,
@@ -30,14 +31,14 @@ from workstation.server.stats import (
     SpeedStats,
     Spread,
     block_stats,
+    loading_stats,
     request_stats,
     timeline,
 )
 from workstation.server.stats_rates import Rates
 
 LOOK_PERIOD = 0.1
-GPU_PERIOD = 1.0
-ENERGY_WINDOW = 10.0
+HEAT_SECONDS = 3.0
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
                    "seed", "n", "max_tokens", "min_tokens", "ignore_eos", "logprobs")
 
@@ -45,18 +46,20 @@ SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty",
 class StatsDesk:
     """One for a server. All dashboards share its newest picture; nothing runs while nobody asks."""
 
-    def __init__(self, engine: EngineClient, model_name: str, metrics: Metrics, gate: Gate) -> None:
+    def __init__(self, engine: EngineClient, model_name: str, metrics: Metrics, gate: Gate,
+                 history: PrefixHistory | None = None, card: Card | None = None) -> None:
         self._engine = engine
         self._model_name = model_name
         self._metrics = metrics
         self._gate = gate
+        self._history = history or PrefixHistory()
         self._started = time.monotonic()
         self._lock = asyncio.Lock()
         self._looked = -LOOK_PERIOD
         self._picture: Picture | None = None
+        self._warm_until = 0.0
         self._rates = Rates()
-        self._gpu: tuple[float, GpuStats | None] = (-GPU_PERIOD, None)
-        self._energy: deque[tuple[float, float, int]] = deque()  # (when, joules, tokens) of the last ten seconds
+        self._card = card or Card(engine)
         self.looks = 0
 
     # ── pictures ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -81,35 +84,42 @@ class StatsDesk:
         self._rates.feed(picture.stats)
         return picture
 
-    async def _newest(self) -> Picture:
-        """A picture at most a tenth of a second old, or the last one when the engine cannot answer."""
+    async def _newest(self, heat: bool) -> Picture:
+        """A picture at most a tenth of a second old, or the last one when the engine cannot answer.
+
+        Heat costs the engine a walk over its cached blocks, so pictures hold it only for some seconds after somebody asked.
+        """
+        if heat:
+            self._warm_until = time.monotonic() + HEAT_SECONDS
         async with self._lock:
             if self._picture is None or time.monotonic() - self._looked >= LOOK_PERIOD:
                 try:
-                    return await self._ask(Look())
+                    return await self._ask(Look(heat=time.monotonic() < self._warm_until))
                 except (EngineDeadError, OverloadedError):
                     if self._picture is None:
                         return Picture(0, self._engine.stats(), b"", [], 0)
             return self._picture
 
-    async def snapshot(self, cells: int) -> Snapshot:
+    async def snapshot(self, cells: int, heat: bool = False) -> Snapshot:
         """One frame; answered in every state of the engine, with the last picture there was."""
-        picture = await self._newest()
+        picture = await self._newest(heat)
         info, stats, health = self._engine.info, picture.stats, self._engine.health()
         made = stats.time or time.monotonic()
+        card, cards = await self._card.stats()
         return Snapshot(
             version=VERSION, time=round(time.time() - (time.monotonic() - made), 3),
             server=ServerStats("draining" if self._gate.draining else health.state, round(time.monotonic() - self._started, 1),
-                               __version__, health.restarts, round(health.heartbeat_age, 2), health.cause),
+                               __version__, health.restarts, round(health.heartbeat_age, 2), health.cause,
+                               loading_stats(health)),
             model=ModelStats(self._model_name, info.architecture, info.dtype, info.device, info.device_name, info.max_model_len,
                              info.max_num_seqs, info.max_num_batched_tokens, info.weight_bytes, info.kv_bytes, info.plan,
                              info.kv_cache_dtype),
-            gpu=await self._card(stats.generated_tokens), process_bytes=_resident(getattr(self._engine, "pid", None)),
+            gpu=card, process_bytes=_resident(getattr(self._engine, "pid", None)),
             blocks=block_stats(picture, info.block_size, cells),
             batch=BatchStats(stats.running, stats.waiting, picture.preempted, stats.steps, round(stats.step_seconds, 6),
-                             stats.step_tokens, info.max_num_batched_tokens),
+                             stats.step_tokens, info.max_num_batched_tokens, stats.step_prompt_tokens),
             speed=self._speed(picture), requests=[request_stats(row, made) for row in picture.rows],
-            requests_total=picture.requests, look_seconds=round(picture.seconds, 6))
+            requests_total=picture.requests, look_seconds=round(picture.seconds, 6), cards=cards)
 
     def _speed(self, picture: Picture) -> SpeedStats:
         stats, rates = picture.stats, self._rates
@@ -119,12 +129,12 @@ class StatsDesk:
             round(stats.prefix_hits / stats.prefix_queries, 4) if stats.prefix_queries else None,
             *(Spread(*seen.quantiles((0.5, 0.99))) for seen in (self._metrics.ttft, self._metrics.itl, self._metrics.e2e)))
 
-    async def stream(self, cells: int, rate: float) -> AsyncGenerator[bytes, None]:
+    async def stream(self, cells: int, rate: float, heat: bool = False) -> AsyncGenerator[bytes, None]:
         """Frames as server-sent events until the server is about to leave. A frame is made only when the last one was taken."""
         period = 1.0 / rate
         due = time.monotonic()
         while not (self._gate.draining and self._gate.in_flight == 0):
-            yield wire.sse(await self.snapshot(cells))
+            yield wire.sse(await self.snapshot(cells, heat))
             due = max(due + period, time.monotonic())
             await asyncio.sleep(due - time.monotonic())
 
@@ -143,7 +153,8 @@ class StatsDesk:
             raise _no_request(request_id)
         now = picture.stats.time
         return RequestAnswer(VERSION, request_stats(detail.row, now), detail.max_tokens, timeline(detail.row, now),
-                             {name: getattr(detail.params, name) for name in SAMPLING_FIELDS}, detail.samples)
+                             {name: getattr(detail.params, name) for name in SAMPLING_FIELDS}, detail.samples,
+                             self._history.of(request_id))
 
     async def abort(self, request_id: str) -> AbortAnswer:
         """End a live request; its client gets an error. 404 when there is none of that id."""
@@ -153,34 +164,9 @@ class StatsDesk:
         self._engine.abort(request_id)
         return AbortAnswer(request_id, True)
 
-    # ── the card ────────────────────────────────────────────────────────────────────────────────────────────────────
-
-    async def _card(self, generated: int) -> GpuStats | None:
-        """NVML's reading, once a second at most and off the event loop; None without a card in use."""
-        now = time.monotonic()
-        info = self._engine.info
-        if not info.device.startswith("cuda"):
-            return None
-        if now - self._gpu[0] >= GPU_PERIOD:
-            self._gpu = (now, self._gpu[1])
-            sample = await asyncio.to_thread(gpu.sample, uuid=info.device_uuid or None)
-            self._gpu = (now, None if sample is None else self._reading(sample, now, generated))
-        return self._gpu[1]
-
-    def _reading(self, sample: gpu.GpuSample, now: float, generated: int) -> GpuStats:
-        """joules_per_token: NVML's energy counter over the tokens of the last ten seconds; None when there were none."""
-        joules = None
-        if sample.energy_joules is not None:
-            if self._energy and generated < self._energy[-1][2]:
-                self._energy.clear()  # the engine was restarted
-            self._energy.append((now, sample.energy_joules, generated))
-            while now - self._energy[0][0] > ENERGY_WINDOW:
-                self._energy.popleft()
-            _, began, tokens = self._energy[0]
-            if generated > tokens:
-                joules = round((sample.energy_joules - began) / (generated - tokens), 3)
-        return GpuStats(sample.name, sample.total_bytes, sample.used_bytes, sample.utilization, sample.power_watts,
-                        sample.power_limit_watts, sample.temperature_celsius, joules)
+    async def cards(self) -> GpuAnswer:
+        """The machine's cards, and who is on the engine's."""
+        return await self._card.answer(VERSION)
 
 
 def _no_request(request_id: str) -> HTTPRequestError:

@@ -26,7 +26,7 @@ import zmq
 from workstation import errors
 from workstation.config import EngineConfig
 from workstation.engine import wire
-from workstation.engine.client import EngineState, Health, Inbox
+from workstation.engine.client import EngineState, Health, Inbox, Progress
 from workstation.engine.request import EngineInfo, EngineRequest, EngineStats
 from workstation.engine.snapshot import Look, Picture
 
@@ -65,11 +65,15 @@ class EngineProcess:
 
     Args:
         config: handed to the engine.  on_loading: called with (bytes done, bytes in all) while weights load.
+        on_said: called with each line of the engine's log: Unix seconds, level, source, text.
     """
 
-    def __init__(self, config: EngineConfig, *, on_loading: Callable[[int, int], None] | None = None) -> None:
+    def __init__(self, config: EngineConfig, *, on_loading: Callable[[int, int], None] | None = None,
+                 on_said: Callable[[float, int, str, str], None] | None = None) -> None:
         self._config = config
         self._on_loading = on_loading
+        self._on_said = on_said
+        self._loading: tuple[int, int, float] | None = None  # bytes done, bytes in all, when the first came
         self._state: EngineState = "starting"
         self._info = EngineInfo()
         self._stats = EngineStats()
@@ -103,7 +107,11 @@ class EngineProcess:
         return self._stats
 
     def health(self) -> Health:
-        return Health(self._state, time.monotonic() - self._last_beat, self._restarts, self._cause)
+        now, progress = time.monotonic(), None
+        if self._loading is not None and self._state in ("starting", "restarting"):
+            done, total, began = self._loading
+            progress = Progress(done, total, now - began)
+        return Health(self._state, now - self._last_beat, self._restarts, self._cause, progress)
 
     async def start(self) -> None:
         """Return when the engine is ready; raise the StartupError that stopped it."""
@@ -197,7 +205,7 @@ class EngineProcess:
         self._sources = [self._bind(zmq.PULL, wire.OUTBOX), self._bind(zmq.PULL, wire.BEATS)]
         config = msgspec.json.encode(dataclasses.asdict(self._config))
         await asyncio.to_thread((Path(self._directory) / "config.json").write_bytes, config)
-        self._last_beat, self._step_age = time.monotonic(), 0.0
+        self._last_beat, self._step_age, self._loading = time.monotonic(), 0.0, None
         self._ready: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._process = await asyncio.create_subprocess_exec(
             *ENGINE_COMMAND, self._directory, str(os.getpid()), stdin=asyncio.subprocess.DEVNULL)
@@ -286,8 +294,13 @@ class EngineProcess:
             if answer is not None and not answer.done():
                 answer.set_result(message.picture)
         elif isinstance(message, wire.Loading):
+            began = self._loading[2] if self._loading else time.monotonic()
+            self._loading = (message.done_bytes, message.total_bytes, began)
             if self._on_loading is not None:
                 self._on_loading(message.done_bytes, message.total_bytes)
+        elif isinstance(message, wire.Said):
+            if self._on_said is not None:
+                self._on_said(message.when, message.level, message.source, message.text)
         elif isinstance(message, wire.Crashed):
             self._cause = message.cause
         elif isinstance(message, wire.Ready):

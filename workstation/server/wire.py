@@ -7,6 +7,8 @@ from typing import Any
 import msgspec
 from msgspec import UNSET, Struct, UnsetType
 
+from workstation.server.job import Divergence
+
 encode = msgspec.json.Encoder().encode
 DONE = b"data: [DONE]\n\n"
 KEEP_ALIVE = b": keep-alive\n\n"
@@ -36,7 +38,10 @@ class Frame:
 
 
 class TokenDetails(Struct):
+    """diverged: where the prompt leaves an earlier one of the same client, when that cost cached tokens (docs/stats.md)."""
+
     cached_tokens: int = 0
+    diverged: Divergence | UnsetType = UNSET
 
 
 class Usage(Struct):

@@ -1,0 +1,235 @@
+"""What the dashboard costs: its first frame, its share of a core, its memory. No GPU and no model are needed.
+
+    python -m benchmarks.dashboard                  # ws top on a pseudo-terminal, watching 65,536 blocks and 200 requests
+    python -m benchmarks.dashboard --hour           # an hour of frames (14,400), as fast as they are drawn: does memory grow?
+
+The frames are made up beforehand and served over HTTP by a thread of this process, whose own cost does not count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import fcntl
+import json
+import os
+import pty
+import select
+import statistics
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from benchmarks.dashboard_frames import Load
+from workstation.tui.app import Dashboard
+from workstation.tui.drawing import Glyphs
+from workstation.tui.frame import Frame, parse
+
+TICK = os.sysconf("SC_CLK_TCK")
+KEPT = 64
+LOG = {"version": 1, "last": 50, "lines": [
+    {"number": n, "time": 1e9 + n, "level": "info", "source": "server", "text": f"{n:08x} ended: stop, 512 tokens, 11.2 s"}
+    for n in range(50)]}  # fmt: skip
+
+
+class Answers:
+    """Bodies by route, made once for each number of cells; frames follow one another in a ring."""
+
+    def __init__(self, blocks: int, requests: int) -> None:
+        self._load = Load(blocks, requests)
+        self._frames: dict[int, list[bytes]] = {}
+        self._served = 0
+        self._details = json.dumps(self._load.details()).encode()
+        self._log = json.dumps(LOG).encode()
+
+    def frames(self, cells: int) -> list[bytes]:
+        if cells not in self._frames:
+            made = []
+            for _ in range(KEPT):
+                self._load.step()
+                made.append(json.dumps(self._load.frame(cells)).encode())
+            self._frames[cells] = made
+        return self._frames[cells]
+
+    def body(self, path: str) -> bytes:
+        where = urlsplit(path)
+        if where.path == "/stats":
+            self._served += 1
+            return self.frames(int(parse_qs(where.query)["cells"][0]))[self._served % KEPT]
+        return self._log if where.path == "/stats/log" else self._details
+
+
+def serve(answers: Answers) -> ThreadingHTTPServer:
+    """An HTTP server in a thread."""
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            body = answers.body(self.path)
+            self.send_response(200)
+            self.send_header("content-length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *words: Any) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+class Terminal:
+    """`ws top` on a pseudo-terminal; reads what it draws, as a terminal would."""
+
+    def __init__(self, url: str, size: tuple[int, int], rate: int) -> None:
+        self._master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
+        self.started = time.perf_counter()
+        command = [sys.executable, "-m", "workstation.cli.main", "top", url, "--rate", str(rate)]
+        environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+        self._process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment,
+                                         start_new_session=True)
+        os.close(slave)
+        self.drawn = 0
+
+    def until(self, mark: bytes) -> float:
+        """Seconds from the start until these bytes were drawn."""
+        seen = b""
+        while mark not in seen:
+            seen += self._read(10.0)
+        return time.perf_counter() - self.started
+
+    def run(self, seconds: float) -> None:
+        """Draw for so long."""
+        end = time.perf_counter() + seconds
+        while (left := end - time.perf_counter()) > 0:
+            self._read(left)
+
+    def _read(self, patience: float) -> bytes:
+        ready, _, _ = select.select([self._master], [], [], patience)
+        data = os.read(self._master, 1 << 16) if ready else b""
+        self.drawn += len(data)
+        return data
+
+    def cpu(self) -> float:
+        """Seconds of CPU so far."""
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / TICK
+
+    def memory(self) -> int:
+        return resident(self._process.pid)
+
+    def close(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        os.close(self._master)
+
+
+def resident(pid: int) -> int:
+    """Resident bytes of a process."""
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def mib(size: float) -> str:
+    return f"{size / (1 << 20):.1f} MiB"
+
+
+def watch(answers: Answers, size: tuple[int, int], rate: int, seconds: float, times: int) -> None:
+    """First frame, median of `times` starts; then one dashboard for some seconds."""
+    server = serve(answers)
+    url = f"http://127.0.0.1:{server.server_address[1]}"
+    answers.frames(400)
+    firsts = []
+    for number in range(times):
+        terminal = Terminal(url, size, rate)
+        firsts.append(terminal.until(b"READY"))
+        if number < times - 1:
+            terminal.close()
+    terminal.run(5.0)  # every import is done, every cache filled
+    began, cpu, drawn, memory = time.perf_counter(), terminal.cpu(), terminal.drawn, terminal.memory()
+    terminal.run(seconds)
+    took = time.perf_counter() - began
+    share = (terminal.cpu() - cpu) / took
+    print(f"{size[0]}x{size[1]} at {rate} Hz: first frame {statistics.median(firsts):.2f} s (of {times}: {min(firsts):.2f} to "
+          f"{max(firsts):.2f}), {share * 100:.1f} % of a core over {took:.0f} s, {(terminal.drawn - drawn) / took / 1024:.1f} "
+          f"KiB/s drawn, memory {mib(memory)} then {mib(terminal.memory())}")
+    terminal.close()
+    server.shutdown()
+
+
+class Ring:
+    """A Source of made-up frames, without HTTP: what drawing alone costs."""
+
+    url = "http://127.0.0.1:8000"
+
+    def __init__(self, answers: Answers) -> None:
+        self._answers = answers
+        self.taken = 0
+
+    async def frame(self, cells: int, heat: bool = False) -> Frame:
+        self.taken += 1
+        return parse(self._answers.frames(cells)[self.taken % KEPT])
+
+    async def details(self, request_id: str) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._answers.body("/stats/requests/x"))
+        return answer
+
+    async def log(self, lines: int) -> list[dict[str, Any]]:
+        found: list[dict[str, Any]] = LOG["lines"]  # type: ignore[assignment]
+        return found
+
+    async def blocks(self, first: int, last: int) -> dict[str, Any]:
+        return {"blocks": []}
+
+    async def cards(self) -> dict[str, Any]:
+        return {"cards": [], "processes": []}
+
+    async def abort(self, request_id: str) -> None:
+        return None
+
+
+async def hour(answers: Answers, size: tuple[int, int], frames: int) -> None:
+    """Draw that many frames and print the memory on the way."""
+    source = Ring(answers)
+    app = Dashboard(source, rate=50, glyphs=Glyphs())
+    seen: list[tuple[int, int]] = []
+    async with app.run_test(size=size) as pilot:
+        for part in range(1, 11):
+            while source.taken < frames * part // 10:
+                await pilot.pause(0.2)
+            seen.append((source.taken, resident(os.getpid())))
+            print(f"{seen[-1][0]:>7,} frames: {mib(seen[-1][1])}", flush=True)
+    print(f"from frame {seen[0][0]:,} to {seen[-1][0]:,}: {mib(seen[-1][1] - seen[0][1])} more")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=65_536)
+    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--rate", type=int, default=4)
+    parser.add_argument("--seconds", type=float, default=30.0)
+    parser.add_argument("--times", type=int, default=5, help="starts for the first frame's median")
+    parser.add_argument("--size", default="120x40,200x60")
+    parser.add_argument("--hour", action="store_true")
+    parser.add_argument("--frames", type=int, default=14_400)
+    given = parser.parse_args()
+    answers = Answers(given.blocks, given.requests)
+    for text in given.size.split(","):
+        width, height = (int(number) for number in text.split("x"))
+        if given.hour:
+            asyncio.run(hour(answers, (width, height), given.frames))
+        else:
+            watch(answers, (width, height), given.rate, given.seconds, given.times)
+
+
+if __name__ == "__main__":
+    main()

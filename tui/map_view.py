@@ -1,0 +1,139 @@
+"""The block map, drawn line by line: only lines whose cells have changed are drawn again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar
+
+from rich.segment import Segment
+from rich.style import Style
+from textual import events
+from textual.binding import Binding, BindingType
+from textual.geometry import Region
+from textual.message import Message
+from textual.strip import Strip
+from textual.widget import Widget
+
+from workstation.tui.drawing import COLOURS, HEAT_COLOURS, Glyphs, state_of
+from workstation.tui.frame import MAX_CELLS, Cell, Frame
+
+# A cell's look is a byte: 0–7 states (two shapes each), 8 held in a heat map, 9–16 heat; the marks are added.
+STATES = ("owned", "shared", "cached", "free")
+HELD, WARM = 8, 9
+LIT, CURSOR = 32, 64
+
+
+class Looks(dict[tuple[int, int, int, int], int]):
+    """Cell → look, worked out once: most cells are alike."""
+
+    def __missing__(self, cell: tuple[int, int, int, int]) -> int:
+        name, full = state_of(Cell(*cell))
+        look = self[cell] = STATES.index(name) * 2 + (not full)
+        if len(self) > 65536:
+            self.clear()
+        return look
+
+
+class MapView(Widget, can_focus=True):
+    """As many cells as there is room for, in physical order. Arrows or the mouse point at one."""
+
+    BINDINGS: ClassVar[list[BindingType]] = [
+        Binding("left", "point(-1, 0)", show=False), Binding("right", "point(1, 0)", show=False),
+        Binding("up", "point(0, -1)", show=False), Binding("down", "point(0, 1)", show=False),
+    ]
+
+    @dataclass
+    class Pointed(Message):
+        """The mouse or the cursor is on a cell; None: on none any more."""
+
+        cell: int | None
+
+    def __init__(self, glyphs: Glyphs, widget_id: str) -> None:
+        super().__init__(id=widget_id)
+        self._glyphs = glyphs
+        self._looks = Looks()
+        self._cells = b""
+        self._pointed: int | None = None
+        self._styles: list[tuple[str, Style]] = []
+
+    def on_mount(self) -> None:
+        shapes = self._glyphs.shapes
+        looks = [(shapes[name][half], COLOURS[name]) for name in STATES for half in (0, 1)]
+        looks.append((self._glyphs.held, COLOURS["free"]))
+        looks += zip(self._glyphs.bars, HEAT_COLOURS, strict=True)
+        self._styles = [(shape, Style.parse(colour)) for shape, colour in looks]
+
+    @property
+    def room(self) -> int:
+        """As many cells as fit; never more than a server folds."""
+        return max(1, min(MAX_CELLS, self.size.width * self.size.height))
+
+    def feed(self, frame: Frame, lit: set[int], heat: bool) -> None:
+        """Show a frame's cells, those in `lit` marked."""
+        frame = frame.fitted(self.room)
+        get = self._looks.__getitem__
+        cells = bytearray(map(get, zip(frame.owned, frame.shared, frame.cached, frame.free, strict=True)))
+        warm = frame.heat if heat else None
+        if warm is not None:
+            for number, look in enumerate(cells):
+                cells[number] = WARM + (warm[number] >> 5) if warm[number] else HELD if look < 6 else look
+        for number in lit:
+            if number < len(cells):
+                cells[number] |= LIT
+        if self._pointed is not None and self._pointed < len(cells):
+            cells[self._pointed] |= CURSOR
+        self._show(bytes(cells))
+
+    def _show(self, cells: bytes) -> None:
+        width = max(1, self.size.width)
+        before, self._cells = self._cells, cells
+        changed = [Region(0, line, width, 1) for line in range(self.size.height)
+                   if before[line * width:(line + 1) * width] != cells[line * width:(line + 1) * width]]
+        if changed:
+            self.refresh(*changed)
+
+    def render_line(self, y: int) -> Strip:
+        width = self.size.width
+        base = self.rich_style
+        segments = []
+        for look, run in groupby(self._cells[y * width:(y + 1) * width]):
+            shape, style = self._styles[look & 31]
+            if look & (LIT | CURSOR):
+                style += Style(reverse=bool(look & LIT) != bool(look & CURSOR), bold=True, underline=bool(look & CURSOR))
+            segments.append(Segment(shape * len(list(run)), base + style))
+        return Strip(segments).adjust_cell_length(width, base)
+
+    # ── pointing ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def point(self, cell: int | None) -> None:
+        """Put the cursor on a cell and say so."""
+        if cell is not None and not 0 <= cell < len(self._cells):
+            cell = None
+        if cell != self._pointed:
+            self._mark(self._pointed, lambda look: look & ~CURSOR)
+            self._pointed = cell
+            self._mark(cell, lambda look: look | CURSOR)
+            self.post_message(self.Pointed(cell))
+
+    def _mark(self, cell: int | None, change: Callable[[int], int]) -> None:
+        if cell is not None and cell < len(self._cells):
+            cells = bytearray(self._cells)
+            cells[cell] = change(cells[cell])
+            self._show(bytes(cells))
+
+    def action_point(self, across: int, down: int) -> None:
+        last = len(self._cells) - 1
+        if last >= 0:
+            at = -across if self._pointed is None and across + down > 0 else self._pointed or 0
+            self.point(max(0, min(last, at + across + down * self.size.width)))
+
+    def on_mouse_move(self, event: events.MouseMove) -> None:
+        self.point(event.y * self.size.width + event.x if event.x < self.size.width else None)
+
+    def on_leave(self) -> None:
+        self.point(None)
+
+    def on_blur(self) -> None:
+        self.point(None)
