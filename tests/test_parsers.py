@@ -39,8 +39,8 @@ RECORDED: dict[str, tuple[str, str, bool, str, str, str, Calls]] = {
     "hermes, arguments in a string": ("hermes", "none", False, '<tool_call>{"name": "get_weather", "arguments": '
                                       '"{\\"city\\": \\"Köln\\", \\"days\\": 2}"}</tool_call>', "", "", [WEATHER]),
     "hermes, no arguments": ("hermes", "none", False, '<tool_call>{"name": "now"}</tool_call>', "", "", [NOW]),
-    "hermes, text that only looks like a call": ("hermes", "none", False, "Write <tool_call> around it: <tool_call>{1}</tool_call>.",
-                                                 "Write <tool_call> around it: <tool_call>{1}</tool_call>.", "", []),
+    "hermes, text that only looks like a call": ("hermes", "none", False, "A <tool_call> at it: <tool_call>{1}</tool_call>.",
+                                                 "A <tool_call> at it: <tool_call>{1}</tool_call>.", "", []),
     "a thought the prompt opened": ("hermes", "think", True, "I think.\n</think>\n\n4", "4", "I think.", []),
     "a thought that mentions a call": ("hermes", "think", False, "<think>use <tool_call>{}</think>ok", "ok",
                                        "use <tool_call>{}", []),
@@ -65,26 +65,27 @@ RECORDED: dict[str, tuple[str, str, bool, str, str, str, Calls]] = {
                 '"Köln", "days": 2}}, {"name": "now", "arguments": {}}]', "Ok.", "Hm.", [WEATHER, NOW]),
     "mistral, named": ("mistral_named", "none", False, '[TOOL_CALLS]get_weather[ARGS]{"city": "Köln", "days": 2}[TOOL_CALLS]now'
                        "[CALL_ID]abc[ARGS]{}", "", "", [WEATHER, NOW]),
-    "deepseek v3": ("deepseek_v3", "think", True, "Hm.</think>Ok.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>"
-                    'get_weather\n```json\n{"city": "Köln", "days": 2}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function'
-                    "<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "Ok.", "Hm.", [WEATHER, NOW]),
+    "deepseek v3": ("deepseek_v3", "think", True, "Hm.</think>Ok.<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function"
+                    '<｜tool▁sep｜>get_weather\n```json\n{"city": "Köln", "days": 2}\n```<｜tool▁call▁end｜>\n'
+                    "<｜tool▁call▁begin｜>function<｜tool▁sep｜>now\n```json\n{}\n```<｜tool▁call▁end｜><｜tool▁calls▁end｜>",
+                    "Ok.", "Hm.", [WEATHER, NOW]),
     "deepseek v3.1": ("deepseek_v31", "none", False, "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>get_weather<｜tool▁sep｜>"
-                      '{"city": "Köln", "days": 2}<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}<｜tool▁call▁end｜>'
-                      "<｜tool▁calls▁end｜>", "", "", [WEATHER, NOW]),
+                      '{"city": "Köln", "days": 2}<｜tool▁call▁end｜><｜tool▁call▁begin｜>now<｜tool▁sep｜>{}'
+                      "<｜tool▁call▁end｜><｜tool▁calls▁end｜>", "", "", [WEATHER, NOW]),
     "granite": ("granite", "granite", False, "Here is my thought process: Hm. Here is my response: Ok. <|tool_call|>[{"
                 '"name": "get_weather", "arguments": {"city": "Köln", "days": 2}}]', "Ok.", "Hm.", [WEATHER]),
     "phi": ("phi4_mini_json", "none", False, '<|tool_call|>[{"name": "now", "arguments": {}}, {"name": "get_weather", '
             '"arguments": {"city": "Köln", "days": 2}}]<|/tool_call|>', "", "", [NOW, WEATHER]),
     "minimax": ("minimax_m2", "think", True, 'Hm.</think><minimax:tool_call>\n<invoke name="get_weather">\n<parameter '
-                'name="city">Köln</parameter>\n<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n'
-                "</minimax:tool_call>", "", "Hm.", [WEATHER, NOW]),
+                'name="city">Köln</parameter>\n<parameter name="days">2</parameter>\n</invoke>\n<invoke name="now">\n'
+                "</invoke>\n</minimax:tool_call>", "", "Hm.", [WEATHER, NOW]),
     "harmony": ("harmony", "harmony", False, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>commentary"
                 '<|message|>I look.<|end|><|start|>assistant<|channel|>commentary to=functions.get_weather <|constrain|>json'
                 '<|message|>{"city": "Köln", "days": 2}<|call|>', "I look.", "Hm.", [WEATHER]),
     "harmony, recipient first": ("harmony", "auto", False, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant "
                                  'to=functions.now<|channel|>commentary json<|message|>{}', "", "Hm.", [NOW]),
-    "harmony, an answer": ("harmony", "auto", False, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final"
-                           "<|message|>4", "4", "Hm.", []),
+    "harmony, an answer": ("harmony", "auto", False, "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>"
+                           "final<|message|>4", "4", "Hm.", []),
 }
 
 
@@ -117,7 +118,8 @@ def test_one_character_at_a_time_says_the_same(case: str) -> None:
 @settings(max_examples=400, deadline=None)
 def test_any_split_of_any_beginning_says_the_same(data: st.DataObject, case: str) -> None:
     text = RECORDED[case][3]
-    text = text[:data.draw(st.integers(0, len(text)))] + data.draw(st.sampled_from(["", text, "}]", '"', "\\", "</think>", "{[("]))
+    tails = ["", text, "}]", '"', "\\", "</think>", "{[("]
+    text = text[:data.draw(st.integers(0, len(text)))] + data.draw(st.sampled_from(tails))
     cuts = sorted(data.draw(st.lists(st.integers(0, len(text)), max_size=12)))
     pieces = [text[start:end] for start, end in zip([0, *cuts], [*cuts, len(text)], strict=True)]
     assert parsed(case, pieces) == parsed(case, [text])
@@ -247,5 +249,5 @@ def test_python_literals_are_read_and_nothing_is_evaluated() -> None:
         "a": [1, -2.5, None, [True]], "b": "x\nä🙂"}
     assert python_arguments("1, b=2", ["a", "b"]) == {"a": 1, "b": 2}
     for bad in ("__import__('os')", "1 +", "[1", "{[1]: 2}", "'a", "1_0", "", "\\", "'\\ud800'", "-"):
-        with pytest.raises(ValueError):  # noqa: PT011 - a plain ValueError is the contract
+        with pytest.raises(ValueError):
             literal(bad)

@@ -85,7 +85,7 @@ class Formats:
         tools: how it writes calls, or None.  think: how it marks thoughts, or None.  harmony: both in Harmony.
         tool_name, think_name: what they are called, for people.
         text_arguments: its template wants the arguments of earlier calls as JSON text, not as an object.
-        takes_tools: its template shows tools to the model.
+        takes_tools: its template shows tools to the model.  short_ids: it takes ids of calls of nine characters only.
     """
 
     tools: ToolFormat | None = None
@@ -95,6 +95,7 @@ class Formats:
     think_name: str = "none"
     text_arguments: bool = False
     takes_tools: bool = False
+    short_ids: bool = False
 
     @property
     def calls(self) -> bool:
@@ -144,7 +145,7 @@ def find_formats(template: str | None, render: Render | None = None, *, tools: s
         format_ = derived_format(arguments or _earlier_call(render, as_text=True) or "")
         tool_name = "template" if format_ is not None else "none"
     return Formats(format_, THINK_FORMATS.get(think_name), HARMONY in (tool_name, think_name), tool_name, think_name,
-                   text_arguments, takes_tools)
+                   text_arguments, takes_tools, "length 9" in source)
 
 
 def _named(name: str, known: dict[str, Any], aliases: dict[str, str], param: str) -> str:

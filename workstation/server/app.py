@@ -19,7 +19,8 @@ from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, wire
 from workstation.server.body import parse_json, read_body, validate
-from workstation.server.chat import answer_chat, prepare_chat, stream_chat
+from workstation.server.chat import prepare_chat
+from workstation.server.chat_answer import answer_chat, stream_chat
 from workstation.server.completions import answer_completion, prepare_completion, stream_completion
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation

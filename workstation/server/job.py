@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from workstation.engine.request import EngineRequest
+from workstation.server.parsing import Parsing
 
 
 @dataclass(slots=True)
@@ -15,6 +16,7 @@ class Job:
         public_id: the `id` of the answer.  requests: one a prompt.  samples: choices a prompt.
         stream, usage_at_end, usage_always: how to answer.  logprobs: whether output logprobs are shown.
         hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
+        parsing: how calls and thoughts are read out of the text; None leaves it as it is.
     """
 
     public_id: str
@@ -32,6 +34,7 @@ class Job:
     return_token_ids: bool = False
     tokens_as_ids: bool = False
     hide_output: bool = False
+    parsing: Parsing | None = None
 
     @property
     def varies_in_text_alone(self) -> bool:
