@@ -14,7 +14,6 @@ def _later(name: str, kind: Kind, works: Any, why: str, *short: str) -> Setting:
 _ONE_GPU = "this version runs one engine on one GPU"
 _LORA = "adapters have not landed"
 _SPECULATIVE = "speculative decoding has not landed"
-_TOOLS = "tool-call parsing has not landed"
 _FOLDER = "the tokenizer comes from the model's folder"
 _GRAPHS = "graphs are captured for a fixed ladder of batch sizes and nothing is compiled; --enforce-eager turns them off"
 _TLS = "put a TLS proxy in front"
@@ -62,9 +61,6 @@ LATER_SETTINGS: tuple[Setting, ...] = (
     _later("spec_method", "text", None, _SPECULATIVE),
     _later("spec_model", "text", None, _SPECULATIVE),
     _later("spec_tokens", "int", None, _SPECULATIVE),
-    _later("enable_auto_tool_choice", "bool", False, _TOOLS),
-    _later("tool_call_parser", "text", None, _TOOLS),
-    _later("reasoning_parser", "text", None, "the answer's text holds the thinking marks as the model wrote them"),
     _later("response_role", "text", "assistant", "answers have the role assistant"),
     _later("chat_template_content_format", "text", "auto", "text parts are joined"),
     _later("default_chat_template_kwargs", "text", None, "send chat_template_kwargs with the request"),

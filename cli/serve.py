@@ -153,7 +153,8 @@ def model_loader(launch: Launch) -> Callable[[], ServedModel]:
         return load_served_model(
             launch.model.folder, served_names(launch), config_eos=read_shape(launch.model.folder).eos_token_ids,
             sampling=overrides, use_generation_config=launch.settings["generation_config"] == "auto",
-            chat_template=template, root=launch.asked,
+            chat_template=template, root=launch.asked, tool_parser=launch.settings["tool_call_parser"],
+            reasoning_parser=launch.settings["reasoning_parser"],
         )  # fmt: skip
 
     return load

@@ -49,6 +49,12 @@ _WORKING: tuple[Setting, ...] = (
             secret=True),
     Setting("allowed_origins", "list", (), "Web origins that may call the API from a browser."),
     Setting("chat_template", "text", None, "File with a Jinja chat template, instead of the model's."),
+    Setting("tool_call_parser", "text", "auto", "How the model writes tool calls; auto reads it off the chat template, none "
+            "leaves calls in the text."),
+    Setting("reasoning_parser", "text", "auto", "How the model marks its thoughts; auto reads it off the chat template, none "
+            "leaves them in the text."),
+    Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
+            why="a request without tools, or with tool_choice none, turns calls off"),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),
@@ -85,7 +91,7 @@ REMOVED_FLAGS: tuple[RemovedFlag, ...] = (
     RemovedFlag("preemption_mode", "preemption always recomputes", harmless=True),
     RemovedFlag("max_seq_len_to_capture", "graphs do not depend on the length of a sequence", harmless=True),
     RemovedFlag("guided_decoding_backend", "structured output has not landed"),
-    RemovedFlag("enable_reasoning", "the answer's text holds the thinking marks as the model wrote them", takes_value=False),
+    RemovedFlag("enable_reasoning", "thoughts are told apart from answers without it", harmless=True, takes_value=False),
     RemovedFlag("rope_scaling", "RoPE is read from the model's config.json; change it there"),
     RemovedFlag("rope_theta", "RoPE is read from the model's config.json; change it there"),
     RemovedFlag("calculate_kv_scales", "an FP8 KV cache has the checkpoint's scales, or none", takes_value=False),

@@ -28,6 +28,7 @@ from workstation.engine.snapshot import BlockRow, Look, Picture, RequestDetail, 
 from workstation.errors import EngineDeadError, OverloadedError
 from workstation.server.app import create_app
 from workstation.server.options import ServedModel, ServerOptions
+from workstation.server.served_model import model_formats
 from workstation.text.tokenizer import Tokenizer as WsTokenizer
 
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -296,6 +297,7 @@ def served_model(folder: Path, **changes: object) -> ServedModel:
         "tokenizer": tokenizer,
         "eos_token_ids": (tokenizer.eos_token_id,),
         "window": 4096,
+        "formats": model_formats(tokenizer),
     }
     return ServedModel(**{**values, **changes})  # type: ignore[arg-type]
 

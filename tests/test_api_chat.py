@@ -308,11 +308,12 @@ def test_earlier_tool_calls_are_rendered_with_their_arguments(model: ServedModel
     assert "<|im_start|>tool\n2<|im_end|>" in text
 
 
-def test_tools_are_shown_to_the_model_only_with_tool_choice_none(model: ServedModel) -> None:
-    engine = FakeEngine()
+def test_with_tool_choice_none_tools_are_shown_and_calls_stay_text(model: ServedModel) -> None:
+    text = '<tool_call>{"name": "add", "arguments": {}}</tool_call>'
+    engine = FakeEngine(reply=saying(model, text))
     tools = [{"type": "function", "function": {"name": "add", "parameters": {}}}]
-    assert chat(engine, model, tools=tools).json()["error"]["param"] == "tools"
-    assert chat(engine, model, tools=tools, tool_choice="none", max_tokens=1).status_code == 200
+    message = chat(engine, model, tools=tools, tool_choice="none").json()["choices"][0]["message"]
+    assert message == {"role": "assistant", "content": text, "refusal": None}
     assert '"name": "add"' in model.tokenizer.decode(engine.seen[0].prompt_token_ids)
 
 

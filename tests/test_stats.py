@@ -77,7 +77,8 @@ def test_a_frame_is_typed_and_says_what_the_engine_says(model: ServedModel) -> N
 def test_the_dashboards_parser_reads_the_servers_frame(model: ServedModel) -> None:
     engine = busy("a")
     frame = parse(get(engine, model, "/stats?cells=64").content)
-    assert [(cell.owned, cell.shared, cell.cached, cell.free).index(1) for cell in frame.cells] == [
+    cells = map(frame.cell, range(frame.count))
+    assert [(cell.owned, cell.shared, cell.cached, cell.free).index(1) for cell in cells] == [
         {1: 0, 2: 1, 3: 2, 0: 3}[state] for state in engine.states]
 
 

@@ -21,7 +21,8 @@ from workstation.server import errors, wire
 from workstation.server.body import parse_json, read_body, validate
 from workstation.server.callers import guessed_name, history_key, own_name, route_name
 from workstation.server.card import Card
-from workstation.server.chat import answer_chat, prepare_chat, stream_chat
+from workstation.server.chat import prepare_chat
+from workstation.server.chat_answer import answer_chat, stream_chat
 from workstation.server.completions import answer_completion, prepare_completion, stream_completion
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation

@@ -14,8 +14,10 @@ from msgspec import UNSET
 from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
 from workstation.errors import EngineDeadError, EngineError, InvalidRequestError, OverloadedError
+from workstation.parsers.parts import CallEnd, Part
 from workstation.server.job import Job
 from workstation.server.metrics import Metrics
+from workstation.server.parsing import Parsing
 from workstation.server.wire import TokenDetails, Usage
 from workstation.text.detokenizer import Detokenizer
 from workstation.text.tokenizer import Tokenizer
@@ -30,6 +32,7 @@ class Delta:
     Attributes:
         token_ids: new ids that count.  logprobs: of tokens whose text is certain now (a possible stop string holds them back).
         starts: [len(logprobs)] offsets of those tokens in the choice's text, in characters.
+        parts: what a parser made of the text; None when there is no parser.
     """
 
     choice: Choice
@@ -39,25 +42,30 @@ class Delta:
     starts: list[int]
     finish_reason: str | None = None
     stop_reason: int | str | None = None
+    parts: list[Part] | None = None
 
     @property
     def empty(self) -> bool:
-        return not (self.text or self.logprobs or self.finish_reason)
+        return not ((self.text if self.parts is None else self.parts) or self.logprobs or self.finish_reason)
 
 
 class Choice:
     """One sample: its text so far and how it ended."""
 
-    __slots__ = ("_detokenizer", "_include_stop", "_logprobs", "_plain", "finish_reason", "index", "last_event", "num_tokens",
-                 "prompt_index", "stop_reason")
+    __slots__ = ("_detokenizer", "_include_stop", "_logprobs", "_opened", "_parser", "_parsing", "_plain", "finish_reason",
+                 "index", "last_event", "num_tokens", "prompt_index", "stop_reason")
 
-    def __init__(self, index: int, prompt_index: int, request: EngineRequest, tokenizer: Tokenizer) -> None:
+    def __init__(self, index: int, prompt_index: int, request: EngineRequest, tokenizer: Tokenizer,
+                 parsing: Parsing | None = None) -> None:
         params = request.params
+        self._parsing = parsing
+        self._parser = parsing.parser() if parsing is not None else None
+        self._opened = self._parser.feed(parsing.opening) if self._parser is not None and parsing is not None else []
         self.index = index
         self.prompt_index = prompt_index
         self._detokenizer: Detokenizer = tokenizer.detokenizer(
             skip_special_tokens=params.skip_special_tokens, stop=params.stop, include_stop=params.include_stop_str_in_output,
-            min_tokens=params.min_tokens)
+            min_tokens=params.min_tokens, keep=parsing.keep if parsing is not None else frozenset())
         self._include_stop = params.include_stop_str_in_output
         self._logprobs: list[TokenLogprobs] = []
         self._plain = not params.stop and params.logprobs is None
@@ -68,6 +76,27 @@ class Choice:
 
     def take(self, event: TokenEvent) -> Delta:
         """Feed one event. A stop token's text is left out (unless include_stop_str_in_output), its count is not."""
+        delta = self._take(event)
+        if self._parser is not None:
+            self._parse(delta)
+        return delta
+
+    def _parse(self, delta: Delta) -> None:
+        """Take the text apart. An answer with calls ends for their sake, and as soon as it has as many as it may have."""
+        assert self._parser is not None and self._parsing is not None
+        parts = self._opened + self._parser.feed(delta.text)
+        self._opened = []
+        if self.finish_reason is not None:
+            parts += self._parser.finish()
+        last = CallEnd(self._parsing.max_calls - 1)
+        if last in parts:
+            parts = parts[:parts.index(last) + 1]
+            self.finish_reason = "tool_calls"
+        elif self.finish_reason == "stop" and self._parser.calls:
+            self.finish_reason = "tool_calls"
+        delta.parts, delta.finish_reason = parts, self.finish_reason
+
+    def _take(self, event: TokenEvent) -> Delta:
         detokenizer = self._detokenizer
         if event.plain and self._plain:
             self.num_tokens += 1
@@ -107,7 +136,8 @@ class Generation:
 
     def __post_init__(self) -> None:
         samples = self.job.samples
-        self.choices = [Choice(index, index // samples, self.job.requests[index // samples], self.tokenizer)
+        self.choices = [Choice(index, index // samples, self.job.requests[index // samples], self.tokenizer,
+                               self.job.parsing)
                         for index in range(samples * len(self.job.requests))]
         self.prompt_logprobs = [None] * len(self.job.requests)
         self.first_events = [0.0] * len(self.job.requests)

@@ -7,9 +7,9 @@ from typing import Any
 
 from workstation.errors import InvalidRequestError
 from workstation.server.body import show
+from workstation.server.tools import MAX_TOOLS
 
 MAX_MESSAGES = 10_000
-MAX_TOOLS = 512
 _ROLES = ("system", "developer", "user", "assistant", "tool")
 _KNOWN = frozenset({"role", "content", "name", "tool_calls", "tool_call_id", "reasoning_content", "reasoning"})
 # What clients send back from earlier answers, and nothing here depends on.
@@ -87,16 +87,7 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     function = call.get("function") if isinstance(call, dict) else None
     if not isinstance(function, dict) or call.get("type", "function") != "function":
         raise InvalidRequestError(f"{where} must be an object with a function", param=where)
-    arguments = function.get("arguments") or "{}"
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments, parse_constant=_no_constant)
-        except (ValueError, RecursionError):
-            raise InvalidRequestError(f"{where}.function.arguments must be a JSON object in a string, got {show(arguments)}",
-                                      param=f"{where}.function.arguments") from None
-    if not isinstance(arguments, dict):
-        raise InvalidRequestError(f"{where}.function.arguments must hold a JSON object, got {show(arguments)}",
-                                  param=f"{where}.function.arguments")
+    arguments = call_arguments(function.get("arguments"), f"{where}.function.arguments")
     out = {"type": "function", "function": {"name": _text(function.get("name"), f"{where}.function.name"),
                                             "arguments": arguments}}
     if call.get("id") is not None:
@@ -104,24 +95,19 @@ def _tool_call(call: Any, where: str) -> dict[str, Any]:
     return out
 
 
+def call_arguments(arguments: Any, where: str) -> dict[str, Any]:
+    """The object a call's arguments are, given as one or as JSON text. Raises InvalidRequestError."""
+    arguments = arguments or "{}"
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments, parse_constant=_no_constant)
+        except (ValueError, RecursionError):
+            raise InvalidRequestError(f"{where} must be a JSON object in a string, got {show(arguments)}",
+                                      param=where) from None
+    if not isinstance(arguments, dict):
+        raise InvalidRequestError(f"{where} must hold a JSON object, got {show(arguments)}", param=where)
+    return arguments
+
+
 def _no_constant(name: str) -> None:
     raise ValueError(f"{name} is not JSON")
-
-
-def template_tools(tools: list[dict[str, Any]] | None, tool_choice: Any) -> list[dict[str, Any]] | None:
-    """Tools shown to the model. Until calls are parsed out of its answer they are shown only with tool_choice "none"."""
-    if not tools:
-        if tool_choice not in (None, "none", "auto"):
-            raise InvalidRequestError(f"tool_choice={show(tool_choice)} is not supported: tool calling has not landed yet",
-                                      param="tool_choice")
-        return None
-    if tool_choice != "none":
-        raise InvalidRequestError("tools are not supported yet: calls are not parsed out of the answer. With tool_choice "
-                                  "\"none\" the model is shown the tools and answers in text", param="tools")
-    if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(f"tools holds {len(tools)} tools; the limit is {MAX_TOOLS}", param="tools")
-    for index, tool in enumerate(tools):
-        function = tool.get("function")
-        if tool.get("type") != "function" or not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRequestError(f"tools[{index}] must be a function with a name", param=f"tools[{index}]")
-    return tools

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
+from workstation.parsers.detect import Formats
 from workstation.text.tokenizer import Tokenizer
 
 MIB = 1024 * 1024
@@ -79,6 +80,7 @@ class ServedModel:
         eos_token_ids: end a sample unless the request says ignore_eos.
         window: tokens of prompt + output; 0 takes the ready engine's max_model_len.
         created: Unix seconds.  root: the folder or hub id, as shown in /v1/models.
+        formats: how the model writes calls and thoughts.
     """
 
     names: tuple[str, ...]
@@ -88,6 +90,7 @@ class ServedModel:
     window: int = 0
     created: int = field(default_factory=lambda: int(time.time()))
     root: str = ""
+    formats: Formats = field(default_factory=Formats)
 
     @property
     def name(self) -> str:

@@ -94,6 +94,7 @@ class ChatRequest(SamplingRequest):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+    include_reasoning: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
@@ -125,7 +126,7 @@ HARMLESS_FIELDS = frozenset({
 })
 
 _STRUCTURED = "structured output has not landed yet"
-_TOOLS = "tool calling has not landed yet; describe the tool in a message"
+_TOOLS = "OpenAI has removed it; send tools and tool_choice"
 _MEDIA = "this server handles text only"
 _OURS = "the server decides this, not a request"
 
@@ -135,7 +136,7 @@ _REFUSED_EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
     "structured_outputs": ((), _STRUCTURED), "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
     "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED),
     "guided_decoding_backend": ((), _STRUCTURED), "guided_whitespace_pattern": ((), _STRUCTURED),
-    "thinking_token_budget": ((), "reasoning is not parsed yet"),
+    "thinking_token_budget": ((), "the length of thoughts is not limited; use max_tokens"),
     "repetition_detection": ((), "it is not implemented; use repetition_penalty"),
     "logprob_token_ids": ((), "only the most likely tokens are reported; use logprobs"),
     "logits_processors": ((), "requests cannot bring code"), "vllm_xargs": (({},), _OURS),
@@ -149,7 +150,6 @@ REFUSED_IN_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
     "functions": (([],), _TOOLS), "function_call": (("none", "auto"), _TOOLS),
     "modalities": ((["text"],), _MEDIA), "audio": ((), _MEDIA), "web_search_options": ((), "this server does not browse"),
     "prediction": ((), "predicted output has not landed yet"), "verbosity": (("medium",), "say it in a message"),
-    "include_reasoning": ((True,), "reasoning is not parsed yet, so it cannot be left out"),
     "echo": ((False,), "it exists in /v1/completions only"), "best_of": ((1,), "removed; use n"),
     "chat_template": ((), "templates come from the model folder, never from a request"),
     "documents": (([],), "put them into a message"), "suffix": ((), "it exists in /v1/completions only"),

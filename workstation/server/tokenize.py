@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from workstation.errors import InvalidRequestError
-from workstation.server.chat import prompt_ids
+from workstation.server.chat import tokenize_dialogue
+from workstation.server.dialogue import dialogue_ids
 from workstation.server.prepare import Service
 from workstation.server.schemas import DetokenizeRequest, TokenizeRequest
 
@@ -19,7 +20,7 @@ def tokenize(service: Service, body: TokenizeRequest) -> dict[str, Any]:
     if (body.prompt is None) == (body.messages is None):
         raise InvalidRequestError("send either prompt or messages", param="prompt")
     if body.messages is not None:
-        ids = prompt_ids(service, body)
+        ids = dialogue_ids(service, tokenize_dialogue(service, body))
     else:
         used = [name for name in _CHAT_ONLY if getattr(body, name) is not None]
         if used:

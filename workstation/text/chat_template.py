@@ -151,6 +151,7 @@ class ChatTemplate:
 
     Attributes:
         source: the Jinja text.  names: the variables it reads (what `chat_template_kwargs` may set).
+        takes_tools: it reads `tools`.
     """
 
     def __init__(self, source: str) -> None:
@@ -162,7 +163,9 @@ class ChatTemplate:
             tree = self._environment.parse(source)
         except (jinja2.TemplateError, RecursionError) as error:
             raise ModelFolderError(f"the chat template does not compile: {error}") from error
-        self.names = frozenset(jinja2.meta.find_undeclared_variables(tree)) - RESERVED_NAMES
+        read = frozenset(jinja2.meta.find_undeclared_variables(tree))
+        self.names = read - RESERVED_NAMES
+        self.takes_tools = "tools" in read
 
     def render(self, messages: list[dict[str, Any]], **variables: Any) -> str:
         """The prompt as text. Raises InvalidRequestError (param "messages") when the template refuses or fails."""

@@ -17,6 +17,7 @@ class Detokenizer:
     Args:
         stop: strings that end the text.  include_stop: keep the stop string itself.
         min_tokens: a stop string counts only in text made by tokens after this many.
+        keep: special ids that stay although the others are skipped.
 
     Attributes:
         stopped: the stop string found, or None. Once set, further ids are ignored.
@@ -31,8 +32,8 @@ class Detokenizer:
                  "starts", "stopped", "text_length")
 
     def __init__(self, table: TokenTable, *, skip_special_tokens: bool = True, stop: Sequence[str] = (),
-                 include_stop: bool = False, min_tokens: int = 0) -> None:
-        self._pieces = table.stream(skip_special_tokens)
+                 include_stop: bool = False, min_tokens: int = 0, keep: frozenset[int] = frozenset()) -> None:
+        self._pieces = table.stream(skip_special_tokens, keep)
         self._matcher = StopMatcher(stop) if stop else None
         self._include_stop = include_stop
         self._min_tokens = min_tokens

@@ -134,14 +134,16 @@ class TokenTable:
             piece = piece.replace(pattern, text)
         return piece
 
-    def stream(self, skip_special_tokens: bool) -> PieceStream:
+    def stream(self, skip_special_tokens: bool, keep: frozenset[int] = frozenset()) -> PieceStream:
+        """`keep`: special ids that are text nevertheless, because a parser reads them."""
+        skipped = self.special_ids - keep if skip_special_tokens else frozenset()
         if self.spec.kind == "bytes":
-            return _ByteStream(self, skip_special_tokens)
+            return _ByteStream(self, skipped)
         if self.spec.kind == "pieces":
-            return _SentencePieceStream(self, skip_special_tokens)
+            return _SentencePieceStream(self, skipped)
         if self.spec.kind == "words":
-            return _WordStream(self, skip_special_tokens)
-        return _LibraryStream(self.backend, skip_special_tokens)
+            return _WordStream(self, skipped)
+        return _LibraryStream(self.backend, skipped)
 
 
 def byte_value(piece: str) -> int | None:
@@ -159,11 +161,11 @@ class _ByteStream:
 
     __slots__ = ("_bytes_of", "_decoder", "_open", "_skipped")
 
-    def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
+    def __init__(self, table: TokenTable, skipped: frozenset[int]) -> None:
         self._bytes_of: Callable[[int], bytes] = table.bytes_of
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._open = False  # a character has begun
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
 
     def step(self, token_id: int) -> str:
         if token_id in self._skipped:
@@ -184,9 +186,9 @@ class _SentencePieceStream:
 
     __slots__ = ("_first", "_run", "_skipped", "_strip", "_table")
 
-    def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
+    def __init__(self, table: TokenTable, skipped: frozenset[int]) -> None:
         self._table = table
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._run = bytearray()
         self._strip = table.spec.strip
         self._first = True
@@ -241,9 +243,9 @@ class _WordStream:
 
     __slots__ = ("_first", "_part_of", "_skipped")
 
-    def __init__(self, table: TokenTable, skip_special_tokens: bool) -> None:
+    def __init__(self, table: TokenTable, skipped: frozenset[int]) -> None:
         self._part_of: Callable[[int], str | int] = table.part_of
-        self._skipped = table.special_ids if skip_special_tokens else frozenset()
+        self._skipped = skipped
         self._first = True
 
     def step(self, token_id: int) -> str:
@@ -262,17 +264,17 @@ class _WordStream:
 class _LibraryStream:
     """Decoders of other shapes: the tokenizers library's own incremental decoder."""
 
-    __slots__ = ("_backend", "_ids", "_sent", "_skip", "_stream")
+    __slots__ = ("_backend", "_ids", "_sent", "_skipped", "_stream")
 
-    def __init__(self, backend: Any, skip_special_tokens: bool) -> None:
+    def __init__(self, backend: Any, skipped: frozenset[int]) -> None:
         self._backend = backend
-        self._skip = skip_special_tokens
-        self._stream = DecodeStream(skip_special_tokens=skip_special_tokens)
+        self._skipped = skipped
+        self._stream = DecodeStream(skip_special_tokens=False)
         self._ids: list[int] = []
         self._sent = 0
 
     def step(self, token_id: int) -> str:
-        if self._backend.id_to_token(token_id) is None:
+        if token_id in self._skipped or self._backend.id_to_token(token_id) is None:
             return ""
         self._ids.append(token_id)
         text: str = self._stream.step(self._backend, token_id) or ""
@@ -280,5 +282,5 @@ class _LibraryStream:
         return text
 
     def finish(self) -> str:
-        whole: str = self._backend.decode(self._ids, skip_special_tokens=self._skip)
+        whole: str = self._backend.decode(self._ids, skip_special_tokens=False)
         return whole[self._sent:]
