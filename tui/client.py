@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from typing import Any, Protocol
 from urllib.parse import quote
 
 import httpx
 
-from workstation.tui.frame import BadAnswerError, Frame, clean, parse, scrub
-from workstation.tui.shapes import BLOCKS, CARDS, LOG, fits, fits_details, read
+from workstation.tui.frame import BadAnswerError, Frame, clean, parse, read
+from workstation.tui.shapes import BlocksAnswer, CardsAnswer, DetailsAnswer, LogAnswer
 
 TIMEOUT = httpx.Timeout(3.0, read=5.0)
 
@@ -72,19 +70,19 @@ class Client:
 
     async def details(self, request_id: str) -> dict[str, Any]:
         """A live request's details."""
-        return await self._answer(f"/stats/requests/{quote(request_id, safe='')}", fits_details)
+        return await self._answer(f"/stats/requests/{quote(request_id, safe='')}", DetailsAnswer)
 
     async def blocks(self, first: int, last: int) -> dict[str, Any]:
         """Single blocks."""
-        return await self._answer(f"/stats/blocks?from={first}&to={last}", partial(fits, shape=BLOCKS))
+        return await self._answer(f"/stats/blocks?from={first}&to={last}", BlocksAnswer)
 
     async def cards(self) -> dict[str, Any]:
         """The machine's cards and the processes on the engine's."""
-        return await self._answer("/stats/gpu", partial(fits, shape=CARDS))
+        return await self._answer("/stats/gpu", CardsAnswer)
 
     async def log(self, lines: int) -> list[dict[str, Any]]:
         """The log's newest lines, oldest first."""
-        found: list[dict[str, Any]] = (await self._answer(f"/stats/log?lines={lines}", partial(fits, shape=LOG)))["lines"]
+        found: list[dict[str, Any]] = (await self._answer(f"/stats/log?lines={lines}", LogAnswer))["lines"]
         return found
 
     async def abort(self, request_id: str) -> None:
@@ -94,15 +92,12 @@ class Client:
     async def close(self) -> None:
         await self._http.aclose()
 
-    async def _answer(self, path: str, fit: Callable[[Any], bool]) -> dict[str, Any]:
+    async def _answer(self, path: str, shape: Any) -> dict[str, Any]:
         try:
-            answer = read(await self._body("GET", path))
+            answer: dict[str, Any] = read(await self._body("GET", path), shape)
         except ValueError:
-            answer = None
-        if not fit(answer):
-            raise BadAnswerError(f"{self.url} sent something else than {path.partition('?')[0]} promises")
-        cleaned: dict[str, Any] = scrub(answer)
-        return cleaned
+            raise BadAnswerError(f"{self.url} sent something else than {path.partition('?')[0]} promises") from None
+        return answer
 
     async def _body(self, method: str, path: str) -> bytes:
         try:
