@@ -1,6 +1,6 @@
 """What the dashboard costs: its first frame, its share of a core, its memory. No GPU and no model are needed.
 
-    python -m benchmarks.dashboard                  # ws top on a pseudo-terminal, watching 65,536 blocks and 200 requests
+    python -m benchmarks.dashboard                  # ws top on a pseudo-terminal, watching 65,536 blocks and 64 requests
     python -m benchmarks.dashboard --hour           # an hour of frames (14,400), as fast as they are drawn: does memory grow?
 
 The frames are made up beforehand and served over HTTP by a thread of this process, whose own cost does not count.
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import fcntl
 import json
 import os
@@ -74,10 +75,15 @@ def serve(answers: Answers) -> ThreadingHTTPServer:
 
         def do_GET(self) -> None:
             body = answers.body(self.path)
-            self.send_response(200)
-            self.send_header("content-length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            with contextlib.suppress(ConnectionError):  # a dashboard that was closed
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+        def handle(self) -> None:
+            with contextlib.suppress(ConnectionError):
+                super().handle()
 
         def log_message(self, *words: Any) -> None:
             pass
@@ -214,7 +220,7 @@ async def hour(answers: Answers, size: tuple[int, int], frames: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=65_536)
-    parser.add_argument("--requests", type=int, default=200)
+    parser.add_argument("--requests", type=int, default=64)
     parser.add_argument("--rate", type=int, default=4)
     parser.add_argument("--seconds", type=float, default=30.0)
     parser.add_argument("--times", type=int, default=5, help="starts for the first frame's median")

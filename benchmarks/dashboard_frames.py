@@ -29,6 +29,7 @@ class Load:
         self._rows = [self._request(number) for number in range(requests)]
         self._made = requests
         self._second = 1000.0
+        self._steps = self._next = 0
         for _ in range(200):
             self.step()
 
@@ -39,20 +40,28 @@ class Load:
             prompt // TOKENS_A_BLOCK, 0, 1000.0, 1000.0, 1000.1, "chat")
 
     def step(self) -> None:
-        """A quarter of a second: tokens come, runs of blocks change hands, a request ends and another begins."""
+        """A quarter of a second: each request makes 12 tokens, some take a block; now and then one ends and another begins."""
         self._second += 0.25
         for row in self._rows:
             row.generated += 12
             row.computed += 12
             row.blocks = row.computed // TOKENS_A_BLOCK
-        if self._rows:
-            self._rows.pop(0)
+            if self._random.random() < 12 / TOKENS_A_BLOCK:
+                self._take(1, OWNED)
+        self._steps += 1
+        if self._steps % 2 == 0:
+            self._take(self._rows.pop(0).blocks, CACHED)
             self._rows.append(self._request(self._made))
+            self._take(self._rows[-1].blocks // 2, SHARED)
+            self._take(self._rows[-1].blocks // 2, OWNED)
             self._made += 1
-        for _ in range(40):
-            at, length = self._random.randrange(len(self._states)), self._random.randrange(1, 400)
-            state = self._random.choice((FREE, OWNED, OWNED, SHARED, CACHED))
-            self._states[at:at + length] = bytes([state]) * len(self._states[at:at + length])
+
+    def _take(self, count: int, state: int) -> None:
+        """The next blocks in the order of eviction, which goes round the pool."""
+        total = len(self._states)
+        begin, end = self._next, min(total, self._next + count)
+        self._states[begin:end] = bytes([state]) * (end - begin)
+        self._next = end % total
 
     def frame(self, cells: int) -> dict[str, Any]:
         """The answer of `/stats?cells=N` at this moment."""

@@ -88,14 +88,19 @@ class Dashboard(App[str]):
         self.call_after_refresh(self._begin)
 
     def _begin(self) -> None:
-        self.draw()
+        self.draw_now()
         self.watch_server()
         self.watch_slowly()
         self.watch_cell()
 
     def on_resize(self, event: events.Resize) -> None:
         self.canvas.fit(self.screen_stack[0], event.size.width, event.size.height)
-        self.call_after_refresh(self.draw)
+        self.call_after_refresh(self.draw_now)
+
+    def draw_now(self) -> None:
+        """Draw what a key or the screen's size has changed."""
+        self.canvas.hasten()
+        self.draw()
 
     def draw(self) -> None:
         waiting = clean(self._waiting()) if self.newest is None else ""
@@ -112,6 +117,7 @@ class Dashboard(App[str]):
             try:
                 frame = await self.source.frame(self.canvas.map.room, self.canvas.heat)
             except BadAnswerError as error:
+                self.canvas.hasten()
                 # A server of our own has not opened its port yet: no trouble before the first frame.
                 waits = self._owns_server and self.newest is None
                 self.trouble, pause = ("" if waits else str(error)), (self._period if waits else RETRY_SECONDS)
@@ -189,11 +195,11 @@ class Dashboard(App[str]):
 
     def action_freeze(self) -> None:
         self.frozen = not self.frozen
-        self.draw()
+        self.draw_now()
 
     def action_heat(self) -> None:
         self.canvas.heat = not self.canvas.heat
-        self.draw()
+        self.draw_now()
 
     def action_theme(self) -> None:
         """The next theme; all meaning stays in the palette of drawing.py."""
@@ -203,7 +209,7 @@ class Dashboard(App[str]):
 
     def action_sort(self) -> None:
         self.canvas.order = ORDERS[(ORDERS.index(self.canvas.order) + 1) % len(ORDERS)]
-        self.draw()
+        self.draw_now()
 
     def action_filter(self) -> None:
         self.canvas.filter.add_class("open")
@@ -214,11 +220,11 @@ class Dashboard(App[str]):
         self.canvas.filter.value = self.canvas.words = ""
         self.canvas.filter.remove_class("open")
         self.canvas.table.focus()
-        self.draw()
+        self.draw_now()
 
     def on_input_changed(self, event: Input.Changed) -> None:
         self.canvas.words = event.value
-        self.draw()
+        self.draw_now()
 
     def on_input_submitted(self) -> None:
         self.canvas.filter.remove_class("open")

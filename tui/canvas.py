@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,7 @@ from workstation.tui.frame import Frame
 from workstation.tui.map_view import MapView
 from workstation.tui.request_table import ORDERS, RequestTable, chosen
 
+SLOW_SECONDS = 0.95
 TALL, TINY, WIDE, WIDE_LINES = 32, 16, 160, 40
 KEYS = ["? help", "q quit", "/ filter", "s sort", "Enter details", "x abort", "space freeze", "h heat", "g card", "l log",
         "t theme", "Tab next panel", "Ctrl+P commands"]
@@ -43,6 +45,7 @@ class Canvas:
         self._card = Horizontal(self._statics["memory"], self._statics["gpu"], id="card")
         self._map_box = Vertical(self.map, self._statics["loading"], self._statics["legend"], id="map-box")
         self._placed: dict[str, Text] = {}
+        self._slowly_drawn = -SLOW_SECONDS
 
     def widgets(self) -> Iterable[Widget]:
         """In the order of the screen."""
@@ -72,6 +75,10 @@ class Canvas:
 
     # ── drawing ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def hasten(self) -> None:
+        """Draw everything next time: something that a key decides has changed."""
+        self._slowly_drawn = -SLOW_SECONDS
+
     def draw(self, screen: Screen[Any], frame: Frame | None, url: str, trouble: str, frozen: bool,
              waiting: str = "") -> None:
         """Everything, from the newest frame; after a failure its last picture stays, with its age.
@@ -84,13 +91,28 @@ class Canvas:
         if frame is None:
             self.place("foot", self._foot(None, trouble, frozen, set()))
             return
-        self._draw_card(frame, screen.has_class("tall"))
         self._draw_map(screen, frame)
+        if trouble or time.monotonic() - self._slowly_drawn >= SLOW_SECONDS:
+            self._slowly_drawn = time.monotonic()
+            self._draw_slowly(screen, frame, trouble, frozen)
+
+    def _draw_slowly(self, screen: Screen[Any], frame: Frame, trouble: str, frozen: bool) -> None:
+        """Figures: nobody reads them faster than once a second, and drawing them is most of what a dashboard costs."""
         for name, make in (("batch", panels.batch), ("speed", panels.speed)):
             self.place(name, make(frame, self.history, self.glyphs, self._width(name)))
+        self._draw_card(frame, screen.has_class("tall"))
+        subtitle = self.glyphs.plain(panels.blocks_line(frame, self._map_box.size.width - 6)) if frame.count else ""
+        self._subtitle(self._map_box, subtitle)
+        if frame.count:
+            self.draw_legend(frame)
         stuck = self.history.stuck(frame)
         self._draw_requests(frame, stuck)
         self.place("foot", self._foot(frame, trouble, frozen, stuck))
+
+    def _subtitle(self, widget: Widget, text: str) -> None:
+        """Setting one draws the whole widget again."""
+        if widget.border_subtitle != text:
+            widget.border_subtitle = text
 
     def _width(self, name: str) -> int:
         return self._statics[name].content_size.width
@@ -114,7 +136,7 @@ class Canvas:
         if tall:
             load = self.glyphs.spark(self.history.load, 12)
             self.place("gpu", gpu_panels.readings(frame, load, self._width("gpu")))
-            self._statics["gpu"].border_subtitle = gpu_panels.throttling(frame)
+            self._subtitle(self._statics["gpu"], gpu_panels.throttling(frame))
 
     def _draw_map(self, screen: Screen[Any], frame: Frame) -> None:
         empty = not frame.count
@@ -124,8 +146,6 @@ class Canvas:
             self.place("legend", Text(""))
             return
         self.map.feed(frame, self.lit, self.heat)
-        self._map_box.border_subtitle = self.glyphs.plain(panels.blocks_line(frame, self._map_box.size.width - 6))
-        self.draw_legend(frame)
 
     def draw_legend(self, frame: Frame) -> None:
         """The map's last line: what the shapes mean, or what is in the cell that is pointed at."""
@@ -142,7 +162,7 @@ class Canvas:
         total = frame.data["requests_total"]
         shown = f"{len(rows)} of {total}" if len(rows) < total else f"{total}"
         words = f" · filter: {unmarked(self.words)}" if self.words else ""
-        self.table.border_subtitle = self.glyphs.plain(f"{shown} · by {self.order}{words}")
+        self._subtitle(self.table, self.glyphs.plain(f"{shown} · by {self.order}{words}"))
 
     def _foot(self, frame: Frame | None, trouble: str, frozen: bool, stuck: set[str]) -> Text:
         if trouble:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from workstation.tui.shapes import fits_frame, read
+from workstation.tui.shapes import FrameAnswer, Versioned, decode
 
 VERSION = 1
 MAX_TEXT = 400
@@ -37,6 +37,14 @@ def scrub(value: Any) -> Any:
     if isinstance(value, list):
         return [scrub(item) for item in value]
     return value
+
+
+def read(body: bytes, shape: Any) -> Any:
+    """An answer of this shape (see shapes.py) with clean strings. Raises ValueError."""
+    answer = decode(body, shape)
+    text = body.decode()
+    # A text of printable characters without a backslash can hold no string that needs cleaning: nearly every answer.
+    return answer if text.isprintable() and "\\" not in text else scrub(answer)
 
 
 class Cell(NamedTuple):
@@ -101,32 +109,30 @@ class Frame:
 def parse(body: bytes) -> Frame:
     """A frame from JSON. Raises BadAnswerError for anything else, and for another version."""
     try:
-        raw = read(body)
-        version = raw["version"]
-    except (ValueError, KeyError, TypeError):
+        data = read(body, FrameAnswer)
+        if data["version"] == VERSION:
+            return _frame(data)
+    except ValueError:  # something is missing, or the map's numbers do not fit each other
+        pass
+    try:
+        version = decode(body, Versioned)["version"]
+    except ValueError:
         raise BadAnswerError("the answer is not a frame of /stats (is this a ws server?)") from None
     if version != VERSION:
         raise BadAnswerError(f"the server speaks version {clean(version)} of /stats, this dashboard version {VERSION}")
-    try:
-        if fits_frame(raw):
-            return _frame(scrub(raw), raw["blocks"])
-    except ValueError:  # the map's numbers do not fit each other
-        pass
     raise BadAnswerError("the frame of /stats is damaged")
 
 
-def _frame(data: dict[str, Any], blocks: dict[str, Any]) -> Frame:
-    folded, total = blocks["cells"], int(blocks["total"])
-    count, width = int(folded["count"]), int(folded["width"])
-    if not (0 <= count <= MAX_CELLS and count <= total and width in (1, 2, 4)) or (total > 0) != (count > 0):
+def _frame(data: dict[str, Any]) -> Frame:
+    folded, total = data["blocks"]["cells"], data["blocks"]["total"]
+    count, width = folded["count"], folded["width"]
+    if not (0 <= count <= min(MAX_CELLS, total) and width in (1, 2, 4)) or (total > 0) != (count > 0):
         raise ValueError("a map of this size was not asked for")
     owned, shared, cached = (_numbers(folded[name], width, count) for name in ("owned", "shared", "cached"))
     edges = [total * cell // count for cell in range(count + 1)] if count else [0]
-    busy = map(sum, zip(owned, shared, cached, strict=True))
-    free = [end - begin - held for (begin, end), held in zip(pairwise(edges), busy, strict=True)]
+    free = [edges[i + 1] - edges[i] - owned[i] - shared[i] - cached[i] for i in range(count)]
     heat = folded.get("heat")
-    warm = None if heat is None else bytes(_numbers(heat, 1, count))
-    return Frame(data, owned, shared, cached, free, warm)
+    return Frame(data, owned, shared, cached, free, None if heat is None else bytes(_numbers(heat, 1, count)))
 
 
 def _numbers(text: str, width: int, count: int) -> list[int]:

@@ -56,14 +56,28 @@ class MapView(Widget, can_focus=True):
         self._looks = Looks()
         self._cells = b""
         self._pointed: int | None = None
-        self._styles: list[tuple[str, Style]] = []
+        self._styles: list[tuple[str, Style]] = []  # by look, marks included, for the background of now
 
-    def on_mount(self) -> None:
+    def notify_style_update(self) -> None:
+        """The theme, or what lies behind, has changed."""
+        super().notify_style_update()
+        self._styles = []
+
+    def _drawn(self) -> list[tuple[str, Style]]:
+        """Shape and style of every look, made once a theme: adding styles line by line is what would cost most."""
+        if self._styles:
+            return self._styles
         shapes = self._glyphs.shapes
         looks = [(shapes[name][half], COLOURS[name]) for name in STATES for half in (0, 1)]
         looks.append((self._glyphs.held, COLOURS["free"]))
         looks += zip(self._glyphs.bars, HEAT_COLOURS, strict=True)
-        self._styles = [(shape, Style.parse(colour)) for shape, colour in looks]
+        looks += [(" ", "")] * (LIT - len(looks))
+        base = self.rich_style
+        plain = [(shape, base + Style.parse(colour)) for shape, colour in looks]
+        for mark in (0, LIT, CURSOR, LIT | CURSOR):
+            extra = Style(reverse=bool(mark & LIT) != bool(mark & CURSOR), bold=mark > 0, underline=mark >= CURSOR)
+            self._styles += [(shape, style + extra if mark else style) for shape, style in plain]
+        return self._styles
 
     @property
     def room(self) -> int:
@@ -95,15 +109,12 @@ class MapView(Widget, can_focus=True):
             self.refresh(*changed)
 
     def render_line(self, y: int) -> Strip:
-        width = self.size.width
-        base = self.rich_style
+        width, drawn = self.size.width, self._drawn()
         segments = []
         for look, run in groupby(self._cells[y * width:(y + 1) * width]):
-            shape, style = self._styles[look & 31]
-            if look & (LIT | CURSOR):
-                style += Style(reverse=bool(look & LIT) != bool(look & CURSOR), bold=True, underline=bool(look & CURSOR))
-            segments.append(Segment(shape * len(list(run)), base + style))
-        return Strip(segments).adjust_cell_length(width, base)
+            shape, style = drawn[look]
+            segments.append(Segment(shape * len(list(run)), style))
+        return Strip(segments).adjust_cell_length(width, drawn[LIT - 1][1])
 
     # ── pointing ────────────────────────────────────────────────────────────────────────────────────────────────────
 

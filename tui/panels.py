@@ -14,7 +14,7 @@ from workstation.tui.request_table import is_stuck
 
 STATE_STYLES = {"ready": f"bold {GREEN}", "dead": f"bold {RED}", "down": f"bold {RED}"}
 STATE_NAMES = {"starting": "LOADING"}
-HISTORY = 120
+HISTORY, SECOND = 120, 0.9  # two minutes
 FULL_SHARE, FULL_SECONDS = 0.9, 30.0
 
 
@@ -24,7 +24,7 @@ def _series() -> deque[float]:
 
 @dataclass(slots=True)
 class History:
-    """What one frame does not say: up to two minutes for sparklines, and what has not moved. `feed` each new frame."""
+    """What one frame does not say: two minutes for sparklines, and what has not moved. `feed` each new frame."""
 
     decode: deque[float] = field(default_factory=_series)
     prompt: deque[float] = field(default_factory=_series)
@@ -33,10 +33,15 @@ class History:
     load: deque[float] = field(default_factory=_series)
     prefill: deque[float] = field(default_factory=_series)
     full_since: float | None = None
+    _fed: float = -SECOND
     _moved: dict[str, tuple[int, float]] = field(default_factory=dict)  # id → (tokens, when they last became more)
 
     def feed(self, frame: Frame) -> None:
+        """Take a frame; those within a second of the last one are not needed."""
         speed, batch, gpu, now = frame.data["speed"], frame.data["batch"], frame.data["gpu"], frame.data["time"]
+        if 0 <= now - self._fed < SECOND:
+            return
+        self._fed = now
         self.decode.append(speed["generate_rate"] or 0.0)
         self.prompt.append(speed["prompt_rate"] or 0.0)
         self.rows.append(batch["running"])

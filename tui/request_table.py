@@ -42,10 +42,14 @@ def columns(width: int) -> list[tuple[str, int, bool]]:
 def chosen(rows: list[dict[str, Any]], words: str, order: str) -> list[dict[str, Any]]:
     """The rows whose id, client, route or state holds `words`, largest of `order` first (names in alphabetical order)."""
     wanted = words.lower()
-    found = [row for row in rows if wanted in f"{row['id']} {row['client']} {row.get('route', '')} {row['state']}".lower()]
+    found = [row for row in rows if wanted in _words(row)] if wanted else rows
     if order in ("client", "state"):
         return sorted(found, key=lambda row: (row[order], -row["age"]))
     return sorted(found, key=lambda row: -(row[order] or 0))
+
+
+def _words(row: dict[str, Any]) -> str:
+    return f"{row['id']} {row['client']} {row.get('route', '')} {row['state']}".lower()
 
 
 def values(row: dict[str, Any]) -> dict[str, str]:

@@ -1,84 +1,225 @@
-"""What an answer must look like before anything is drawn from it: names and kinds, as docs/stats.md promises them."""
+"""What an answer must look like before anything is drawn from it, as docs/stats.md promises. Decoding checks it, in C.
+
+Names that the dashboard can do without are NotRequired: a server of another build of the same version may lack them. Others
+that a server sends are left out. Numbers that are not finite, or longer than a machine's, are refused while decoding.
+"""
 
 from __future__ import annotations
 
-import json
-import math
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
-TEXT = (str,)
-NUMBER = (int, float)
-MAYBE = (int, float, type(None))
-WORD = (str, type(None))
-SPREAD = {"p50": MAYBE, "p99": MAYBE}
-REQUEST = {
-    "id": TEXT, "client": TEXT, "state": TEXT, "prompt": NUMBER, "cached": NUMBER, "computed": NUMBER, "generated": NUMBER,
-    "rate": MAYBE, "ttft": MAYBE, "blocks": NUMBER, "age": NUMBER, "samples": NUMBER, "preemptions": NUMBER,
-}  # fmt: skip
-CARD = {"index": NUMBER, "name": TEXT, "total_bytes": MAYBE, "used_bytes": MAYBE, "utilization": MAYBE, "own": (bool,)}
-FRAME = {
-    "time": NUMBER, "process_bytes": MAYBE, "requests_total": NUMBER, "requests": [REQUEST],
-    "server": {"state": TEXT, "uptime": NUMBER},
-    "model": {"name": TEXT, "dtype": TEXT, "device_name": TEXT, "max_num_seqs": NUMBER, "weight_bytes": NUMBER,
-              "kv_bytes": NUMBER, "plan": {}},
-    "blocks": {"total": (int,), "size": (int,), "free": NUMBER, "held": NUMBER, "shared": NUMBER, "cached": NUMBER,
-               "waste": NUMBER, "cells": {"count": (int,), "width": (int,), "owned": TEXT, "shared": TEXT, "cached": TEXT}},
-    "batch": {"running": NUMBER, "waiting": NUMBER, "preempted": NUMBER, "step_seconds": NUMBER, "step_tokens": NUMBER,
-              "budget": NUMBER},
-    "speed": {"prompt_rate": MAYBE, "generate_rate": MAYBE, "eviction_rate": MAYBE, "preemption_rate": MAYBE,
-              "hit_rate": MAYBE, "ttft": SPREAD, "itl": SPREAD, "e2e": SPREAD},
-}  # fmt: skip
-LOADING = {"done_bytes": NUMBER, "total_bytes": NUMBER, "seconds_left": MAYBE}
-GPU = {"name": TEXT, "total_bytes": MAYBE, "used_bytes": MAYBE, "utilization": MAYBE, "power_watts": MAYBE,
-       "power_limit_watts": MAYBE, "temperature_celsius": MAYBE, "joules_per_token": MAYBE}  # fmt: skip
-GPU_MAYBE = {"memory_utilization": MAYBE, "fan": MAYBE, "clock_mhz": MAYBE, "memory_clock_mhz": MAYBE, "throttle": WORD,
-             "pcie_read": MAYBE, "pcie_write": MAYBE, "own_bytes": MAYBE}  # fmt: skip
-DETAILS = {
-    "request": REQUEST, "max_tokens": NUMBER, "timeline": {"queue": MAYBE, "prefill": MAYBE, "decode": MAYBE}, "sampling": {},
-    "samples": [{"index": NUMBER, "tables": [[(int,)]]}],
-}  # fmt: skip
-DIVERGED = {"token": NUMBER, "message": MAYBE, "earlier_tokens": NUMBER}
-BLOCKS = {"blocks": [{"state": (int,), "refs": NUMBER, "owners": [{"request_id": TEXT, "begin": NUMBER, "end": NUMBER}]}]}
-CARDS = {"cards": [CARD], "processes": [{"pid": NUMBER, "user": WORD, "command": WORD, "bytes": MAYBE, "own": (bool,)}]}
-LOG = {"lines": [{"time": NUMBER, "level": TEXT, "text": TEXT}]}
+import msgspec
 
 
-def fits(value: Any, shape: Any) -> bool:
-    """Whether a value has the names of a dict, the items of a one-item list, or one of a tuple's kinds; numbers are finite."""
-    if isinstance(shape, dict):
-        return isinstance(value, dict) and all(name in value and fits(value[name], inner) for name, inner in shape.items())
-    if isinstance(shape, list):
-        return isinstance(value, list) and all(fits(item, shape[0]) for item in value)
-    return isinstance(value, shape) and (not isinstance(value, float) or math.isfinite(value))
+class Versioned(TypedDict):
+    version: int | str | float | bool | None
 
 
-def fits_details(value: Any) -> bool:
-    return fits(value, DETAILS) and (value.get("diverged") is None or fits(value["diverged"], DIVERGED))
+class Spread(TypedDict):
+    p50: float | None
+    p99: float | None
 
 
-def fits_frame(value: Any) -> bool:
-    """FRAME, and what may be null or absent where it is there."""
-    if not fits(value, FRAME):
-        return False
-    gpu, loading = value.get("gpu"), value["server"].get("loading")
-    if gpu is not None and not (fits(gpu, GPU) and _fits_where_given(gpu, GPU_MAYBE)):
-        return False
-    if loading is not None and not fits(loading, LOADING):
-        return False
-    return fits(list(value["model"]["plan"].values()), [NUMBER]) and fits(value.get("cards", []), [CARD])
+class Loading(TypedDict):
+    done_bytes: int
+    total_bytes: int
+    seconds_left: float | None
 
 
-def _fits_where_given(value: dict[str, Any], shape: dict[str, Any]) -> bool:
-    return all(fits(value[name], inner) for name, inner in shape.items() if name in value)
+class Server(TypedDict):
+    state: str
+    uptime: float
+    loading: NotRequired[Loading | None]
 
 
-def read(body: bytes) -> Any:
-    """JSON without NaN and Infinity, which no arithmetic of ours expects. Raises ValueError."""
+class Model(TypedDict):
+    name: str
+    dtype: str
+    device_name: str
+    max_num_seqs: int
+    weight_bytes: int
+    kv_bytes: int
+    plan: dict[str, int]
+    kv_cache_dtype: NotRequired[str]
+    quantization: NotRequired[str]
+
+
+class Gpu(TypedDict):
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
+    utilization: float | None
+    power_watts: float | None
+    power_limit_watts: float | None
+    temperature_celsius: float | None
+    joules_per_token: float | None
+    uuid: NotRequired[str]
+    memory_utilization: NotRequired[float | None]
+    fan: NotRequired[float | None]
+    clock_mhz: NotRequired[float | None]
+    memory_clock_mhz: NotRequired[float | None]
+    throttle: NotRequired[str | None]
+    pcie_read: NotRequired[float | None]
+    pcie_write: NotRequired[float | None]
+    own_bytes: NotRequired[int | None]
+
+
+class CardOf(TypedDict):
+    index: int
+    name: str
+    total_bytes: int | None
+    used_bytes: int | None
+    utilization: float | None
+    own: bool
+
+
+class Cells(TypedDict):
+    count: int
+    width: int
+    owned: str
+    shared: str
+    cached: str
+    heat: NotRequired[str | None]
+
+
+class Blocks(TypedDict):
+    total: int
+    size: int
+    free: int
+    held: int
+    shared: int
+    cached: int
+    waste: float
+    cells: Cells
+
+
+class Batch(TypedDict):
+    running: int
+    waiting: int
+    preempted: int
+    step_seconds: float
+    step_tokens: int
+    budget: int
+    step_prompt_tokens: NotRequired[int]
+
+
+class Speed(TypedDict):
+    prompt_rate: float | None
+    generate_rate: float | None
+    eviction_rate: float | None
+    preemption_rate: float | None
+    hit_rate: float | None
+    ttft: Spread
+    itl: Spread
+    e2e: Spread
+
+
+class Request(TypedDict):
+    id: str
+    client: str
+    state: str
+    prompt: int
+    cached: int
+    computed: int
+    generated: int
+    rate: float | None
+    ttft: float | None
+    blocks: int
+    age: float
+    samples: int
+    preemptions: int
+    route: NotRequired[str]
+
+
+class FrameAnswer(TypedDict):
+    version: int
+    time: float
+    server: Server
+    model: Model
+    gpu: Gpu | None
+    process_bytes: int | None
+    blocks: Blocks
+    batch: Batch
+    speed: Speed
+    requests: list[Request]
+    requests_total: int
+    cards: NotRequired[list[CardOf]]
+
+
+class Timeline(TypedDict):
+    queue: float | None
+    prefill: float | None
+    decode: float | None
+
+
+class Sample(TypedDict):
+    index: int
+    tables: list[list[int]]
+
+
+class Diverged(TypedDict):
+    token: int
+    message: int | None
+    earlier_tokens: int
+
+
+class DetailsAnswer(TypedDict):
+    request: Request
+    max_tokens: int
+    timeline: Timeline
+    sampling: dict[str, float | bool | None]
+    samples: list[Sample]
+    diverged: NotRequired[Diverged | None]
+
+
+class OwnerOf(TypedDict):
+    request_id: str
+    begin: int
+    end: int
+
+
+class BlockOf(TypedDict):
+    state: int
+    refs: int
+    owners: list[OwnerOf]
+    age: NotRequired[float | None]
+
+
+class BlocksAnswer(TypedDict):
+    blocks: list[BlockOf]
+
+
+class ProcessOf(TypedDict):
+    pid: int
+    user: str | None
+    command: str | None
+    bytes: int | None
+    own: bool
+
+
+class CardsAnswer(TypedDict):
+    cards: list[CardOf]
+    processes: list[ProcessOf]
+
+
+class Line(TypedDict):
+    time: float
+    level: str
+    text: str
+
+
+class LogAnswer(TypedDict):
+    lines: list[Line]
+
+
+_DECODERS: dict[Any, msgspec.json.Decoder[Any]] = {}
+
+
+def decode(body: bytes, shape: Any) -> Any:
+    """Plain dicts and lists of this shape. Raises ValueError for anything else."""
+    if shape not in _DECODERS:
+        _DECODERS[shape] = msgspec.json.Decoder(shape)
     try:
-        return json.loads(body, parse_constant=_refuse)
-    except RecursionError:
-        raise ValueError("nested too deeply") from None
-
-
-def _refuse(name: str) -> None:
-    raise ValueError(f"{name} is not JSON")
+        return _DECODERS[shape].decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ValueError(str(error)) from None
