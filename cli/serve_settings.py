@@ -48,10 +48,11 @@ _WORKING: tuple[Setting, ...] = (
             secret=True),
     Setting("allowed_origins", "list", (), "Web origins that may call the API from a browser."),
     Setting("chat_template", "text", None, "File with a Jinja chat template, instead of the model's."),
-    Setting("tool_call_parser", "text", "auto", "How the model writes tool calls; auto reads it off the chat template, none leaves "
-            "calls in the text."),
+    Setting("tool_call_parser", "text", "auto", "How the model writes tool calls; auto reads it off the chat template, none "
+            "leaves calls in the text."),
     Setting("reasoning_parser", "text", "auto", "How the model marks its thoughts; auto reads it off the chat template, none "
             "leaves them in the text."),
+    Setting("map_claude_models", "bool", True, "Let /v1/messages answer to every claude-… model id."),
     Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
             why="a request without tools, or with tool_choice none, turns calls off"),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -18,6 +18,10 @@ from workstation import __version__
 from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, wire
+from workstation.server.anthropic import schema as anthropic
+from workstation.server.anthropic.incoming import count_tokens, prepare_messages
+from workstation.server.anthropic.outgoing import MessageStream, answer_message
+from workstation.server.anthropic.schema import CountRequest, MessagesRequest
 from workstation.server.body import parse_json, read_body, validate
 from workstation.server.chat import prepare_chat
 from workstation.server.chat_answer import answer_chat, stream_chat
@@ -40,7 +44,7 @@ from workstation.server.schemas import (
 )
 from workstation.server.stats_desk import StatsDesk
 from workstation.server.stats_routes import StatsRoutes
-from workstation.server.streaming import EventStream
+from workstation.server.streaming import EventStream, Voice
 from workstation.server.tokenize import detokenize, tokenize
 
 Result = TypeVar("Result")
@@ -86,36 +90,55 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def chat(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
-
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
-            return prepare_chat(self.service, body, label)
+            return prepare_chat(self.service, body, _label(request))
 
-        self._check_open()
-        generation = self._generation(await self._prepared(request, prepare))
+        generation = await self.generation(request, prepare)
         if generation.job.stream:
-            return EventStream(stream_chat(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_chat(generation))
+            return self.stream(stream_chat(generation))
+        return await self.whole(request, answer_chat(generation))
 
     async def completions(self, request: Request) -> Response:
-        label = request.headers.get("x-client", "")
-
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)
-            return prepare_completion(self.service, body, label)
+            return prepare_completion(self.service, body, _label(request))
 
-        self._check_open()
-        generation = self._generation(await self._prepared(request, prepare))
+        generation = await self.generation(request, prepare)
         if generation.job.stream:
-            return EventStream(stream_completion(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_completion(generation))
+            return self.stream(stream_completion(generation))
+        return await self.whole(request, answer_completion(generation))
 
-    def _generation(self, job: Job) -> Generation:
+    async def messages(self, request: Request) -> Response:
+        def prepare(payload: dict[str, Any]) -> Job:
+            body = validate(payload, MessagesRequest, harmless=anthropic.HARMLESS, refused=anthropic.REFUSED)
+            return prepare_messages(self.service, body, _label(request))
+
+        generation = await self.generation(request, prepare)
+        if generation.job.stream:
+            writer = MessageStream(generation)
+            return self.stream(writer.events(), writer)
+        return await self.whole(request, answer_message(generation))
+
+    async def count_tokens(self, request: Request) -> Response:
+        def count(payload: dict[str, Any]) -> bytes:
+            body = validate(payload, CountRequest, harmless=anthropic.COUNT_HARMLESS, refused=anthropic.REFUSED)
+            return wire.encode(count_tokens(self.service, body))
+
+        return _json(await self._prepared(request, count))
+
+    async def generation(self, request: Request, prepare: Callable[[dict[str, Any]], Job]) -> Generation:
+        """A request's body, checked and ready to run. Raises what can be refused."""
+        self._check_open()
+        job = await self._prepared(request, prepare)
         self._check_open()
         return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
 
-    async def _whole(self, request: Request, work: Any) -> Response:
+    def stream(self, events: AsyncGenerator[bytes, None], voice: Voice | None = None) -> Response:
+        return EventStream(events, self.gate, self.service.options, voice)
+
+    async def whole(self, request: Request, work: Coroutine[Any, Any, bytes]) -> Response:
+        """An answer in one piece."""
         try:
             return _json(await self.gate.run(work, until_disconnect(request.receive)))
         except ClientGone:
@@ -162,6 +185,10 @@ class Api:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+def _label(request: Request) -> str:
+    return request.headers.get("x-client", "")
+
+
 def _holds_ids(payload: dict[str, Any]) -> bool:
     """Whether the prompt begins like a list of token ids, which needs no tokeniser."""
     prompt = payload.get("prompt")
@@ -202,6 +229,7 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
 def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
     return [
         ("POST", "/v1/chat/completions", api.chat), ("POST", "/v1/completions", api.completions),
+        ("POST", "/v1/messages", api.messages), ("POST", "/v1/messages/count_tokens", api.count_tokens),
         ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
