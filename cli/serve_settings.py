@@ -53,6 +53,7 @@ _WORKING: tuple[Setting, ...] = (
             "leaves calls in the text."),
     Setting("reasoning_parser", "text", "auto", "How the model marks its thoughts; auto reads it off the chat template, none "
             "leaves them in the text."),
+    Setting("map_claude_models", "bool", True, "Let /v1/messages answer to every claude-… model id."),
     Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
             why="a request without tools, or with tool_choice none, turns calls off"),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),

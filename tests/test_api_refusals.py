@@ -41,7 +41,6 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
         ("kv_transfer_params", {"a": 1}),
         ("web_search_options", {}),
         ("reasoning_effort", "high"),
-        ("include_reasoning", False),
         ("tool_choice", "required"),
         ("early_stopping", True),
         ("temprature", 1),

@@ -75,7 +75,7 @@ def test_underscores_in_flags_are_dashes() -> None:
         (["serve", "demo", "-tp", "2"], 2, "--tensor-parallel-size=2 is not served yet"),
         (["serve", "demo", "--max_model_len", "many"], 2, "--max-model-len must be a whole number"),
         (["serve", "demo", "--rope-theta", "1e6"], 2, "config.json; change it there"),
-        (["serve", "demo", "--enable-reasoning"], 2, "--enable-reasoning is gone from vLLM"),
+        (["serve", "demo", "--calculate-kv-scales"], 2, "--calculate-kv-scales is gone from vLLM"),
         (["serve", "demo", "--device", "gpu"], 2, "--device must be auto, cpu, cuda or cuda:N"),
         (["serve", "demo", "--host", "no.such.host.invalid"], 2, "no.such.host.invalid"),
         (["serve", "dmo", "--device", "cpu", "--port", "0"], 2, "did you mean 'demo'"),

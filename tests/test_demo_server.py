@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import signal
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,38 +12,17 @@ from typing import Any
 import httpx
 import pytest
 from openai import AsyncOpenAI, BadRequestError, OpenAI
+from servers import serving_demo
 
-from workstation import runtime
 from workstation.runtime import RunningServer
 
-PATIENCE_S = 90.0
 Server = tuple[Popen[bytes], RunningServer]
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    log = tmp_path_factory.mktemp("demo") / "log"
-    command = [sys.executable, "-m", "workstation.cli.main", "serve", "demo", "--port", "0", "--device", "cpu",
-               "--num-threads", "1"]
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("WS_")}
-    with log.open("wb") as file:
-        process = Popen(command, stdout=file, stderr=file, env=environment)
-    try:
-        yield process, _ready(process, log, environment)
-    finally:
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(60) == 0
-
-
-def _ready(process: Popen[bytes], log: Path, environment: dict[str, str]) -> RunningServer:
-    began = time.monotonic()
-    while time.monotonic() - began < PATIENCE_S:
-        for server in runtime.servers():
-            if server.pid == process.pid:
-                return server
-        assert process.poll() is None, log.read_text()
-        time.sleep(0.1)
-    raise AssertionError(log.read_text())
+    with serving_demo(tmp_path_factory.mktemp("demo") / "log") as server:
+        yield server
 
 
 def blocks(base_url: str) -> tuple[int, int, int]:

@@ -43,7 +43,14 @@ class InvalidRequestError(WorkstationError):
 
 
 class ContextLengthError(InvalidRequestError):
+    """`tokens` of the prompt against the `limit` of the window, for dialects that say it in words of their own."""
+
     code = "context_length_exceeded"
+
+    def __init__(self, message: str, *, param: str | None = None, tokens: int = 0, limit: int = 0) -> None:
+        super().__init__(message, param=param)
+        self.tokens = tokens
+        self.limit = limit
 
 
 class ModelNotFoundError(WorkstationError):

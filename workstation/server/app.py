@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
@@ -18,6 +18,10 @@ from workstation import __version__
 from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, wire
+from workstation.server.anthropic import schema as anthropic
+from workstation.server.anthropic.incoming import count_tokens, prepare_messages
+from workstation.server.anthropic.outgoing import MessageStream, answer_message
+from workstation.server.anthropic.schema import CountRequest, MessagesRequest
 from workstation.server.body import parse_json, read_body, validate
 from workstation.server.callers import guessed_name, history_key, own_name, route_name
 from workstation.server.card import Card
@@ -44,7 +48,7 @@ from workstation.server.schemas import (
 )
 from workstation.server.stats_desk import StatsDesk
 from workstation.server.stats_routes import StatsRoutes
-from workstation.server.streaming import EventStream
+from workstation.server.streaming import EventStream, Voice
 from workstation.server.tokenize import detokenize, tokenize
 
 Result = TypeVar("Result")
@@ -97,30 +101,49 @@ class Api:
         return await asyncio.get_running_loop().run_in_executor(self.pool, work)
 
     async def chat(self, request: Request) -> Response:
-        label = own_name(request)
-
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, ChatRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_CHAT)
-            return self._admitted(request, prepare_chat(self.service, body, label))
+            return prepare_chat(self.service, body, own_name(request))
 
-        self._check_open()
-        generation = self._generation(await self._prepared(request, prepare))
+        generation = await self.generation(request, prepare)
         if generation.job.stream:
-            return EventStream(stream_chat(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_chat(generation), generation.job)
+            return self.stream(stream_chat(generation))
+        return await self.whole(request, answer_chat(generation), generation.job)
 
     async def completions(self, request: Request) -> Response:
-        label = own_name(request)
-
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, CompletionRequest, harmless=HARMLESS_FIELDS, refused=REFUSED_IN_COMPLETIONS)
-            return self._admitted(request, prepare_completion(self.service, body, label))
+            return prepare_completion(self.service, body, own_name(request))
 
-        self._check_open()
-        generation = self._generation(await self._prepared(request, prepare))
+        generation = await self.generation(request, prepare)
         if generation.job.stream:
-            return EventStream(stream_completion(generation), self.gate, self.service.options)
-        return await self._whole(request, answer_completion(generation), generation.job)
+            return self.stream(stream_completion(generation))
+        return await self.whole(request, answer_completion(generation), generation.job)
+
+    async def messages(self, request: Request) -> Response:
+        def prepare(payload: dict[str, Any]) -> Job:
+            body = validate(payload, MessagesRequest, harmless=anthropic.HARMLESS, refused=anthropic.REFUSED)
+            return prepare_messages(self.service, body, own_name(request))
+
+        generation = await self.generation(request, prepare)
+        if generation.job.stream:
+            writer = MessageStream(generation)
+            return self.stream(writer.events(), writer)
+        return await self.whole(request, answer_message(generation), generation.job)
+
+    async def count_tokens(self, request: Request) -> Response:
+        def count(payload: dict[str, Any]) -> bytes:
+            body = validate(payload, CountRequest, harmless=anthropic.COUNT_HARMLESS, refused=anthropic.REFUSED)
+            return wire.encode(count_tokens(self.service, body))
+
+        return _json(await self._prepared(request, count))
+
+    async def generation(self, request: Request, prepare: Callable[[dict[str, Any]], Job]) -> Generation:
+        """A request's body, checked and ready to run. Raises what can be refused."""
+        self._check_open()
+        job = await self._prepared(request, lambda payload: self._admitted(request, prepare(payload)))
+        self._check_open()
+        return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
 
     def _admitted(self, request: Request, job: Job) -> Job:
         """The job with what the dashboard wants to know: who asked, where, and why the prefix cache will miss."""
@@ -130,11 +153,11 @@ class Api:
         self.history.admit(job, history_key(request, job.requests[0].label))
         return job
 
-    def _generation(self, job: Job) -> Generation:
-        self._check_open()
-        return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
+    def stream(self, events: AsyncGenerator[bytes, None], voice: Voice | None = None) -> Response:
+        return EventStream(events, self.gate, self.service.options, voice)
 
-    async def _whole(self, request: Request, work: Any, job: Job) -> Response:
+    async def whole(self, request: Request, work: Coroutine[Any, Any, bytes], job: Job) -> Response:
+        """An answer in one piece."""
         try:
             answer = _json(await self.gate.run(work, until_disconnect(request.receive)))
         except ClientGone:
@@ -184,6 +207,10 @@ class Api:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
+def _label(request: Request) -> str:
+    return request.headers.get("x-client", "")
+
+
 def _holds_ids(payload: dict[str, Any]) -> bool:
     """Whether the prompt begins like a list of token ids, which needs no tokeniser."""
     prompt = payload.get("prompt")
@@ -225,6 +252,7 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
 def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
     return [
         ("POST", "/v1/chat/completions", api.chat), ("POST", "/v1/completions", api.completions),
+        ("POST", "/v1/messages", api.messages), ("POST", "/v1/messages/count_tokens", api.count_tokens),
         ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),

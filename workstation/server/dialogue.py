@@ -44,7 +44,7 @@ class Shape:
 
     Attributes:
         prefix: of its id.  max_tokens: None for what the window leaves.  reasoning: thoughts are shown.
-        prompt_field: what the prompt is called in an error.
+        prompt_field: what the prompt is called in an error.  clamp: max_tokens is lowered to what the window leaves.
     """
 
     prefix: str
@@ -54,6 +54,7 @@ class Shape:
     usage_always: bool = False
     reasoning: bool = True
     prompt_field: str = "messages"
+    clamp: bool = False
 
 
 def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue, shape: Shape, label: str) -> Job:
@@ -64,7 +65,10 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
     if parsing is not None and parsing.opening:
         ids = ids + service.model.tokenizer.encode(parsing.opening, add_special_tokens=False)
     ids = prepare.truncated(service, ids, body.truncate_prompt_tokens, shape.max_tokens)
-    max_tokens = prepare.room(service, len(ids), shape.max_tokens, None, shape.prompt_field)
+    wanted = shape.max_tokens
+    if shape.clamp and wanted is not None:
+        wanted = min(wanted, max(service.window - len(ids), 1))
+    max_tokens = prepare.room(service, len(ids), wanted, None, shape.prompt_field)
     params = prepare.sampling_params(service, body, max_tokens=max_tokens, logprobs=shape.logprobs,
                                      prompt_logprobs=body.prompt_logprobs)
     beam = prepare.beam_params(body, max_tokens, shape.logprobs)

@@ -44,7 +44,7 @@ class Guard:
         try:
             self._check(scope)
         except WorkstationError as error:
-            await error_response(error)(scope, receive, reply)
+            await error_response(error, scope)(scope, receive, reply)
             return
         await self._app(scope, self._capped(receive), reply)
 
@@ -54,7 +54,7 @@ class Guard:
             self._check_host(_values(headers, b"host"))
             self._check_origin(_values(headers, b"origin"), _values(headers, b"sec-fetch-site"))
         if self._digests and scope["path"] not in PUBLIC_PATHS:
-            self._check_key(_values(headers, b"authorization"))
+            self._check_key(_values(headers, b"authorization"), _values(headers, b"x-api-key"))
         if sum(len(name) + len(value) for name, value in headers) > self._options.max_header_bytes:
             raise HTTPRequestError(431, "headers_too_large", f"headers exceed {self._options.max_header_bytes} bytes")
         if scope["method"] == "POST":
@@ -78,12 +78,14 @@ class Guard:
         if len(origins) > 1 or parts is None or parts.scheme not in ("http", "https") or not is_loopback(parts.hostname or ""):
             raise HTTPRequestError(403, "origin_not_allowed", "requests from web pages of another origin are refused")
 
-    def _check_key(self, values: list[bytes]) -> None:
+    def _check_key(self, values: list[bytes], plain: list[bytes]) -> None:
+        """The key as OpenAI's clients send it, or as Anthropic's do."""
         scheme, _, key = (values[0] if len(values) == 1 else b"").partition(b" ")
-        digest = hashlib.sha256(key.strip()).digest()
-        matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        if scheme.lower() != b"bearer" or not any(matches):
-            raise AuthenticationError("missing or wrong API key; send it as 'Authorization: Bearer KEY'")
+        given = [key if scheme.lower() == b"bearer" else b"", plain[0] if len(plain) == 1 else b""]
+        digests = [hashlib.sha256(item.strip()).digest() for item in given]
+        matches = [hmac.compare_digest(digest, known) for digest in digests for known in self._digests]
+        if not any(matches):
+            raise AuthenticationError("missing or wrong API key; send it as 'Authorization: Bearer KEY' or 'x-api-key: KEY'")
 
     def _check_content(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
         kinds = _values(headers, b"content-type")

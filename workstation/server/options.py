@@ -32,6 +32,7 @@ class ServerOptions:
         write_timeout: seconds a client may stall before its stream is dropped.
         drain_seconds: how long SIGTERM waits for requests in flight.
         max_connections: open connections; further ones get 503.
+        map_claude_models: /v1/messages answers to every `claude-…` model id.
     """
 
     host: str = "127.0.0.1"
@@ -53,6 +54,7 @@ class ServerOptions:
     max_connections: int = 4096
     tokenizer_threads: int = 2
     access_log: bool = False
+    map_claude_models: bool = True
 
     @property
     def loopback(self) -> bool:

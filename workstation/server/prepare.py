@@ -61,7 +61,8 @@ class Service:
         cap = max(BYTES_PER_TOKEN * self.window, MIN_TEXT_CAP)
         if length > cap:
             raise ContextLengthError(f"This model's maximum context length is {self.window} tokens. However, your {param} "
-                                     f"holds {length} characters, more than the {cap} that are tokenised.", param=param)
+                                     f"holds {length} characters, more than the {cap} that are tokenised.", param=param,
+                                     tokens=length // BYTES_PER_TOKEN, limit=self.window)
 
     def check_ids(self, ids: list[Any], param: str) -> list[int]:
         """Prompt ids the model has an embedding for. Raises InvalidRequestError."""
@@ -106,14 +107,15 @@ def room(service: Service, prompt_tokens: int, max_tokens: int | None, default: 
     if left < 1:
         raise ContextLengthError(f"This model's maximum context length is {window} tokens. However, your {param} resulted in "
                                  f"{prompt_tokens} tokens, which leaves no room for an answer. Please reduce the length of the "
-                                 f"{param}.", param=param)
+                                 f"{param}.", param=param, tokens=prompt_tokens, limit=window)
     if max_tokens is None:
         wanted = configured if configured is not None else default
         return left if wanted is None else min(int(wanted), left)
     if max_tokens > left:
         raise ContextLengthError(f"This model's maximum context length is {window} tokens. However, you requested "
                                  f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the {param}, {max_tokens} in the "
-                                 f"completion). Please reduce the length of the {param} or completion.", param=param)
+                                 f"completion). Please reduce the length of the {param} or completion.", param=param,
+                                 tokens=prompt_tokens + max_tokens, limit=window)
     return max_tokens
 
 

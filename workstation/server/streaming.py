@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import AsyncGenerator
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -22,15 +23,46 @@ HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-cont
            (b"x-accel-buffering", b"no")]
 
 
+class Voice(Protocol):
+    """What a dialect says beside its events."""
+
+    def opening(self) -> bytes:
+        """Sent with the headers when no event is ready yet."""
+        ...
+
+    def keep_alive(self) -> bytes:
+        """Sent when nothing was for a while."""
+        ...
+
+    def last_words(self, error: WorkstationError) -> bytes:
+        """The end of a stream that broke."""
+        ...
+
+
+class Comments:
+    """OpenAI's completions: comments, which every client skips, and an `error` event before [DONE]."""
+
+    def opening(self) -> bytes:
+        return b""
+
+    def keep_alive(self) -> bytes:
+        return wire.KEEP_ALIVE
+
+    def last_words(self, error: WorkstationError) -> bytes:
+        return wire.sse(error_body(error)) + wire.DONE
+
+
 class EventStream(Response):
     """Sends ready-made SSE bytes from a generator; ends it (and so the engine's work) when the client leaves.
 
-    A failure before the first byte raises, and so becomes a plain HTTP error; a later one becomes an `error` event followed by
-    [DONE]. A stream never just stops.
+    A failure before the first byte raises, and so becomes a plain HTTP error; a later one becomes the voice's last words.
+    A stream never just stops.
     """
 
-    def __init__(self, events: AsyncGenerator[bytes, None], gate: Gate, options: ServerOptions) -> None:
+    def __init__(self, events: AsyncGenerator[bytes, None], gate: Gate, options: ServerOptions,
+                 voice: Voice | None = None) -> None:
         self._events = events
+        self._voice: Voice = voice or Comments()
         self._gate = gate
         self._options = options
         self._send: Send | None = None
@@ -80,7 +112,7 @@ class EventStream(Response):
             error = WorkstationError("internal error")
         try:
             async with asyncio.timeout(2):
-                await self._write(wire.sse(error_body(error)) + wire.DONE)
+                await self._write(self._voice.last_words(error))
                 await self._raw({"type": "http.response.body", "body": b"", "more_body": False})
         except (TimeoutError, OSError):
             log.debug("client did not take the error event")
@@ -102,6 +134,6 @@ class EventStream(Response):
                     return
             elif not self._started:
                 await self._start()
-                await self._raw({"type": "http.response.body", "body": b"", "more_body": True})
+                await self._raw({"type": "http.response.body", "body": self._voice.opening(), "more_body": True})
             elif now - self._last_sent >= self._options.keep_alive_seconds * 0.9:
-                await self._raw({"type": "http.response.body", "body": wire.KEEP_ALIVE, "more_body": True})
+                await self._raw({"type": "http.response.body", "body": self._voice.keep_alive(), "more_body": True})

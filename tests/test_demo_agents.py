@@ -1,0 +1,105 @@
+"""What an agent does, on the real demo model in a real process: call a tool, get its result, answer; in each dialect."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from openai import BadRequestError, OpenAI
+from servers import serving_demo
+
+WEATHER = {"type": "object", "properties": {"city": {"type": "string", "description": "Name of the city"}},
+           "required": ["city"]}
+QUESTION = "What is the weather in Berlin?"
+RESULT = '{"temperature": 21, "condition": "sunny"}'
+ANSWER = "The temperature is 21 and the condition is sunny."
+CHAT_TOOLS: list[Any] = [{"type": "function", "function": {
+    "name": "get_weather", "description": "Get the current weather in a city", "parameters": WEATHER}}]
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path]]:
+    log = tmp_path_factory.mktemp("agents") / "log"
+    with serving_demo(log, "--access-log") as (_, server):
+        yield server.base_url, log
+
+
+@pytest.fixture
+def openai_client(served: tuple[str, Path]) -> OpenAI:
+    return OpenAI(base_url=f"{served[0]}/v1", api_key="none", max_retries=0)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_chat_calls_a_tool_and_answers_from_its_result(openai_client: OpenAI, stream: bool) -> None:
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+    if stream:
+        with openai_client.chat.completions.stream(model="demo", messages=messages, tools=CHAT_TOOLS) as events:
+            choice = events.get_final_completion().choices[0]
+    else:
+        choice = openai_client.chat.completions.create(model="demo", messages=messages, tools=CHAT_TOOLS).choices[0]
+    assert choice.finish_reason == "tool_calls"
+    assert choice.message.tool_calls is not None
+    call = choice.message.tool_calls[0]
+    assert call.type == "function"
+    assert (call.function.name, json.loads(call.function.arguments)) == ("get_weather", {"city": "Berlin"})
+    messages += [choice.message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+                 {"role": "tool", "tool_call_id": call.id, "content": RESULT}]
+    answer = openai_client.chat.completions.create(model="demo", messages=messages, tools=CHAT_TOOLS).choices[0]
+    assert (answer.finish_reason, answer.message.content) == ("stop", ANSWER)
+
+
+@pytest.mark.parametrize("choice", ["required", {"type": "function", "function": {"name": "get_weather"}}])
+def test_a_demanded_call_is_made(openai_client: OpenAI, choice: Any) -> None:
+    answer = openai_client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": QUESTION}], tools=CHAT_TOOLS, tool_choice=choice)
+    calls = answer.choices[0].message.tool_calls
+    assert calls is not None
+    assert json.loads(calls[0].function.arguments) == {"city": "Berlin"}  # type: ignore[union-attr]
+
+
+def test_thoughts_are_told_apart(openai_client: OpenAI) -> None:
+    answer = openai_client.chat.completions.create(
+        model="demo", messages=[{"role": "user", "content": "What is 417 + 385?"}],
+        extra_body={"chat_template_kwargs": {"enable_thinking": True}})
+    message = answer.choices[0].message.model_dump()
+    assert message["reasoning_content"]
+    assert message["reasoning"] == message["reasoning_content"]
+    assert "802" in message["content"]
+    assert "think>" not in message["content"]
+
+
+def test_a_tool_the_template_cannot_write_is_refused_by_the_real_client(openai_client: OpenAI) -> None:
+    tools: list[Any] = [{"type": "function", "function": {"name": "no spaces"}}]
+    with pytest.raises(BadRequestError, match="tools"):
+        openai_client.chat.completions.create(model="demo", messages=[{"role": "user", "content": "x"}], tools=tools)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_messages_call_a_tool_and_answer_from_its_result(served: tuple[str, Path], stream: bool) -> None:
+    anthropic = pytest.importorskip("anthropic")
+    client = anthropic.Anthropic(base_url=served[0], api_key="none", max_retries=0)
+    tools = [{"name": "get_weather", "description": "Get the current weather in a city", "input_schema": WEATHER}]
+    messages: list[Any] = [{"role": "user", "content": QUESTION}]
+
+    def ask() -> Any:
+        fields = {"model": "claude-any", "max_tokens": 200, "messages": messages, "tools": tools}
+        if not stream:
+            return client.messages.create(**fields)
+        with client.messages.stream(**fields) as events:
+            return events.get_final_message()
+
+    first = ask()
+    assert first.stop_reason == "tool_use"
+    call = first.content[-1]
+    assert (call.type, call.name, call.input) == ("tool_use", "get_weather", {"city": "Berlin"})
+    messages += [{"role": "assistant", "content": [block.model_dump(exclude_none=True) for block in first.content]},
+                 {"role": "user", "content": [{"type": "tool_result", "tool_use_id": call.id, "content": RESULT}]}]
+    last = ask()
+    assert (last.stop_reason, last.content[0].text) == ("end_turn", ANSWER)
+    counted = client.messages.count_tokens(model="claude-any", messages=messages, tools=tools)
+    assert counted.input_tokens == last.usage.input_tokens + (last.usage.cache_read_input_tokens or 0)
+    with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
+        client.messages.create(model="demo", max_tokens=5, messages=[{"role": "user", "content": "a b " * 9000}])
