@@ -207,10 +207,6 @@ class Api:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
 
-def _label(request: Request) -> str:
-    return request.headers.get("x-client", "")
-
-
 def _holds_ids(payload: dict[str, Any]) -> bool:
     """Whether the prompt begins like a list of token ids, which needs no tokeniser."""
     prompt = payload.get("prompt")
