@@ -98,7 +98,6 @@ def test_a_value_outside_its_limits_names_flag_value_and_limit(name: str, value:
         ("tensor_parallel_size", "2", "one engine on one GPU"),
         ("block_size", "32", "16 tokens"),
         ("trust_remote_code", True, "never runs code"),
-        ("dashboard", True, "has not landed"),
         ("enable_lora", True, "adapters"),
         ("speculative_config", '{"method": "ngram"}', "speculative"),
         ("cpu_offload_gb", "4", "all weights live on the device"),
