@@ -141,6 +141,8 @@ class Serving:
             app, http=limited_protocol(options.max_header_bytes, options.header_timeout), ws="none", lifespan="on",
             log_level="warning", access_log=options.access_log, limit_concurrency=options.max_connections,
             timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
+        if options.access_log:
+            logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # log_level above silenced it with the rest
         serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
         record = None
         try:
