@@ -103,3 +103,31 @@ def test_messages_call_a_tool_and_answer_from_its_result(served: tuple[str, Path
     assert counted.input_tokens == last.usage.input_tokens + (last.usage.cache_read_input_tokens or 0)
     with pytest.raises(anthropic.BadRequestError, match="prompt is too long"):
         client.messages.create(model="demo", max_tokens=5, messages=[{"role": "user", "content": "a b " * 9000}])
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_responses_call_a_tool_and_go_on_from_it(openai_client: OpenAI, stream: bool) -> None:
+    tools: list[Any] = [{"type": "function", "name": "get_weather", "description": "Get the current weather in a city",
+                         "parameters": WEATHER, "strict": False}, {"type": "web_search"}]
+
+    def ask(**fields: Any) -> Any:
+        if not stream:
+            return openai_client.responses.create(model="demo", tools=tools, **fields)
+        with openai_client.responses.stream(model="demo", tools=tools, **fields) as events:
+            return events.get_final_response()
+
+    first = ask(input=QUESTION)
+    call = first.output[-1]
+    assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "get_weather", {"city": "Berlin"})
+    result: Any = [{"type": "function_call_output", "call_id": call.call_id, "output": RESULT}]
+    last = ask(input=result, previous_response_id=first.id)
+    assert (last.status, last.output_text) == ("completed", ANSWER)
+    assert openai_client.responses.retrieve(last.id).output_text == ANSWER
+    assert openai_client.responses.cancel(last.id).status == "completed"
+
+
+def test_no_request_of_a_real_client_met_a_server_error(served: tuple[str, Path]) -> None:
+    log = served[1].read_text()
+    assert "POST /v1/" in log
+    assert '" 5' not in log
+    assert '" 404' not in log

@@ -37,6 +37,7 @@ from workstation.server.metrics import Metrics
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.prefix_history import PrefixHistory
 from workstation.server.prepare import Service
+from workstation.server.responses.routes import ResponsesRoutes
 from workstation.server.schemas import (
     HARMLESS_FIELDS,
     REFUSED_IN_CHAT,
@@ -66,6 +67,7 @@ class Api:
         self.history = PrefixHistory(engine.info.block_size)
         desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
         self.stats = StatsRoutes(desk, Gate(engine), options, book)
+        self.responses = ResponsesRoutes(self)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
 
     def close(self) -> None:
@@ -167,7 +169,8 @@ class Api:
         return answer
 
     async def models(self, request: Request) -> Response:
-        return _json(wire.encode({"object": "list", "data": [self._card(name) for name in self.service.model.names]}))
+        return _json(wire.encode({"object": "list", "data": [self._card(name) for name in self.service.model.names],
+                                  "models": []}))
 
     async def one_model(self, request: Request) -> Response:
         name = request.path_params["name"]
@@ -249,6 +252,9 @@ def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Resp
     return [
         ("POST", "/v1/chat/completions", api.chat), ("POST", "/v1/completions", api.completions),
         ("POST", "/v1/messages", api.messages), ("POST", "/v1/messages/count_tokens", api.count_tokens),
+        ("POST", "/v1/responses", api.responses.create), ("GET", "/v1/responses/{response_id}", api.responses.retrieve),
+        ("POST", "/v1/responses/{response_id}/cancel", api.responses.cancel),
+        ("DELETE", "/v1/responses/{response_id}", api.responses.delete),
         ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),

@@ -83,6 +83,15 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
                parsing=parsing)
 
 
+def renamed(error: InvalidRequestError, names: dict[str, str]) -> InvalidRequestError:
+    """The error with the field's name as the dialect has it."""
+    new = names.get(error.param or "")
+    if new is not None:
+        error.message = error.message.replace(error.param or "", new, 1)
+        error.param = new
+    return error
+
+
 def dialogue_ids(service: Service, dialogue: Dialogue) -> list[int]:
     """Ids of the prompt. Raises InvalidRequestError or ContextLengthError."""
     tools, formats = dialogue.tools.listed, service.model.formats

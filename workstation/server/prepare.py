@@ -199,4 +199,5 @@ def clean_label(client: str | None, user: str | None) -> str:
 
 
 def new_id(prefix: str) -> str:
-    return f"{prefix}-{fresh_id()}"
+    """`chatcmpl-…`, or `resp_…` for a prefix that brings its own sign."""
+    return f"{prefix}{fresh_id()}" if prefix.endswith("_") else f"{prefix}-{fresh_id()}"

@@ -128,10 +128,13 @@ class Serving:
 
     def _uvicorn(self) -> _Uvicorn:
         options = self._options
-        return _Uvicorn(uvicorn.Config(
+        made = _Uvicorn(uvicorn.Config(
             self._door, http=limited_protocol(options.max_header_bytes, options.header_timeout), ws="none", lifespan="on",
             log_level="warning", access_log=options.access_log, limit_concurrency=options.max_connections,
             timeout_keep_alive=75, timeout_graceful_shutdown=5, server_header=False, date_header=True, proxy_headers=False))
+        if options.access_log:
+            logging.getLogger("uvicorn.access").setLevel(logging.INFO)  # log_level above silenced it with the rest
+        return made
 
     def _signalled(self) -> None:
         (self._second_signal if self._first_signal.is_set() else self._first_signal).set()

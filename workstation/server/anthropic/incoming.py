@@ -8,7 +8,7 @@ from typing import Any
 from workstation.errors import InvalidRequestError
 from workstation.server.anthropic.schema import RENAMED, CountRequest, MessagesRequest
 from workstation.server.body import show
-from workstation.server.dialogue import Dialogue, Shape, dialogue_ids, prepare_dialogue
+from workstation.server.dialogue import Dialogue, Shape, dialogue_ids, prepare_dialogue, renamed
 from workstation.server.job import Job
 from workstation.server.messages import MAX_MESSAGES
 from workstation.server.prepare import Service
@@ -35,7 +35,7 @@ def prepare_messages(service: Service, body: MessagesRequest, label: str) -> Job
     if body.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens must be at least 1, got {show(body.max_tokens)}", param="max_tokens")
     shown = (body.thinking or {}).get("type") != "disabled"
-    shape = Shape("msg", body.max_tokens, reasoning=shown, clamp=True)
+    shape = Shape("msg_", body.max_tokens, reasoning=shown, clamp=True)
     try:
         return prepare_dialogue(service, sampling, dialogue, shape, label)
     except InvalidRequestError as error:
@@ -46,15 +46,6 @@ def count_tokens(service: Service, body: CountRequest) -> dict[str, int]:
     """{input_tokens}: of the prompt that the same body would make."""
     served_name(service, body.model)
     return {"input_tokens": len(dialogue_ids(service, to_dialogue(service, body)))}
-
-
-def renamed(error: InvalidRequestError, names: dict[str, str]) -> InvalidRequestError:
-    """The error with the field's name as the dialect has it."""
-    new = names.get(error.param or "")
-    if new is not None:
-        error.message = error.message.replace(error.param or "", new, 1)
-        error.param = new
-    return error
 
 
 def served_name(service: Service, name: str | None) -> str:
