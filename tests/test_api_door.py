@@ -26,6 +26,9 @@ ROUTES = [
     ("GET", "/metrics"),
     ("GET", "/stats"), ("GET", "/stats/stream"), ("GET", "/stats/blocks"), ("GET", "/stats/requests/{id}"),
     ("POST", "/stats/requests/{id}/abort"), ("GET", "/stats/log"), ("GET", "/stats/gpu"),
+    ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/responses"),
+    ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/responses/{response_id}/cancel"),
 ]
 
 
