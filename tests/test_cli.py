@@ -131,7 +131,7 @@ class Handed:
         self.options: Any = None
         self.engine: Any = None
 
-    def __call__(self, options: Any, engine: Any, load_model: Any, *, on_ready: Any) -> None:
+    def __call__(self, options: Any, engine: Any, load_model: Any, *, on_ready: Any, **others: Any) -> None:
         self.options, self.engine = options, engine
 
 
