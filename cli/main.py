@@ -4,35 +4,42 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from importlib import import_module
 from typing import Annotated
 
 import typer
 
 from workstation import __version__
-from workstation.cli import bench, chat, doctor, estimate, evaluate, generate, models, processes, pull, rm, serve, show, top
 from workstation.errors import WorkstationError
 
-app = typer.Typer(
-    name="ws", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
-    rich_markup_mode=None,  # plain text shows whole flag names at any width, and rich need not be imported
-    help="The LLM server for one big GPU: paged KV, continuous batching, an OpenAI-compatible API.",
-    epilog="Settings come from flags, then WS_… variables (WS_MAX_MODEL_LEN), then models.toml, then defaults.",
-)  # fmt: skip
-app.command("serve")(serve.command)
-app.command("chat")(chat.command)
-app.command("generate", no_args_is_help=True)(generate.command)
-app.command("top")(top.command)
-app.command("ps")(processes.ps)
-app.command("stop")(processes.stop)
-app.command("estimate", no_args_is_help=True)(estimate.command)
-app.command("models")(models.command)
-app.command("show", no_args_is_help=True)(show.command)
-app.command("pull", no_args_is_help=True)(pull.command)
-app.command("rm", no_args_is_help=True)(rm.command)
-app.command("doctor")(doctor.command)
-app.command("eval")(evaluate.command)
-app.add_typer(bench.app, name="bench")
+# Command → its module, the function's name in it, and whether it shows its help when nothing is given.
+COMMANDS = {
+    "serve": ("serve", "command", False), "chat": ("chat", "command", False), "generate": ("generate", "command", True),
+    "top": ("top", "command", False), "ps": ("processes", "ps", False), "stop": ("processes", "stop", False),
+    "estimate": ("estimate", "command", True), "models": ("models", "command", False), "show": ("show", "command", True),
+    "pull": ("pull", "command", True), "rm": ("rm", "command", True), "doctor": ("doctor", "command", False),
+    "eval": ("evaluate", "command", False), "bench": ("bench", "app", False),
+}  # fmt: skip
+
+
+def application(names: Iterable[str]) -> typer.Typer:
+    """The command line with these commands. One that is asked for by name need not wait for the others to be imported."""
+    made = typer.Typer(
+        name="ws", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
+        rich_markup_mode=None,  # plain text shows whole flag names at any width, and rich need not be imported
+        help="The LLM server for one big GPU: paged KV, continuous batching, an OpenAI-compatible API.",
+        epilog="Settings come from flags, then WS_… variables (WS_MAX_MODEL_LEN), then models.toml, then defaults.",
+    )  # fmt: skip
+    made.callback()(root)
+    for name in names:
+        module, attribute, help_alone = COMMANDS[name]
+        found = getattr(import_module(f"workstation.cli.{module}"), attribute)
+        if isinstance(found, typer.Typer):
+            made.add_typer(found, name=name)
+        else:
+            made.command(name, no_args_is_help=help_alone)(found)
+    return made
 
 
 def _show_version(wanted: bool) -> None:
@@ -41,7 +48,6 @@ def _show_version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def root(
     version: Annotated[
         bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
@@ -65,7 +71,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A deliberate error becomes one line on stderr and its exit code."""
     try:
         try:
-            app(args=dashed(sys.argv[1:] if arguments is None else arguments))
+            given = dashed(sys.argv[1:] if arguments is None else arguments)
+            application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given)
         finally:
             sys.stdout.flush()
     except WorkstationError as error:

@@ -44,13 +44,13 @@ def command(
     draws = not (once or as_json or svg)
     if draws:
         check_terminal()
-    glyphs = Glyphs(ascii=ascii_only)
+    glyphs, columns_and_lines = Glyphs(ascii=ascii_only), _size(size)
     try:
         with ExitStack() as stack:
             recorder = stack.enter_context(FrameFile(record)) if record is not None else None
             source = _source(url, api_key, replay, recorder)
             if svg is not None:
-                asyncio.run(_picture(source, glyphs, svg, _size(size)))
+                asyncio.run(_picture(source, glyphs, svg, columns_and_lines))
                 return
             asyncio.run(_watch(source, rate, glyphs, once, as_json))
     except BadAnswerError as error:

@@ -45,6 +45,7 @@ class Machine:
                      row("req-cccc3333", 3.0, state="waiting", scheduled=0.0, first_token=0.0, generated=0, blocks=0)]
         self.states = STATES
         self.changes: dict[str, Any] = {}
+        self.held: dict[str, Any] = {}
         self.down = False
         self.aborted: list[str] = []
         self.cells: list[int] = []
@@ -59,7 +60,7 @@ class Machine:
                 "owners": owners if state in (1, 2) else []}
 
     def frame(self, cells: int = 400) -> dict[str, Any]:
-        stats = EngineStats(100.0, 2, 1, 140, 30, 30, 200, kv_tokens_held=470)
+        stats = replace(EngineStats(100.0, 2, 1, 140, 30, 30, 200, kv_tokens_held=470), **self.held)
         blocks = block_stats(Picture(0, stats, self.states, [], 0), 16, cells)
         spread = {"p50": 0.084, "p99": 0.31}
         made: dict[str, Any] = {

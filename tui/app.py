@@ -29,7 +29,7 @@ RETRY_SECONDS = 1.0
 SLOW_SECONDS = 1.0
 MAX_BLOCKS = 1024
 LOG_LINES = 200
-THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "solarized-light", "textual-ansi")
+THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "solarized-light", "ansi-dark")
 STOP, LEAVE = "stop", "leave"
 Answer = TypeVar("Answer")
 

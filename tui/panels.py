@@ -164,7 +164,7 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
         for name, label, number in (("owned", "one request", own), ("shared", "shared", blocks["shared"]),
                                     ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
             text.append(f" {glyphs.shapes[name][0]} ", style=COLOURS[name]).append(f"{label} {number:,} ")
-    scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} blocks"
+    scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} block{'' if blocks['total'] == shown else 's'}"
     return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
 

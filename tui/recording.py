@@ -54,11 +54,14 @@ class Replay:
         except OSError as error:
             raise BadAnswerError(f"{clean(path)} cannot be read: {error.strerror}") from None
         self._line = 0
-        first = self._next()
-        if first is None:
-            raise BadAnswerError(f"{clean(path)} holds no frame")
+        try:
+            first, self._following = self._next(), self._next()
+            if first is None:
+                raise BadAnswerError(f"{clean(path)} holds no frame")
+        except BadAnswerError:
+            self._file.close()
+            raise
         self._shown: Frame = first
-        self._following = self._next()
         self._began: float | None = None
 
     async def frame(self, cells: int, heat: bool = False) -> Frame:

@@ -146,10 +146,11 @@ class RequestTable(ScrollView, can_focus=True):
         if number >= len(self._rows):
             return Strip.blank(width, base)
         row = self._rows[number]
-        style = base + self._amber if row["id"] in self._stuck else base
+        stuck = row["id"] in self._stuck
+        style = base + self._amber if stuck else base
         if number == self._line:
             style += Style(reverse=True) if self.has_focus else Style(bold=True)
-        mark = ">" if number == self._line else " "
+        mark = "!" if stuck else ">" if number == self._line else " "
         return _strip(mark + line(values(row), shown), style, width)
 
     def action_move(self, by: int) -> None:

@@ -6,13 +6,15 @@ that a server sends are left out. Numbers that are not finite, or longer than a 
 
 from __future__ import annotations
 
-from typing import Any, NotRequired, TypedDict
+from typing import Annotated, Any, NotRequired, TypedDict
 
 import msgspec
 
+Int = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+
 
 class Versioned(TypedDict):
-    version: int | str | float | bool | None
+    version: Int | str | float | bool | None
 
 
 class Spread(TypedDict):
@@ -21,8 +23,8 @@ class Spread(TypedDict):
 
 
 class Loading(TypedDict):
-    done_bytes: int
-    total_bytes: int
+    done_bytes: Int
+    total_bytes: Int
     seconds_left: float | None
 
 
@@ -36,18 +38,18 @@ class Model(TypedDict):
     name: str
     dtype: str
     device_name: str
-    max_num_seqs: int
-    weight_bytes: int
-    kv_bytes: int
-    plan: dict[str, int]
+    max_num_seqs: Int
+    weight_bytes: Int
+    kv_bytes: Int
+    plan: dict[str, Int]
     kv_cache_dtype: NotRequired[str]
     quantization: NotRequired[str]
 
 
 class Gpu(TypedDict):
     name: str
-    total_bytes: int | None
-    used_bytes: int | None
+    total_bytes: Int | None
+    used_bytes: Int | None
     utilization: float | None
     power_watts: float | None
     power_limit_watts: float | None
@@ -61,21 +63,21 @@ class Gpu(TypedDict):
     throttle: NotRequired[str | None]
     pcie_read: NotRequired[float | None]
     pcie_write: NotRequired[float | None]
-    own_bytes: NotRequired[int | None]
+    own_bytes: NotRequired[Int | None]
 
 
 class CardOf(TypedDict):
-    index: int
+    index: Int
     name: str
-    total_bytes: int | None
-    used_bytes: int | None
+    total_bytes: Int | None
+    used_bytes: Int | None
     utilization: float | None
     own: bool
 
 
 class Cells(TypedDict):
-    count: int
-    width: int
+    count: Int
+    width: Int
     owned: str
     shared: str
     cached: str
@@ -83,24 +85,24 @@ class Cells(TypedDict):
 
 
 class Blocks(TypedDict):
-    total: int
-    size: int
-    free: int
-    held: int
-    shared: int
-    cached: int
+    total: Int
+    size: Int
+    free: Int
+    held: Int
+    shared: Int
+    cached: Int
     waste: float
     cells: Cells
 
 
 class Batch(TypedDict):
-    running: int
-    waiting: int
-    preempted: int
+    running: Int
+    waiting: Int
+    preempted: Int
     step_seconds: float
-    step_tokens: int
-    budget: int
-    step_prompt_tokens: NotRequired[int]
+    step_tokens: Int
+    budget: Int
+    step_prompt_tokens: NotRequired[Int]
 
 
 class Speed(TypedDict):
@@ -118,31 +120,31 @@ class Request(TypedDict):
     id: str
     client: str
     state: str
-    prompt: int
-    cached: int
-    computed: int
-    generated: int
+    prompt: Int
+    cached: Int
+    computed: Int
+    generated: Int
     rate: float | None
     ttft: float | None
-    blocks: int
+    blocks: Int
     age: float
-    samples: int
-    preemptions: int
+    samples: Int
+    preemptions: Int
     route: NotRequired[str]
 
 
 class FrameAnswer(TypedDict):
-    version: int
+    version: Int
     time: float
     server: Server
     model: Model
     gpu: Gpu | None
-    process_bytes: int | None
+    process_bytes: Int | None
     blocks: Blocks
     batch: Batch
     speed: Speed
     requests: list[Request]
-    requests_total: int
+    requests_total: Int
     cards: NotRequired[list[CardOf]]
 
 
@@ -153,19 +155,19 @@ class Timeline(TypedDict):
 
 
 class Sample(TypedDict):
-    index: int
-    tables: list[list[int]]
+    index: Int
+    tables: list[list[Int]]
 
 
 class Diverged(TypedDict):
-    token: int
-    message: int | None
-    earlier_tokens: int
+    token: Int
+    message: Int | None
+    earlier_tokens: Int
 
 
 class DetailsAnswer(TypedDict):
     request: Request
-    max_tokens: int
+    max_tokens: Int
     timeline: Timeline
     sampling: dict[str, float | bool | None]
     samples: list[Sample]
@@ -174,13 +176,13 @@ class DetailsAnswer(TypedDict):
 
 class OwnerOf(TypedDict):
     request_id: str
-    begin: int
-    end: int
+    begin: Int
+    end: Int
 
 
 class BlockOf(TypedDict):
-    state: int
-    refs: int
+    state: Int
+    refs: Int
     owners: list[OwnerOf]
     age: NotRequired[float | None]
 
@@ -190,10 +192,10 @@ class BlocksAnswer(TypedDict):
 
 
 class ProcessOf(TypedDict):
-    pid: int
+    pid: Int
     user: str | None
     command: str | None
-    bytes: int | None
+    bytes: Int | None
     own: bool
 
 
