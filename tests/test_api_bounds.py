@@ -48,6 +48,7 @@ OTHERS = [
     "return_token_ids",
     "user",
     "echo",
+    "suffix",
     "add_special_tokens",
     "tool_choice",
     "reasoning_effort",
@@ -160,6 +161,7 @@ def test_the_table_covers_every_field_of_the_schemas() -> None:
         "skip_reading_prefix_cache",
         "return_tokens_as_token_ids",
         "parallel_tool_calls",
+        "include_reasoning",
         "return_token_strs",
     }
     fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *TokenizeRequest.model_fields}

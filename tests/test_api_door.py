@@ -26,10 +26,13 @@ ROUTES = [
     ("GET", "/metrics"),
     ("GET", "/stats"), ("GET", "/stats/stream"), ("GET", "/stats/blocks"), ("GET", "/stats/requests/{id}"),
     ("POST", "/stats/requests/{id}/abort"), ("GET", "/stats/log"), ("GET", "/stats/gpu"),
-    ("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens"), ("POST", "/v1/responses"),
-    ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
-    ("POST", "/v1/responses/{response_id}/cancel"),
+    ("POST", "/v1/responses"), ("GET", "/v1/responses/{response_id}"), ("DELETE", "/v1/responses/{response_id}"),
+    ("POST", "/v1/responses/{response_id}/cancel"), ("POST", "/v1/fim/completions"), ("POST", "/infill"), ("GET", "/props"),
+    ("POST", "/chat/completions"), ("POST", "/completions"), ("POST", "/responses"), ("GET", "/models"),
+    ("POST", "/fim/completions"), ("GET", "/"), ("GET", "/api/hello"), ("POST", "/api/event_logging/batch"),
+    ("POST", "/api/event_logging/v2/batch"),
 ]
+ANTHROPIC = [("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")]
 
 
 @pytest.fixture(scope="module")
@@ -61,9 +64,11 @@ def refused(reply: httpx.Response, status: int, code: str) -> None:
 
 def test_health_alone_is_public(model: ServedModel) -> None:
     app = create_app(FakeEngine(), model, KEYED)
-    assert {(method, path) for method, path in ROUTES} == {
-        (method, route.path.replace("{name:path}", "fake")) for route in app.routes for method in route.methods
-    } - {("GET", "/health")}  # type: ignore[attr-defined]
+    assert {*ROUTES, *ANTHROPIC, ("GET", "/health")} == {
+        (method, route.path.replace("{name:path}", "fake")) for route in app.routes for method in route.methods - {"HEAD"}
+    }  # type: ignore[attr-defined]
+    for method, path in ANTHROPIC:
+        assert ask(model, method, path, KEYED, json={}).json()["error"]["type"] == "authentication_error"
     assert ask(model, "GET", "/health", KEYED).status_code == 200
 
 
@@ -264,7 +269,7 @@ def test_giant_headers_are_refused(model: ServedModel) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("GET", "/", 404),
+        ("GET", "/index.html", 404),
         ("GET", "/v1", 404),
         ("POST", "/v1/embeddings", 404),
         ("GET", "/v1/models/", 200),

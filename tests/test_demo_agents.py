@@ -126,6 +126,11 @@ def test_responses_call_a_tool_and_go_on_from_it(openai_client: OpenAI, stream: 
     assert openai_client.responses.cancel(last.id).status == "completed"
 
 
+def test_the_demo_fills_in_the_middle(openai_client: OpenAI) -> None:
+    answer = openai_client.completions.create(model="demo", prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=16)
+    assert answer.choices[0].text == "a + b"
+
+
 def test_no_request_of_a_real_client_met_a_server_error(served: tuple[str, Path]) -> None:
     log = served[1].read_text()
     assert "POST /v1/" in log

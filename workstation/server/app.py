@@ -31,12 +31,22 @@ from workstation.server.completions import answer_completion, prepare_completion
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation
 from workstation.server.guard import Guard
+from workstation.server.infill import (
+    INFILL_HARMLESS,
+    FimRequest,
+    InfillRequest,
+    answer_infill,
+    prepare_fim,
+    prepare_infill,
+    stream_infill,
+)
 from workstation.server.job import Job
 from workstation.server.log_book import LogBook
 from workstation.server.metrics import Metrics
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.prefix_history import PrefixHistory
 from workstation.server.prepare import Service
+from workstation.server.probes import Probes
 from workstation.server.responses.routes import ResponsesRoutes
 from workstation.server.schemas import (
     HARMLESS_FIELDS,
@@ -67,6 +77,7 @@ class Api:
         self.history = PrefixHistory(engine.info.block_size)
         desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
         self.stats = StatsRoutes(desk, Gate(engine), options, book)
+        self.probes = Probes(self.service)
         self.responses = ResponsesRoutes(self)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
 
@@ -121,6 +132,25 @@ class Api:
         if generation.job.stream:
             return self.stream(stream_completion(generation))
         return await self.whole(request, answer_completion(generation), generation.job)
+
+    async def fim(self, request: Request) -> Response:
+        """Mistral answers in the shape of chat."""
+        def prepare(payload: dict[str, Any]) -> Job:
+            return prepare_fim(self.service, validate(payload, FimRequest, harmless=HARMLESS_FIELDS), own_name(request))
+
+        generation = await self.generation(request, prepare)
+        if generation.job.stream:
+            return self.stream(stream_chat(generation))
+        return await self.whole(request, answer_chat(generation), generation.job)
+
+    async def infill(self, request: Request) -> Response:
+        def prepare(payload: dict[str, Any]) -> Job:
+            return prepare_infill(self.service, validate(payload, InfillRequest, harmless=INFILL_HARMLESS), own_name(request))
+
+        generation = await self.generation(request, prepare)
+        if generation.job.stream:
+            return self.stream(stream_infill(generation))
+        return await self.whole(request, answer_infill(generation), generation.job)
 
     async def messages(self, request: Request) -> Response:
         def prepare(payload: dict[str, Any]) -> Job:
@@ -179,11 +209,12 @@ class Api:
         return _json(wire.encode(self._card(self.service.check_model(name))))
 
     def _card(self, name: str) -> dict[str, Any]:
-        """Clients look for the window under six names."""
+        """Clients look for the window under six names, and some for whether the model is loaded and reads images."""
         model, window = self.service.model, self.service.window
         return {"id": name, "object": "model", "created": model.created, "owned_by": "ws", "root": model.root or model.name,
                 "parent": None, "max_model_len": window, "context_length": window, "context_window": window,
-                "max_input_tokens": window, "meta": {"n_ctx": window}}
+                "max_input_tokens": window, "meta": {"n_ctx": window}, "status": {"value": "loaded"},
+                "architecture": {"input_modalities": ["text"], "output_modalities": ["text"]}}
 
     async def tokenize(self, request: Request) -> Response:
         return _json(await self._prepared(
@@ -238,7 +269,7 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
     app.state.api = api
     for method, path, handler in _routes(api):
         route = Route(path, handler)  # not FastAPI's own, whose dependencies and models we do not use and would pay for
-        route.methods = {method}
+        route.methods = {"GET", "HEAD"} if method == "GET" else {method}
         app.router.routes.append(route)
     errors.install(app)
     app.add_middleware(Guard, options=options)
@@ -249,13 +280,20 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
 
 
 def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Response]]]]:
+    openai: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
+        ("POST", "/chat/completions", api.chat), ("POST", "/completions", api.completions),
+        ("POST", "/responses", api.responses.create), ("GET", "/models", api.models), ("POST", "/fim/completions", api.fim),
+    ]
     return [
-        ("POST", "/v1/chat/completions", api.chat), ("POST", "/v1/completions", api.completions),
+        *openai, *((method, f"/v1{path}", handler) for method, path, handler in openai),  # base URLs with /v1 and without
+        ("POST", "/infill", api.infill), ("GET", "/props", api.probes.props), ("GET", "/", api.probes.hello),
+        ("GET", "/api/hello", api.probes.hello), ("POST", "/api/event_logging/batch", api.probes.swallow),
+        ("POST", "/api/event_logging/v2/batch", api.probes.swallow),
         ("POST", "/v1/messages", api.messages), ("POST", "/v1/messages/count_tokens", api.count_tokens),
-        ("POST", "/v1/responses", api.responses.create), ("GET", "/v1/responses/{response_id}", api.responses.retrieve),
+        ("GET", "/v1/responses/{response_id}", api.responses.retrieve),
         ("POST", "/v1/responses/{response_id}/cancel", api.responses.cancel),
         ("DELETE", "/v1/responses/{response_id}", api.responses.delete),
-        ("GET", "/v1/models", api.models), ("GET", "/v1/models/{name:path}", api.one_model),
+        ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
         *api.stats.table(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,6 +15,7 @@ from workstation.engine.request import MAX_LOGPROBS, TokenLogprobs
 from workstation.errors import InvalidRequestError
 from workstation.server import prepare, wire
 from workstation.server.body import show
+from workstation.server.fim import fim_prompt, fim_stops
 from workstation.server.generation import Delta, Generation
 from workstation.server.job import Job
 from workstation.server.logprobs import LogprobWriter
@@ -24,16 +25,25 @@ from workstation.server.schemas import CompletionRequest
 DEFAULT_MAX_TOKENS = 16
 
 
-def prepare_completion(service: Service, body: CompletionRequest, label: str) -> Job:
-    """Everything that can be refused is refused here, before a stream starts."""
+def prepare_completion(service: Service, body: CompletionRequest, label: str, *, fill: bool = False,
+                       extra: Sequence[tuple[str, str]] = ()) -> Job:
+    """Everything that can be refused is refused here, before a stream starts.
+
+    Args:
+        fill: a middle is asked for, even before an empty suffix.  extra: (name, text) of other files shown with it.
+    """
     model = service.check_model(body.model)
     usage_at_end, usage_always = body.wants_usage()
-    prompts = prompt_lists(service, body)
+    fill = fill or bool(body.suffix)
+    prompts = _middle_prompts(service, body, extra) if fill else prompt_lists(service, body)
     prompts = [prepare.truncated(service, ids, body.truncate_prompt_tokens, body.max_tokens) for ids in prompts]
     hide_output = bool(body.echo) and body.max_tokens == 0
     wanted = 1 if hide_output else body.max_tokens
     limits = [prepare.room(service, len(ids), wanted, DEFAULT_MAX_TOKENS, "prompt") for ids in prompts]
     logprobs, prompt_logprobs = _logprobs(body)
+    if fill:
+        stops = [*(body.stop_token_ids or []), *fim_stops(service.model.tokenizer)]
+        body = body.model_copy(update={"stop_token_ids": stops})
     first = prepare.sampling_params(service, body, max_tokens=limits[0], logprobs=logprobs, prompt_logprobs=prompt_logprobs)
     if body.best_of is not None and body.best_of not in (1, first.n):
         raise InvalidRequestError(f"best_of={show(body.best_of)} is not supported: ask for n samples and choose",
@@ -48,6 +58,20 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str) ->
                echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
                return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
                hide_output=hide_output)
+
+
+def _middle_prompts(service: Service, body: CompletionRequest, extra: Sequence[tuple[str, str]]) -> list[list[int]]:
+    """Prompts that ask for the text between `prompt` and `suffix`."""
+    prompts = [body.prompt] if isinstance(body.prompt, str) else body.prompt
+    if not isinstance(prompts, list) or not prompts or not all(isinstance(item, str) for item in prompts):
+        raise InvalidRequestError(f"suffix needs a prompt of text, got {show(body.prompt)}", param="prompt")
+    if body.echo:
+        raise InvalidRequestError("echo cannot be combined with suffix", param="echo")
+    prepare.check_fan_out(service, max(body.n or 1, 1), len(prompts))
+    suffix = body.suffix or ""
+    service.check_text(max(map(len, prompts)) + len(suffix) + sum(len(text) for _, text in extra), "prompt")
+    ids = [fim_prompt(service.model.tokenizer, prefix, suffix, extra) for prefix in prompts]
+    return [service.check_ids(prompt, "prompt") for prompt in ids]
 
 
 def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:

@@ -80,6 +80,7 @@ class SamplingRequest(Strict):
 
 class CompletionRequest(SamplingRequest):
     prompt: Any = None
+    suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
@@ -157,7 +158,6 @@ REFUSED_IN_CHAT: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 REFUSED_IN_COMPLETIONS: dict[str, tuple[tuple[Any, ...], str]] = {
     **_REFUSED_EVERYWHERE,
-    "suffix": (("",), "filling in the middle has not landed yet; write the model's FIM tokens into the prompt"),
     "messages": ((), "it exists in /v1/chat/completions only; send prompt"),
     "tools": (([],), "it exists in /v1/chat/completions only"),
     "max_completion_tokens": ((), "it exists in /v1/chat/completions only; send max_tokens"),
