@@ -56,8 +56,8 @@ def test_graphs_take_what_their_largest_step_does_and_nothing_when_there_are_non
 
 def test_what_products_need_beside_activations_comes_out_of_the_pool() -> None:
     plain, scratch = (plan_memory(llama_8b(), CONFIG, WEIGHTS, H200, scratch_bytes=count) for count in (0, 64 << 20))
-    assert scratch.workspace == plain.workspace + (64 << 20)
-    assert plain.num_blocks - scratch.num_blocks == 32  # of 2 MiB
+    assert scratch.workspace == plain.workspace + (64 << 20) and scratch.graphs == plain.graphs + (64 << 20)
+    assert plain.num_blocks - scratch.num_blocks == 64  # of 2 MiB
 
 
 def test_a_block_of_llama_8b_is_two_mebibytes() -> None:

@@ -68,7 +68,6 @@ def test_tensors_of_another_format_than_described_are_refused(tmp_path: Path) ->
     assert "weight_packed" in (message := refusal(folder)) and "qweight" in message
 
 
-
 REFUSED: list[tuple[dict[str, Any], list[str]]] = [
     (gptq(bits=3), ["bits", "4 or 8"]),
     (gptq(bits=True), ["bits"]),
