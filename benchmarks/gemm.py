@@ -30,6 +30,8 @@ from workstation.kernels.gemm_compile import compile_for, fingerprint
 from workstation.kernels.gemm_launch import device_of, split_count
 from workstation.kernels.offline import resources
 from workstation.kernels.tuning import (
+    INTEGER_BITS,
+    LEAST_STEP,
     LIBRARY,
     Device,
     GemmConfig,
@@ -48,7 +50,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 HEADS = {"8b": (128256, 4096), "70b": (128256, 8192), "0.6b": (151936, 1024)}  # 16-bit in every checkpoint format
 GATE_UP = {(28672, 4096), (57344, 8192), (6144, 1024)}  # 6144 x 4096 is a QKV, so the pair decides
 ROWS = [1, 8, 32, 128, 16, 64, 256, 2, 4]  # the most telling first, for when time runs out
-SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight"]
+SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight"]
 KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
 TOLERANCE = 1e-2  # bfloat16 results, and FP8 sums inside the tensor cores
 KEEP_OWN = 0.98  # the library must be this much faster to be chosen
@@ -91,17 +93,19 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
     row_tiles = {least, least // 2} if least >= 128 else {least}
     today = choose(problem, device)
     found = [today if today != LIBRARY else default_config(problem, device)]
-    widest = max(problem.weight_bytes, problem.row_bytes)
+    widest = int(max(problem.weight_bytes, problem.row_bytes))
     for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), (128, 256), (3, 4, 5, 6)):
         for warps in (4, 8) if "dot" in kinds else ():
             accumulators = block_n * block_m // (warps * 32)
+            if step // widest < LEAST_STEP.get(problem.scheme, 1):
+                continue
             if accumulators > 64 if warps == 4 else block_n < 128 and accumulators < 16:
                 continue
             tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
             found += _with_splits(problem, tile, device)
-    if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
+    if "hopper" in kinds and device.capability == 90 and problem.scheme in ("16bit", "fp8"):
         found += _hopper(problem, row_tiles)
-    if problem.m == 1 and "gemv" in kinds:
+    if problem.m == 1 and "gemv" in kinds and problem.scheme not in INTEGER_BITS:
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
             found += _with_splits(problem, GemmConfig("gemv", block_n, 1, block_k, 1, 4, stages), device)
     unique: dict[tuple[GemmConfig, int], GemmConfig] = {}
@@ -114,7 +118,7 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
 def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     """Rings for one, two or three programs a multiprocessor; splits that give it one to three programs."""
     found = []
-    width = tuning.PANEL_BYTES // problem.weight_bytes
+    width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
     for block_m, tiles, panels, ring in itertools.product(row_tiles, (1, 2), (1, 2), (66, 100, 205)):
         if (silu and tiles == 1) or tiles * block_m > 256:

@@ -6,13 +6,18 @@ import itertools
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch.nn import functional as F
 
 from workstation.kernels import gemm_launch, ops
+from workstation.kernels.gemm_compile import GROUP
 from workstation.kernels.gemm_launch import FP8, Operands
-from workstation.kernels.tuning import GemmConfig, Problem
+from workstation.kernels.int_weights import IntWeight
+from workstation.kernels.launch_int import widened
+from workstation.kernels.reference_int import widen
+from workstation.kernels.tuning import INTEGER_BITS, GemmConfig, Problem
 
 Launch = Callable[[], object]
 
@@ -35,13 +40,26 @@ class Weights:
     def fits(self, problem: Problem) -> bool:
         return problem.n * problem.k <= self.wide.numel()
 
-    def windows(self, problem: Problem) -> list[torch.Tensor]:
+    def windows(self, problem: Problem) -> list[Any]:
         """Different [n, k] matrices, together at least three times the L2 where the buffer is long enough."""
         size = problem.n * problem.k
+        if problem.scheme in INTEGER_BITS:
+            return self._integers(problem)
         buffer = self.wide if problem.scheme == "16bit" else self.narrow
         wanted = max(2, -(-3 * self.l2_bytes // (size * problem.weight_bytes)))
         count = min(wanted, buffer.numel() // size)
         return [buffer[i * size : (i + 1) * size].view(problem.n, problem.k) for i in range(count)]
+
+    def _integers(self, problem: Problem) -> list[IntWeight]:
+        """Symmetric, with a scale a group of 128; codes are the wide buffer's bits, which are as random as need be."""
+        bits, words = INTEGER_BITS[problem.scheme], self.wide.view(torch.int16)
+        width = problem.k * bits // 16
+        size = problem.n * width
+        wanted = max(2, -(-3 * self.l2_bytes // (2 * size)))
+        count = min(wanted, words.numel() // size)
+        scale = self.scales[: problem.n].to(torch.bfloat16).repeat(problem.k // GROUP, 1) / (1 << bits - 1)
+        return [IntWeight(words[i * size : (i + 1) * size].view(problem.n, width), scale, None, bits, GROUP, problem.k)
+                for i in range(count)]  # fmt: skip
 
 
 @dataclass
@@ -69,14 +87,20 @@ def make_bench(problem: Problem, weights: Weights, first: int = 0) -> Bench:
         x, x_scale = x.to(FP8), (torch.rand(problem.m, device="cuda") + 0.5) * shrink
     else:
         x = (x * shrink).to(torch.bfloat16)
-    scale = None if problem.scheme == "16bit" else weights.scales[: problem.n]
+    scale = weights.scales[: problem.n] if problem.scheme.startswith("fp8") else None
     inputs = [Operands(x, weight, scale, x_scale) for weight in windows]
     return Bench(problem, inputs, _expected(inputs[0], problem))
 
 
 def _expected(operands: Operands, problem: Problem) -> torch.Tensor:
     """float32 products without TF32, a slice of the channels at a time."""
-    parts = [operands.x.float() @ part.float().t() for part in operands.weight.split(1 << 14)]
+    weight = operands.weight
+    starts = range(0, problem.n, 1 << 14)
+    if isinstance(weight, IntWeight):
+        slices = [widen(weight.part(at, min(at + (1 << 14), problem.n)), torch.float32) for at in starts]
+    else:
+        slices = [weight[at : at + (1 << 14)].float() for at in starts]
+    parts = [operands.x.float() @ part.t() for part in slices]
     y = torch.cat(parts, 1)
     if operands.weight_scale is not None:
         y = y * operands.weight_scale
@@ -130,6 +154,9 @@ def time_library(bench: Bench, repeats: int) -> float | None:
         return None
 
     def product(operands: Operands) -> torch.Tensor:
+        if isinstance(operands.weight, IntWeight):
+            y = widened(operands.x, operands.weight, None, None)
+            return ops.silu_mul(y) if bench.silu else y
         inputs = (operands.x, operands.weight, operands.weight_scale, operands.x_scale)
         y = gemm_launch.library_linear(*inputs, None, None, torch.bfloat16)
         return ops.silu_mul(y) if bench.silu else y

@@ -8,23 +8,39 @@ from typing import Any
 import torch
 
 from workstation.kernels.gemm_launch import FP8, Call, Operands, gemm_call
+from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.offline import targeting
-from workstation.kernels.tuning import FP8_CAPABILITY, GemmConfig, Problem, fuses_silu
+from workstation.kernels.tuning import FP8_CAPABILITY, INTEGER_BITS, GemmConfig, Problem, fuses_silu
+
+GROUP = 128
 
 
 def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
-    """The product's launch for bfloat16 results without bias or residual; dtypes stand for the tensors."""
+    """The product's launch for bfloat16 results without bias or residual; dtypes stand for the tensors.
+
+    Integers are symmetric, with a bfloat16 scale a group of 128 columns.
+    """
     x = FP8 if problem.scheme == "fp8" else torch.bfloat16
     weight: Any = torch.bfloat16
-    if problem.scheme != "16bit":
+    if problem.scheme in INTEGER_BITS:
+        weight = int_types(INTEGER_BITS[problem.scheme], GROUP, problem.k)
+    elif problem.scheme != "16bit":
         weight = FP8 if capability >= FP8_CAPABILITY else torch.uint8
-    scale = None if problem.scheme == "16bit" else torch.float32
+    scale = torch.float32 if problem.scheme.startswith("fp8") else None
     x_scale = torch.float32 if problem.scheme == "fp8" else None
     silu = fuses_silu(problem, config)
     whole = config.splits == 1 or config.kind == "hopper"
     out = torch.bfloat16 if whole else torch.float32
     n = problem.n // 2 if silu else problem.n
     return gemm_call(Operands(x, weight, scale, x_scale), config, out, problem.m, n, problem.k, silu=silu)
+
+
+def int_types(bits: int, size: int, columns: int, *, zeros: bool = False) -> Any:
+    """An `IntWeight` of dtypes. size: of a group, at most the columns."""
+    words: Any = torch.int16
+    scale: Any = torch.bfloat16
+    zero: Any = torch.uint8 if zeros else None
+    return IntWeight(words, scale, zero, bits, min(size, columns), columns)
 
 
 def fingerprint(problem: Problem, config: GemmConfig, capability: int) -> tuple[Any, ...]:
@@ -43,6 +59,9 @@ def _kind(value: Any) -> str | None:
 
 def compile_for(problem: Problem, config: GemmConfig, capability: int) -> Any:
     """Triton's compiled kernel, with `asm` and `metadata`; it is in Triton's cache from then on."""
-    call = call_of(problem, config, capability)
+    return compile_call(call_of(problem, config, capability), capability)
+
+
+def compile_call(call: Call, capability: int) -> Any:
     with targeting(capability):
         return call.kernel.warmup(*call.arguments, grid=call.grid, **call.options)

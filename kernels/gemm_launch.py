@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from workstation.kernels import reference_gemm
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_small import gemm_kernel, gemv_kernel, reduce_kernel
+from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.tuning import (
     FP8_CAPABILITY,
@@ -47,7 +48,8 @@ class Call(NamedTuple):
 
 @dataclass(frozen=True)
 class Operands:
-    """One product's inputs; for compiling ahead, dtypes stand for the tensors. FP8 weights may come as uint8 codes."""
+    """One product's inputs; for compiling ahead, dtypes stand for the tensors. FP8 weights may come as uint8 codes, integers
+    as an `IntWeight`."""
 
     x: Any
     weight: Any
@@ -139,6 +141,10 @@ def gemm_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, 
 
     The residual belongs to the last sum, so the others take it here with one split only.
     """
+    if isinstance(operands.weight, IntWeight):
+        from workstation.kernels.launch_int import int_call  # which builds on this file
+
+        return int_call(operands, config, out, m, n, k, silu=silu)
     if config.kind == "hopper":
         from workstation.kernels.launch_gemm_hopper import hopper_call  # Gluon, for one kind of GPU only
 
@@ -245,10 +251,14 @@ def _misplaced(*tensors: torch.Tensor) -> bool:
 
 @cache
 def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
-    problem = Problem(scheme, output, m, n, k)
+    return chosen(Problem(scheme, output, m, n, k), device)
+
+
+def chosen(problem: Problem, device: torch.device) -> GemmConfig:
+    """`tuning.choose` for a device that is here, in the chain of its kernels where that pays."""
     config = choose(problem, device_of(device), rings=is_hopper(device))
     # Many rows of a large weight: the product outlasts by far what an early start hides, and its waiting successors cost more.
-    short = m <= 64 or n * k * problem.weight_bytes <= CHAINED_BYTES
+    short = problem.m <= 64 or problem.n * problem.k * problem.weight_bytes <= CHAINED_BYTES
     return replace(config, pdl=True) if chained(device)["PDL"] and short else config
 
 

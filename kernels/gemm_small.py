@@ -29,7 +29,7 @@ from workstation.kernels.fp8_codes import widen
 
 
 @triton.jit
-def _prefetch(rows, begin, last, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
+def prefetch(rows, begin, last, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
     """Ask the L2 for the first TILES tiles of the weight rows, a 128-byte line at a time."""
     size: tl.constexpr = rows.dtype.element_ty.primitive_bitwidth // 8
     lines: tl.constexpr = BLOCK_K * size // 128 if BLOCK_K * size > 128 else 1
@@ -42,7 +42,7 @@ def _prefetch(rows, begin, last, BLOCK_K: tl.constexpr, TILES: tl.constexpr):
 
 
 @triton.jit
-def _finish(acc, w_scale, x_scale, bias, channel, row, n, m, split):
+def finish(acc, w_scale, x_scale, bias, channel, row, n, m, split):
     """Scales, and the bias in the first chunk. acc [BLOCK_N, BLOCK_M], channel [BLOCK_N], row [BLOCK_M]."""
     if w_scale is not None:
         acc = acc * tl.load(w_scale + channel, mask=channel < n, other=0.0)[:, None]
@@ -55,7 +55,7 @@ def _finish(acc, w_scale, x_scale, bias, channel, row, n, m, split):
 
 
 @triton.jit
-def _silu_mul(gate, up):
+def swiglu(gate, up):
     return gate / (1 + tl.exp(-gate)) * up
 
 
@@ -101,9 +101,9 @@ def gemm_kernel(
     rows = w + tl.minimum(channel, n - 1).to(tl.int64) * w_stride
     real = row < m
     if PDL:
-        _prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
+        prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
         if SILU:
-            _prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
+            prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
     await_previous(PDL)
     allow_next(PDL)
     weight_at = rows[:, None] + (begin + step)[None, :]
@@ -130,13 +130,13 @@ def gemm_kernel(
             up_at += BLOCK_K
         weight_at += BLOCK_K
         x_at += BLOCK_K
-    acc = _finish(acc, w_scale, x_scale, bias, channel, row, n, m, split)
+    acc = finish(acc, w_scale, x_scale, bias, channel, row, n, m, split)
     if SILU:
         if w_scale is not None:
             w_scale += n
         if bias is not None:
             bias += n
-        acc = _silu_mul(acc, _finish(up_acc, w_scale, x_scale, bias, channel, row, n, m, split))
+        acc = swiglu(acc, finish(up_acc, w_scale, x_scale, bias, channel, row, n, m, split))
     place = row[None, :].to(tl.int64) * n + channel[:, None]
     stored = (channel < n)[:, None] & real[None, :]
     if residual is not None:
@@ -173,9 +173,9 @@ def gemv_kernel(
     step = tl.arange(0, BLOCK_K)
     rows = w + tl.minimum(channel, n - 1).to(tl.int64) * w_stride
     if PDL:
-        _prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
+        prefetch(rows, begin, k - 1, BLOCK_K, STAGES)
         if SILU:
-            _prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
+            prefetch(rows + n.to(tl.int64) * w_stride, begin, k - 1, BLOCK_K, STAGES)
     await_previous(PDL)
     allow_next(PDL)
     weight_at = rows[:, None] + (begin + step)[None, :]
@@ -201,14 +201,14 @@ def gemv_kernel(
             up_at += BLOCK_K
         weight_at += BLOCK_K
     row = tl.arange(0, 1)
-    total = _finish(tl.sum(acc, 1)[:, None], w_scale, x_scale, bias, channel, row, n, 1, split)
+    total = finish(tl.sum(acc, 1)[:, None], w_scale, x_scale, bias, channel, row, n, 1, split)
     if SILU:
         if w_scale is not None:
             w_scale += n
         if bias is not None:
             bias += n
-        up = _finish(tl.sum(up_acc, 1)[:, None], w_scale, x_scale, bias, channel, row, n, 1, split)
-        total = _silu_mul(total, up)
+        up = finish(tl.sum(up_acc, 1)[:, None], w_scale, x_scale, bias, channel, row, n, 1, split)
+        total = swiglu(total, up)
     stored = (channel < n)[:, None]
     if residual is not None:
         total += tl.load(residual + channel[:, None], mask=stored, other=0.0).to(tl.float32)
@@ -235,7 +235,7 @@ def reduce_kernel(
         if SILU:
             up += tl.load(source + n, mask=inside, other=0.0)
     if SILU:
-        total = _silu_mul(total, up)
+        total = swiglu(total, up)
     if residual is not None:
         total += tl.load(residual + row * n + column, mask=inside, other=0.0).to(tl.float32)
     tl.store(out + row * n + column, total.to(out.dtype.element_ty), mask=inside)

@@ -35,6 +35,10 @@ class IntWeight(NamedTuple):
     def rows(self) -> int:
         return self.words.shape[0]
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        return self.words.shape[0], self.columns
+
     def part(self, start: int, stop: int) -> IntWeight:
         """Rows [start, stop), both even, without a copy."""
         zero = self.zero

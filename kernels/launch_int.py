@@ -2,19 +2,141 @@
 
 from __future__ import annotations
 
-import torch
+from dataclasses import replace
+from functools import cache
+from typing import Any
 
-from workstation.kernels import reference_int
-from workstation.kernels.int_weights import IntWeight
+import torch
+import triton
+
+from workstation.kernels import gemm_int, gemm_launch
+from workstation.kernels.gemm_launch import Call, Operands
+from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
+from workstation.kernels.launch import silu_mul
+from workstation.kernels.tuning import MAX_ROWS, GemmConfig, Output, Problem, Scheme
+
+# Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
+SCRATCH_BYTES = 64 << 20
+WIDENED_ROWS = 32
+FUSED_ROWS = 16  # of activations, where gate and up with zero points share a program
+NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 
 def linear_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    y = reference_int.linear_int(x, weight, bias)
-    return y if out is None else out.copy_(y)
+    config = _choose(x, weight, "linear")
+    if config is not None:
+        return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, x.dtype, out=out)
+    return widened(x, weight, bias, out)
 
 
 def silu_mul_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    from workstation.kernels import launch
-
-    made: torch.Tensor = launch.silu_mul(linear_int(x, weight, bias, None))
+    config = _choose(x, weight, "silu_mul") if _fuses(x, weight) else None
+    if config is not None:
+        return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, x.dtype, silu=True)
+    made: torch.Tensor = silu_mul(linear_int(x, weight, bias, None))
     return made
+
+
+def _fuses(x: torch.Tensor, weight: IntWeight) -> bool:
+    """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor zero points and many rows."""
+    return _step(weight, 0) > 0 and (weight.zero is None or x.shape[0] <= FUSED_ROWS)
+
+
+def scheme_of(weight: IntWeight) -> Scheme:
+    return "int4" if weight.bits == 4 else "int8_weight"
+
+
+def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | None:
+    """The configuration of `int_gemm_kernel`; None where weights are widened for the library."""
+    tokens = x.shape[0]
+    if tokens == 0:
+        return GemmConfig("dot", block_k=_chunk(weight.bits))  # nothing will be launched
+    if tokens > MAX_ROWS or weight.size % UNIT or weight.rows % 16 or weight.columns % 16 or x.stride(0) % 16:
+        return None
+    if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
+        return None
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device)
+    return None if config.kind == "library" else fitted(config, weight)
+
+
+@cache
+def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
+    return gemm_launch.chosen(Problem(scheme, output, m, n, k), device)
+
+
+def _chunk(bits: int) -> int:
+    """Columns of a chunk of the layout, the least step along K."""
+    return UNIT * WORD_BITS // bits
+
+
+def fitted(config: GemmConfig, weight: IntWeight) -> GemmConfig:
+    """The configuration with a step that groups allow: within one, or else a single chunk of the layout."""
+    step = _step(weight, config.block_k)
+    if step:
+        return replace(config, block_k=step)
+    return replace(config, block_k=_chunk(weight.bits), block_n=min(config.block_n, NARROW_CHANNELS))
+
+
+def _step(weight: IntWeight, wanted: int) -> int:
+    """The longest step up to `wanted`, and at least a chunk of the layout, that lies within one group; 0 where none does."""
+    chunk = _chunk(weight.bits)
+    step = max(wanted, chunk)
+    while step >= chunk:
+        if weight.size == weight.columns or weight.size % step == 0:
+            return step
+        step //= 2
+    return 0
+
+
+def int_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k: int, *, silu: bool) -> Call:
+    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; dtypes may stand for tensors."""
+    weight: IntWeight = operands.weight
+    chunk = gemm_launch.chunk_size(k, config)
+    kept = isinstance(weight.words, torch.Tensor)
+    x_stride = operands.x.stride(0) if kept else k
+    w_stride = weight.words.stride(0) if kept else -(-k // _chunk(weight.bits)) * UNIT
+    scale_stride = weight.scale.stride(0) if kept else n
+    zero_stride = weight.zero.stride(0) if kept and weight.zero is not None else n
+    whole = weight.size == weight.columns
+    row_tiles = triton.cdiv(m, config.block_m)
+    options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages, "SILU": silu, "PDL": config.pdl}
+    options |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "STAGES": config.stages}
+    options |= {"BITS": weight.bits, "EVEN_K": k % config.block_k == 0, "EVICT": "evict_first" if row_tiles == 1 else ""}
+    groups = gemm_int.WHOLE if whole else gemm_int.PLANES if weight.size % config.block_k else gemm_int.STEPS
+    options["GROUPS"] = groups.value
+    if config.pdl:
+        options["launch_pdl"] = True
+    arguments = (operands.x, weight.words, out, weight.scale, weight.zero, operands.bias, m, n, k, chunk, x_stride, w_stride,
+                 scale_stride, zero_stride, weight.size)  # fmt: skip
+    grid = (triton.cdiv(n, config.block_n) * row_tiles, triton.cdiv(k, chunk))
+    return Call(gemm_int.int_gemm_kernel, grid, arguments, options)
+
+
+def widen_call(weight: IntWeight, out: Any) -> Call:
+    """`out[:] = weight` for out [N, K], contiguous."""
+    kept = isinstance(weight.words, torch.Tensor)
+    parts = (weight.words, weight.scale, weight.zero)
+    strides = [part.stride(0) if kept and part is not None else weight.columns for part in parts]
+    grid = (triton.cdiv(weight.rows, WIDENED_ROWS) if kept else 1, triton.cdiv(weight.columns, _chunk(weight.bits)))
+    rows = weight.rows if kept else WIDENED_ROWS
+    arguments = (weight.words, out, weight.scale, weight.zero, rows, weight.columns, *strides, weight.size)
+    return Call(gemm_int.widen_kernel, grid, arguments, {"BITS": weight.bits, "ROWS": WIDENED_ROWS, "num_warps": 4})
+
+
+def widened(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+    """Part by part through one buffer: widen, then the library's product into its columns of the result."""
+    if out is None:
+        out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
+    if not x.shape[0]:
+        return out
+    most = max(16, SCRATCH_BYTES // (weight.columns * x.element_size()) // 16 * 16)
+    buffer = torch.empty(min(most, weight.rows), weight.columns, dtype=x.dtype, device=x.device)
+    for start in range(0, weight.rows, most):
+        stop = min(start + most, weight.rows)
+        wide = buffer[: stop - start]
+        widen_call(weight.part(start, stop), wide).launch()
+        if bias is None:
+            torch.mm(x, wide.t(), out=out[:, start:stop])
+        else:
+            torch.addmm(bias[start:stop], x, wide.t(), out=out[:, start:stop])
+    return out

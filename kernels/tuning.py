@@ -14,7 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-Scheme = Literal["16bit", "fp8", "fp8_weight"]  # bf16 or fp16; FP8 weights and activations; FP8 weights only
+# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group, 16-bit activations.
+Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight"]
 Output = Literal["linear", "silu_mul"]
 Kind = Literal["dot", "gemv", "hopper", "library"]
 
@@ -28,7 +29,12 @@ CHANNELS, PANEL_BYTES = 64, 128  # of a tile of weights in `gemm_hopper.py`: the
 READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands from shared memory: wgmma, tcgen05
 # Without a measurement the library gets what lies above: its FP8 products are slow at few rows, its 16-bit ones less so,
 # and FP8 weights with 16-bit activations it cannot read at all.
-LIBRARY_ABOVE: dict[Scheme, int] = {"16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS}
+LIBRARY_ABOVE: dict[Scheme, int] = {
+    "16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS, "int4": MAX_ROWS, "int8_weight": MAX_ROWS,
+}  # fmt: skip
+INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
+# The least step along K: integers come in chunks of 32 words of 16 bits.
+LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64}
 
 
 @dataclass(frozen=True)
@@ -52,9 +58,9 @@ class Problem:
     k: int
 
     @property
-    def weight_bytes(self) -> int:
-        """Bytes a weight element takes."""
-        return 2 if self.scheme == "16bit" else 1
+    def weight_bytes(self) -> float:
+        """Bytes a weight element takes, scales not counted."""
+        return {"16bit": 2, "int4": 0.5}.get(self.scheme, 1)
 
     @property
     def row_bytes(self) -> int:
@@ -110,11 +116,11 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
         return 0
     if config.kind == "hopper":
         rows = 2 * CHANNELS if problem.output == "silu_mul" else config.block_n
-        ring = config.stages * config.block_k * problem.weight_bytes * (rows + config.block_m)
+        ring = int(config.stages * config.block_k * problem.weight_bytes * (rows + config.block_m))
         return ring + min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
-    stage = config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes)
+    stage = int(config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes))
     buffers = config.stages if config.kind == "gemv" or capability // 10 in READS_SHARED else config.stages - 1
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 
@@ -177,7 +183,7 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     tiles = -(-problem.n // tile.block_n) * -(-problem.m // tile.block_m)
     wanted = round(2.3 * device.processors / tiles)
     filling = problem.k // (4 * tile.block_k)  # at least four steps a chunk, or the pipeline never fills
-    affordable = problem.k * problem.weight_bytes // (8 * problem.m)
+    affordable = int(problem.k * problem.weight_bytes) // (8 * problem.m)
     return replace(tile, splits=max(1, min(wanted, filling, affordable, 16)))
 
 
@@ -204,20 +210,21 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:
     """The largest tile whose pipeline fits; it shrinks along K first, then in channels, then in rows."""
-    block_m = _block_m(problem.m, device)
+    block_m = _block_m(problem, device)
     fused = 2 if problem.output == "silu_mul" else 1
     block_n = 128 // fused if block_m >= 64 else 64
-    widest = max(problem.weight_bytes, problem.row_bytes)
-    block_k = (256 if block_m <= 32 else 128) // widest
+    widest = int(max(problem.weight_bytes, problem.row_bytes))
+    least = LEAST_STEP.get(problem.scheme, 64 // widest)
+    block_k = max(least, (256 if block_m <= 32 else 128) // widest)
     budget = device.shared_bytes if block_m >= 128 else device.shared_bytes // 2
     while True:
         warps = 8 if fused * block_n * block_m >= 128 * 64 else 4  # large accumulators spread over two warpgroups
         for stages in (5, 4, 3, 2):
             config = GemmConfig("dot", block_n, block_m, block_k, 1, warps, stages)
-            deep_enough = stages >= 3 or block_k * widest <= 64
+            deep_enough = stages >= 3 or block_k <= least
             if deep_enough and shared_bytes(problem, config, device.capability) <= budget:
                 return config
-        if block_k * widest > 64:
+        if block_k > least:
             block_k //= 2
         elif block_n > 64:
             block_n //= 2
@@ -225,6 +232,8 @@ def _tile(problem: Problem, device: Device) -> GemmConfig:
             block_m //= 2
 
 
-def _block_m(m: int, device: Device) -> int:
-    most = 128 if device.shared_bytes > 128 * KIB else 64
-    return min(most, max(16, 1 << (m - 1).bit_length()))
+def _block_m(problem: Problem, device: Device) -> int:
+    # Integers need a sum a group beside the sum of all: two of both, gate's and up's, leave no registers for 128 rows.
+    crowded = problem.scheme in INTEGER_BITS and problem.output == "silu_mul"
+    most = 128 if device.shared_bytes > 128 * KIB and not crowded else 64
+    return min(most, max(16, 1 << (problem.m - 1).bit_length()))

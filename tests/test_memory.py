@@ -54,6 +54,12 @@ def test_graphs_take_what_their_largest_step_does_and_nothing_when_there_are_non
     assert whole.graphs > small.graphs > eager.graphs == 0
 
 
+def test_what_products_need_beside_activations_comes_out_of_the_pool() -> None:
+    plain, scratch = (plan_memory(llama_8b(), CONFIG, WEIGHTS, H200, scratch_bytes=count) for count in (0, 64 << 20))
+    assert scratch.workspace == plain.workspace + (64 << 20) and scratch.graphs == plain.graphs + (64 << 20)
+    assert plain.num_blocks - scratch.num_blocks == 64  # of 2 MiB
+
+
 def test_a_block_of_llama_8b_is_two_mebibytes() -> None:
     assert llama_8b().kv_bytes_per_block(16, 2) == 2 * 1024 * 1024
 

@@ -246,7 +246,8 @@ class _Planner:
         self.context = CUDA_CONTEXT_BYTES if cuda else 0
         tokens = config.max_num_batched_tokens or default_token_budget(device, online=config.online)
         captured = cuda and not config.enforce_eager
-        self.graphs = _graph_bytes(shape, config.max_num_seqs, tokens, dtype_bytes) if captured else 0
+        # Captured steps have a pool of their own, and so scratch of their own.
+        self.graphs = _graph_bytes(shape, config.max_num_seqs, tokens, dtype_bytes) + scratch_bytes if captured else 0
         self.reserve = DISPLAY_RESERVE_BYTES if device.display else 0
         self.free = device.free_bytes - self.reserve - (0 if device.has_context else self.context)
         share = int(config.gpu_memory_utilization * device.total_bytes) - self.context
