@@ -154,7 +154,7 @@ def watch(answers: Answers, size: tuple[int, int], rate: int, seconds: float, ti
     server = serve(answers)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     answers.frames(400)
-    firsts = []
+    firsts, spent = [], []
     for number in range(times):
         terminal = Terminal(url, size, rate)
         firsts.append(terminal.until(b"READY"))
