@@ -6,7 +6,7 @@ PORT ?= 8000
 # A machine without an NVIDIA driver needs no CUDA libraries; PIP_ARGS may add what pip should know.
 PIP_ARGS ?=
 
-.PHONY: demo test test-long lint clean
+.PHONY: demo test test-long lint screenshot clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ws serve demo --port $(PORT)
@@ -20,6 +20,13 @@ test-long: $(VENV)/.installed-dev
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+# The README's picture: the demo under load, drawn by `ws top --svg`.
+screenshot: $(VENV)/.installed
+	$(BIN)/ws serve demo --device cpu --port 8377 --kv-cache-memory-bytes 64M --detach
+	$(BIN)/ws bench serve --url http://127.0.0.1:8377 --num-prompts 60 --max-concurrency 12 --input-len 300 --output-len 400 & \
+	  sleep 20; $(BIN)/ws top http://127.0.0.1:8377 --svg docs/dashboard.svg --size 120x40
+	$(BIN)/ws stop 8377 --now
 
 clean:
 	rm -rf build dist *.egg-info $(VENV)

@@ -154,10 +154,11 @@ def watch(answers: Answers, size: tuple[int, int], rate: int, seconds: float, ti
     server = serve(answers)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     answers.frames(400)
-    firsts = []
+    firsts, spent = [], []
     for number in range(times):
         terminal = Terminal(url, size, rate)
         firsts.append(terminal.until(b"READY"))
+        spent.append(terminal.cpu())
         if number < times - 1:
             terminal.close()
     terminal.run(5.0)  # every import is done, every cache filled
@@ -166,8 +167,8 @@ def watch(answers: Answers, size: tuple[int, int], rate: int, seconds: float, ti
     took = time.perf_counter() - began
     share = (terminal.cpu() - cpu) / took
     print(f"{size[0]}x{size[1]} at {rate} Hz: first frame {statistics.median(firsts):.2f} s (of {times}: {min(firsts):.2f} to "
-          f"{max(firsts):.2f}), {share * 100:.1f} % of a core over {took:.0f} s, {(terminal.drawn - drawn) / took / 1024:.1f} "
-          f"KiB/s drawn, memory {mib(memory)} then {mib(terminal.memory())}")
+          f"{max(firsts):.2f}; {statistics.median(spent):.2f} s of CPU), {share * 100:.1f} % of a core over {took:.0f} s, "
+          f"{(terminal.drawn - drawn) / took / 1024:.1f} KiB/s drawn, memory {mib(memory)} then {mib(terminal.memory())}")
     terminal.close()
     server.shutdown()
 

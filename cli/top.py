@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import sys
 from contextlib import ExitStack
 from pathlib import Path
@@ -113,7 +114,8 @@ async def _picture(source: Client | Replay, glyphs: Glyphs, path: Path, size: tu
         async with app.run_test(size=size) as pilot:
             await pilot.pause(2.5)
             text = app.export_screenshot(title="ws top", simplify=True)
-        path.write_text("\n".join(line.rstrip() for line in text.splitlines()) + "\n", encoding="utf-8")
+        text = re.sub(r"@font-face \{.*?\}", "", text, flags=re.DOTALL)  # a picture fetches nothing: fonts are the reader's
+        path.write_text("\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n", encoding="utf-8")
     except OSError as error:
         raise StartupError(f"{path} cannot be written: {error.strerror}") from None
     finally:
