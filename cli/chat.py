@@ -87,17 +87,24 @@ class Conversation:
         self.messages = [turn for turn in self.messages[:1] if turn["role"] == "system"]
 
     def say(self, text: str, out: TextIO) -> None:
-        """Send one turn and write the answer as it arrives. Ctrl-C closes the stream, which aborts the request.
+        """Send one turn and write the answer as it arrives, its thoughts to stderr. Ctrl-C ends the request.
 
         Raises StartupError with the server's sentence; the turn is then taken back.
         """
         self.messages.append({"role": "user", "content": text})
         answer: list[str] = []
         try:
-            for piece in self._stream():
-                answer.append(piece)
-                out.write(piece)
-                out.flush()
+            thinking = False
+            for thought, piece in self._stream():
+                if thinking and not thought:
+                    print("\n", file=sys.stderr, flush=True)
+                thinking = thought
+                if thought:
+                    print(piece, end="", file=sys.stderr, flush=True)
+                else:
+                    answer.append(piece)
+                    out.write(piece)
+                    out.flush()
         except KeyboardInterrupt:
             out.write(" [stopped]")
         except StartupError:
@@ -107,7 +114,7 @@ class Conversation:
         out.flush()
         self.messages.append({"role": "assistant", "content": "".join(answer)})
 
-    def _stream(self) -> Iterator[str]:
+    def _stream(self) -> Iterator[tuple[bool, str]]:
         import httpx
 
         body = {"model": self.model, "messages": self.messages, "stream": True, **self.options}
@@ -122,13 +129,16 @@ class Conversation:
             raise StartupError(f"the connection broke: {error}") from error
 
 
-def _pieces(chunk: dict[str, Any]) -> Iterator[str]:
+def _pieces(chunk: dict[str, Any]) -> Iterator[tuple[bool, str]]:
+    """(whether it is a thought, text) of a chunk. Raises StartupError for a chunk that says the answer broke."""
     if "error" in chunk:
         raise StartupError(f"the server ended the answer: {error_text(json.dumps(chunk))}")
     for choice in chunk.get("choices", []):
-        text = choice.get("delta", {}).get("content")
-        if text:
-            yield text
+        delta = choice.get("delta", {})
+        if delta.get("reasoning_content"):
+            yield True, delta["reasoning_content"]
+        if delta.get("content"):
+            yield False, delta["content"]
 
 
 def repl(talk: Conversation) -> None:

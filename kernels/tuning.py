@@ -192,9 +192,9 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
 
     A ring as large as leaves room for as many programs as there are; a long K is split while multiprocessors are idle.
     """
-    width = PANEL_BYTES // problem.weight_bytes
+    width = int(PANEL_BYTES // problem.weight_bytes)
     whole = problem.n % (2 * CHANNELS) == 0 and problem.k % (2 * width) == 0
-    if device.capability != 90 or problem.scheme == "fp8_weight" or problem.m > 64 or not whole:
+    if device.capability != 90 or problem.scheme not in ("16bit", "fp8") or problem.m > 64 or not whole:
         return None
     silu = problem.output == "silu_mul"
     block_m, tiles, panels = max(16, 1 << (problem.m - 1).bit_length()), 2 if silu else 1, 1 if silu else 2

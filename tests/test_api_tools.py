@@ -177,6 +177,18 @@ def test_a_system_turn_in_the_middle_keeps_its_place_where_the_template_refuses_
     assert "hello world<|im_end|>\n<|im_start|>user\nb<|im_end|>" in text
 
 
+def test_a_template_that_reads_tools_off_the_system_message_gets_them_there(tmp_path: Path) -> None:
+    template = ("{% for message in messages %}{{ message.role }}:{{ message.content }}{% if 'tools' in message %}<|tool|>"
+                "{{ message['tools'] }}<|/tool|>{% endif %};{% endfor %}")
+    model = served_model(write_byte_level_folder(tmp_path, chat_template=template))
+    engine = FakeEngine(reply=saying(model, '<|tool_call|>[{"name": "add", "arguments": {"a": 1}}]<|/tool_call|>'))
+    choice = chat(model, "", engine=engine, tools=TOOLS).json()["choices"][0]
+    assert choice["message"]["tool_calls"][0]["function"] == {"name": "add", "arguments": '{"a": 1}'}
+    text = model.tokenizer.decode(engine.seen[0].prompt_token_ids)
+    assert text.startswith('system:<|tool|>[{"name": "add"')
+    assert text.endswith("<|/tool|>;user:hello world;")
+
+
 def test_a_model_whose_template_shows_no_tools_refuses_them(tmp_path: Path) -> None:
     model = served_model(write_byte_level_folder(tmp_path, chat_template="{{ messages[0].content }}"))
     reply = chat(model, "x", tools=TOOLS)

@@ -126,6 +126,22 @@ def test_responses_call_a_tool_and_go_on_from_it(openai_client: OpenAI, stream: 
     assert openai_client.responses.cancel(last.id).status == "completed"
 
 
+def test_a_call_is_rendered_again_token_for_token(openai_client: OpenAI) -> None:
+    """The turn after a call finds prompt and call in the prefix cache: nothing drifted on its way through the client."""
+    messages: list[Any] = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Weather in Paris?"}]
+    first = openai_client.chat.completions.create(model="demo", messages=messages, tools=CHAT_TOOLS)
+    assert first.usage is not None
+    message = first.choices[0].message
+    assert message.tool_calls is not None
+    messages += [message.model_dump(exclude_none=True, include={"role", "content", "tool_calls"}),
+                 {"role": "tool", "tool_call_id": message.tool_calls[0].id, "content": RESULT}]
+    usage = openai_client.chat.completions.create(model="demo", messages=messages, tools=CHAT_TOOLS).usage
+    assert usage is not None
+    assert usage.prompt_tokens_details is not None
+    known = first.usage.prompt_tokens + first.usage.completion_tokens - 1  # the last token's KV is not computed
+    assert (usage.prompt_tokens_details.cached_tokens or 0) == known // 16 * 16
+
+
 def test_the_demo_fills_in_the_middle(openai_client: OpenAI) -> None:
     answer = openai_client.completions.create(model="demo", prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=16)
     assert answer.choices[0].text == "a + b"

@@ -193,6 +193,7 @@ def test_an_unknown_format_is_refused_with_the_known_ones() -> None:
     ("<｜tool▁call▁begin｜></think>", "deepseek_v31", "think"),
     ("<|tool_call|>{{ x }}", "granite", "none"), ("<|tool_call|>{{ x }}<|/tool_call|>", "phi4_mini_json", "none"),
     ("Environment: ipython {\"name\": f, \"parameters\": {}}", "llama3_json", "none"),
+    ("{% if 'tools' in message %}<|tool|>{{ message['tools'] }}", "phi4_mini_json", "none"),
     ("[func_name1(params_name1=1)]", "pythonic", "none"), ("{{ messages }}", "none", "none"),
 ])
 def test_formats_are_recognised_from_the_template(template: str, tools: str, think: str) -> None:

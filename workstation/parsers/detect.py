@@ -31,7 +31,7 @@ TOOL_FORMATS: dict[str, ToolFormat] = {
     "hermes": TagFormat(), "qwen3_coder": TagFormat("xml"), "glm45": TagFormat("key_value"),
     "llama3_json": LlamaJsonFormat(), "pythonic": PythonicFormat(), "mistral": MistralFormat(),
     "mistral_named": MistralFormat(named=True), "deepseek_v3": DeepSeekFormat(), "deepseek_v31": DeepSeekFormat(fenced=False),
-    "granite": ArrayFormat("<|tool_call|>"), "granite_tag": ArrayFormat("<tool_call>"),
+    "granite": ArrayFormat("<|tool_call|>"),
     "phi4_mini_json": ArrayFormat("<|tool_call|>", "<|/tool_call|>"), "functools": ArrayFormat("functools"),
     "minimax_m2": InvokeFormat(), "deepseek_v32": InvokeFormat("function_calls", "｜DSML｜"),
 }
@@ -65,6 +65,7 @@ _TOOL_SIGNS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("[TOOL_CALLS]", "[ARGS]"), "mistral_named"),
     (("[TOOL_CALLS]",), "mistral"),
     (("<|tool_call|>", "<|/tool_call|>"), "phi4_mini_json"),
+    (("<|tool|>", "message['tools']"), "phi4_mini_json"),
     (("<|tool_call|>",), "granite"),
     (("functools[",), "functools"),
     (("<tool_call>",), "hermes"),
@@ -85,7 +86,8 @@ class Formats:
         tools: how it writes calls, or None.  think: how it marks thoughts, or None.  harmony: both in Harmony.
         tool_name, think_name: what they are called, for people.
         text_arguments: its template wants the arguments of earlier calls as JSON text, not as an object.
-        takes_tools: its template shows tools to the model.  short_ids: it takes ids of calls of nine characters only.
+        takes_tools: its template shows tools to the model.  tools_in_system: it reads them, as text, from the system message.
+         short_ids: it takes ids of calls of nine characters only.
     """
 
     tools: ToolFormat | None = None
@@ -96,6 +98,7 @@ class Formats:
     text_arguments: bool = False
     takes_tools: bool = False
     short_ids: bool = False
+    tools_in_system: bool = False
 
     @property
     def calls(self) -> bool:
@@ -135,8 +138,6 @@ def find_formats(template: str | None, render: Render | None = None, *, tools: s
     tool_name = _named(tools, TOOL_FORMATS, TOOL_ALIASES, "tool_call_parser")
     if tool_name == "auto":
         tool_name = next((name for signs, name in _TOOL_SIGNS if all(sign in source for sign in signs)), "none")
-        tool_name = "granite_tag" if tool_name == "hermes" and "<|start_of_role|>" in source and "<tool_call>[" in source \
-            else tool_name
     think_name = _named(think, THINK_FORMATS, THINK_ALIASES, "reasoning_parser")
     if think_name == "auto":
         think_name = HARMONY if tool_name == HARMONY else next((name for sign, name in _THINK_SIGNS if sign in source), "none")
@@ -144,8 +145,9 @@ def find_formats(template: str | None, render: Render | None = None, *, tools: s
     if format_ is None and tools == "auto" and tool_name == "none":
         format_ = derived_format(arguments or _earlier_call(render, as_text=True) or "")
         tool_name = "template" if format_ is not None else "none"
+    in_system = not takes_tools and "message['tools']" in source
     return Formats(format_, THINK_FORMATS.get(think_name), HARMONY in (tool_name, think_name), tool_name, think_name,
-                   text_arguments, takes_tools, "length 9" in source)
+                   text_arguments, takes_tools or in_system, "length 9" in source, in_system)
 
 
 def _named(name: str, known: dict[str, Any], aliases: dict[str, str], param: str) -> str:

@@ -28,7 +28,8 @@ class Marks:
         ordered = sorted(self.texts, key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ordered))) if ordered else None
         self._heads = frozenset(text[:size] for text in ordered for size in range(1, len(text)))
-        self._first = frozenset(text[0] for text in ordered)
+        firsts = "".join(sorted({text[0] for text in ordered}))
+        self._first = re.compile(f"[{re.escape(firsts)}]") if firsts else None
         self._longest = len(ordered[0]) if ordered else 0
 
     def search(self, text: str, start: int) -> re.Match[str] | None:
@@ -36,9 +37,13 @@ class Marks:
 
     def held(self, text: str, start: int) -> int:
         """How many characters at the end of a text may be the beginning of a mark."""
-        for at in range(max(start, len(text) - self._longest + 1), len(text)):
-            if text[at] in self._first and text[at:] in self._heads:
-                return len(text) - at
+        if self._first is None:
+            return 0
+        found = self._first.search(text, max(start, len(text) - self._longest + 1))
+        while found is not None:
+            if text[found.start():] in self._heads:
+                return len(text) - found.start()
+            found = self._first.search(text, found.end())
         return 0
 
 

@@ -100,6 +100,8 @@ def dialogue_ids(service: Service, dialogue: Dialogue) -> list[int]:
                                   "writes calls is not known (--tool-call-parser names one)", param="tools")
     service.check_text(_length(dialogue.messages) + len(str(tools or "")), "messages")
     messages = [_for_template(service, message) for message in dialogue.messages]
+    if tools and formats.tools_in_system:
+        messages = _with_tools_in_system(messages, tools)
     try:
         return _encoded(service, dialogue, messages)
     except InvalidRequestError:
@@ -118,6 +120,14 @@ def _encoded(service: Service, dialogue: Dialogue, messages: list[dict[str, Any]
         messages, tools=dialogue.tools.listed, add_generation_prompt=dialogue.add_generation_prompt,
         continue_final_message=dialogue.continued, template_kwargs=dialogue.kwargs,
         add_special_tokens=dialogue.add_special_tokens)
+
+
+def _with_tools_in_system(messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Phi: the system message, made where there is none, holds the functions as JSON text."""
+    text = json.dumps([tool["function"] for tool in tools], ensure_ascii=False)
+    if not messages or messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": ""}, *messages]
+    return [{**messages[0], "tools": text}, *messages[1:]]
 
 
 def _length(messages: list[dict[str, Any]]) -> int:
