@@ -26,13 +26,13 @@ def serving_demo(log: Path, *flags: str) -> Iterator[tuple[Popen[bytes], Running
     with log.open("wb") as file:
         process = Popen(command, stdout=file, stderr=file, env=environment)
     try:
-        yield process, _ready(process, log)
+        yield process, when_ready(process, log)
     finally:
         process.send_signal(signal.SIGTERM)
         assert process.wait(60) == 0
 
 
-def _ready(process: Popen[bytes], log: Path) -> RunningServer:
+def when_ready(process: Popen[bytes], log: Path) -> RunningServer:
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE_S:
         for server in runtime.servers():

@@ -15,7 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
-from test_demo_server import _ready
+from servers import when_ready
 from textual.pilot import Pilot
 
 from workstation import runtime
@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[bytes
     with log.open("wb") as file:
         process = Popen(command, stdout=file, stderr=file, env=environment)
     try:
-        yield process, _ready(process, log, environment)
+        yield process, when_ready(process, log, environment)
     finally:
         process.kill()
         process.wait(60)
