@@ -41,7 +41,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[bytes
     with log.open("wb") as file:
         process = Popen(command, stdout=file, stderr=file, env=environment)
     try:
-        yield process, when_ready(process, log, environment)
+        yield process, when_ready(process, log)
     finally:
         process.kill()
         process.wait(60)
