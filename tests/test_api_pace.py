@@ -145,8 +145,9 @@ def test_chunks_between_the_first_and_the_last_differ_in_their_text_alone(
             if choice.get("text") or choice.get("delta", {}).get("content"):
                 shapes[choice["index"]].append({**event, "choices": [{**choice, "text": "", "delta": ""}]})
     same = [shape for shape in shapes[0] if shape["choices"][0]["finish_reason"] is None]
-    assert len(same) == 3 and same.count(same[0]) == 3
-    assert [shape["choices"][0]["finish_reason"] for shape in shapes[1]] == [None, None, "length"]
+    told = path == CHAT  # in chat the reason comes in a chunk of its own
+    assert len(same) == 3 + told and same.count(same[0]) == len(same)
+    assert [shape["choices"][0]["finish_reason"] for shape in shapes[1]] == [None, None, None if told else "length"]
 
 
 @pytest.mark.parametrize(
@@ -168,7 +169,7 @@ def test_only_token_ids_of_ordinary_number_are_checked_on_the_event_loop(
     assert seen == [on_the_loop]
 
 
-def test_head_is_refused_on_every_route(model: ServedModel) -> None:
+def test_head_is_refused_where_a_body_would_never_end(model: ServedModel) -> None:
     async def go() -> int | None:
         client = Client(create_app(FakeEngine(), model), {}, "/stats/stream", method="HEAD")
         await client.until(client.task.done)

@@ -269,7 +269,8 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
     app.state.api = api
     for method, path, handler in _routes(api):
         route = Route(path, handler)  # not FastAPI's own, whose dependencies and models we do not use and would pay for
-        route.methods = {"GET", "HEAD"} if method == "GET" else {method}
+        endless = path.endswith("/stream")  # a HEAD of which would never be answered
+        route.methods = {"GET", "HEAD"} if method == "GET" and not endless else {method}
         app.router.routes.append(route)
     errors.install(app)
     app.add_middleware(Guard, options=options)
