@@ -20,7 +20,7 @@ from workstation.tui.drawing import AMBER, DASH, count, percent, seconds
 ORDERS = ("age", "client", "state", "prompt", "generated", "rate", "blocks")
 STUCK_SECONDS = 10.0
 # Name, width, to the left.
-COLUMNS = (("id", 8, True), ("client", 12, True), ("route", 9, True), ("state", 9, True), ("prompt", 8, False),
+COLUMNS = (("id", 8, True), ("client", 12, True), ("route", 11, True), ("state", 9, True), ("prompt", 8, False),
            ("cached", 6, False), ("made", 7, False), ("tok/s", 5, False), ("TTFT", 7, False), ("blocks", 7, False),
            ("age", 7, False))  # fmt: skip
 LEAVING = ("route", "TTFT", "cached", "blocks")  # in this order, while there is too little room
