@@ -390,6 +390,17 @@ def test_the_screen_of_a_server_that_sends_damage_keeps_the_last_picture() -> No
     drive(machine, test)
 
 
+def test_a_frame_that_comes_while_the_dashboard_closes_is_not_drawn() -> None:
+    app_after: list[Dashboard] = []
+
+    async def keep(app: Dashboard, pilot: Pilot[str]) -> None:
+        app_after.append(app)
+
+    drive(Machine(), keep)
+    assert not app_after[0].screen_stack
+    app_after[0].draw_now()
+
+
 def test_details_blocks_and_logs_of_another_shape_are_refused() -> None:
     machine = Machine()
 

@@ -103,8 +103,11 @@ class Dashboard(App[str]):
         self.draw()
 
     def draw(self) -> None:
+        base = next(iter(self.screen_stack), None)
+        if base is None:  # a frame came while the dashboard was closing
+            return
         waiting = clean(self._waiting()) if self.newest is None else ""
-        self.canvas.draw(self.screen_stack[0], self.newest, self.source.url, self.trouble, self.frozen, waiting)
+        self.canvas.draw(base, self.newest, self.source.url, self.trouble, self.frozen, waiting)
 
     # ── the server ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -155,7 +158,7 @@ class Dashboard(App[str]):
             blocks = {block for sample in answer["samples"] for table in sample["tables"] for block in table}
         self.canvas.lit = frame.cells_of(blocks)
         self.canvas.draw_side(answer)
-        sheet = self.screen
+        sheet = self.screen_stack[-1] if self.screen_stack else None
         if isinstance(sheet, Sheet) and answer is not None and sheet.subject == chosen:
             sheet.show(details(answer, self.canvas.glyphs))
 
