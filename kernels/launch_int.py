@@ -19,6 +19,7 @@ from workstation.kernels.tuning import MAX_ROWS, GemmConfig, Output, Problem, Sc
 SCRATCH_BYTES = 64 << 20
 WIDENED_ROWS = 32
 FUSED_ROWS = 16  # of activations, where gate and up with zero points share a program
+ZEROS_ROWS = 64  # of a program, at most, where there are zero points
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 
@@ -70,7 +71,10 @@ def _chunk(bits: int) -> int:
 
 
 def fitted(config: GemmConfig, weight: IntWeight) -> GemmConfig:
-    """The configuration with a step that groups allow: within one, or else a single chunk of the layout."""
+    """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
+    as zero points leave room for, in registers and in shared memory."""
+    if weight.zero is not None:
+        config = replace(config, block_m=min(config.block_m, ZEROS_ROWS))
     step = _step(weight, config.block_k)
     if step:
         return replace(config, block_k=step)

@@ -24,6 +24,9 @@ ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6
 # (bits, columns of a group, zero points): GPTQ and packed, AWQ, whole rows, narrow groups, 8 bits.
 FORMS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (8, 4096, False), (8, 128, True)]
 
+# Triton 3.6's assembler parks up to 16 bytes on sm_80, at 168 registers of 255; more than that would be spills.
+PARKED = 16
+
 
 @pytest.fixture(autouse=True)
 def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,7 +57,7 @@ def compiled(device: Device, form: tuple[int, int, bool], output: Output, m: int
 def check_fits(device: Device, form: tuple[int, int, bool], output: Output, m: int) -> None:
     _, needed = compiled(device, form, output, m)
     assert needed.shared <= device.shared_bytes
-    assert needed.stack <= 8  # no spills; Triton 3.6 may park one value outside the loop
+    assert needed.stack <= PARKED
 
 
 @ARCHITECTURES
