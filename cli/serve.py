@@ -151,8 +151,10 @@ def model_loader(launch: Launch) -> Callable[[], ServedModel]:
         from workstation.architecture import read_shape
         from workstation.server.served_model import load_served_model
 
+        shape, pooling = read_shape(launch.model.folder), launch.settings["pooling"]
         return load_served_model(
-            launch.model.folder, served_names(launch), config_eos=read_shape(launch.model.folder).eos_token_ids,
+            launch.model.folder, served_names(launch), config_eos=shape.eos_token_ids,
+            pooling=None if pooling == "auto" else pooling, generates=not shape.headless,
             sampling=overrides, use_generation_config=launch.settings["generation_config"] == "auto",
             chat_template=template, root=launch.asked, tool_parser=launch.settings["tool_call_parser"],
             reasoning_parser=launch.settings["reasoning_parser"],

@@ -53,6 +53,8 @@ _WORKING: tuple[Setting, ...] = (
             "leaves calls in the text."),
     Setting("reasoning_parser", "text", "auto", "How the model marks its thoughts; auto reads it off the chat template, none "
             "leaves them in the text."),
+    Setting("pooling", "text", "auto", "Which hidden states /v1/embeddings takes: auto (what the folder's modules.json says, "
+            "else last), last or mean.", choices=("auto", "last", "mean")),
     Setting("map_claude_models", "bool", True, "Let /v1/messages answer to every claude-… model id."),
     Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
             why="a request without tools, or with tool_choice none, turns calls off"),

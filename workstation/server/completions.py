@@ -76,31 +76,10 @@ def _middle_prompts(service: Service, body: CompletionRequest, extra: Sequence[t
 
 def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:
     """Ids of every prompt: a string, a list of strings, a list of ids, or a list of lists of ids."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        items: list[Any] = [prompt]
-    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        items = prompt
-        other = next((item for item in items if type(item) is not type(prompt[0])), None)
-        if other is not None:
-            raise InvalidRequestError(f"prompt mixes kinds: it begins with {show(prompt[0])} and holds {show(other)}",
-                                      param="prompt")
-    elif isinstance(prompt, list) and prompt:
-        items = [prompt]
-    else:
-        raise InvalidRequestError("prompt must be a non-empty string, list of strings, list of token ids, or list of lists of "
-                                  f"token ids, got {show(prompt)}", param="prompt")
+    items = prepare.prompt_items(body.prompt, "prompt")
     prepare.check_fan_out(service, max(body.n or 1, 1), len(items))
-    return [_prompt(service, body, item) for item in items]
-
-
-def _prompt(service: Service, body: CompletionRequest, item: str | list[Any]) -> list[int]:
-    if isinstance(item, str):
-        service.check_text(len(item), "prompt")
-        add_special = body.add_special_tokens is not False
-        ids = service.model.tokenizer.encode(item, add_special_tokens=add_special)
-        return service.check_ids(ids, "prompt")
-    return service.check_ids(item, "prompt")
+    add_special = body.add_special_tokens is not False
+    return [prepare.prompt_ids(service, item, "prompt", add_special=add_special) for item in items]
 
 
 def _logprobs(body: CompletionRequest) -> tuple[int | None, int | None]:

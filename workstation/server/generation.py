@@ -158,7 +158,7 @@ class Generation:
         """
         outcome = "abort"
         try:
-            async with _closing(self._events()) as events:
+            async with closing_events(self._events()) as events:
                 inbox = events if isinstance(events, Inbox) else None
                 places = {request.request_id: place for place, request in enumerate(self.job.requests)}
                 async for event in events:
@@ -237,7 +237,7 @@ async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[To
 
     async def pump(events: AsyncIterator[TokenEvent]) -> None:
         try:
-            async with _closing(events):
+            async with closing_events(events):
                 async for event in events:
                     queue.put_nowait(event)
             queue.put_nowait(None)
@@ -262,7 +262,7 @@ async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[To
 
 
 @asynccontextmanager
-async def _closing(events: AsyncIterator[TokenEvent]) -> AsyncIterator[AsyncIterator[TokenEvent]]:
+async def closing_events(events: AsyncIterator[TokenEvent]) -> AsyncIterator[AsyncIterator[TokenEvent]]:
     """Leaving an engine's iterator early is what aborts the request."""
     try:
         yield events

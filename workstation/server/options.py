@@ -10,6 +10,7 @@ from functools import lru_cache
 from typing import Any
 
 from workstation.parsers.detect import Formats
+from workstation.pooling_config import PoolingConfig
 from workstation.text.tokenizer import Tokenizer
 
 MIB = 1024 * 1024
@@ -82,7 +83,8 @@ class ServedModel:
         eos_token_ids: end a sample unless the request says ignore_eos.
         window: tokens of prompt + output; 0 takes the ready engine's max_model_len.
         created: Unix seconds.  root: the folder or hub id, as shown in /v1/models.
-        formats: how the model writes calls and thoughts.
+        formats: how the model writes calls and thoughts.  pooling: how embeddings are made of its hidden states.
+        generates: False for a model without a head, which makes embeddings only.
     """
 
     names: tuple[str, ...]
@@ -93,6 +95,8 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     root: str = ""
     formats: Formats = field(default_factory=Formats)
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    generates: bool = True
 
     @property
     def name(self) -> str:

@@ -31,10 +31,20 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # padding against eavesdroppers; we never pad, whatever it says
 
 
-class SamplingRequest(Strict):
-    """What chat and completions have in common; meanings are SamplingParams'."""
+class PromptRequest(Strict):
+    """What every route that runs a prompt takes."""
 
     model: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+
+class SamplingRequest(PromptRequest):
+    """What chat and completions have in common; meanings are SamplingParams'."""
+
     n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -59,15 +69,10 @@ class SamplingRequest(Strict):
     skip_reading_prefix_cache: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    add_special_tokens: bool | None = None
-    user: str | None = None
 
     def wants_usage(self) -> tuple[bool, bool]:
         """(a last usage chunk, usage in every chunk). Raises InvalidRequestError when not streaming."""
@@ -84,6 +89,14 @@ class CompletionRequest(SamplingRequest):
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
+
+
+class EmbeddingRequest(PromptRequest):
+    """encoding_format: float or base64.  dimensions: numbers to keep, for models made to be cut."""
+
+    input: Any = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
 
 
 class ChatRequest(SamplingRequest):
