@@ -139,7 +139,7 @@ def server_options(settings: Settings) -> ServerOptions:
         host=settings["host"], port=settings["port"], api_keys=api_keys(settings), allowed_hosts=settings["allowed_hosts"],
         allowed_origins=settings["allowed_origins"], priority_scheduling=settings["scheduling_policy"] == "priority",
         drain_seconds=settings["shutdown_timeout"], access_log=settings["access_log"],
-        map_claude_models=settings["map_claude_models"],
+        map_claude_models=settings["map_claude_models"], metrics_prefix=settings["metrics_prefix"],
     )  # fmt: skip
 
 

@@ -85,7 +85,7 @@ class Committer:
         if not request.started:
             request.started = True
             request.times.first_token = self._scheduler.clock()
-            event.prompt_logprobs = request.prompt_logprobs
+            event.prompt_logprobs, event.times = request.prompt_logprobs, request.times
         if logprobs is not None:
             event.logprobs = [logprobs]
         if ends:

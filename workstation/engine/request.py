@@ -18,6 +18,7 @@ MAX_STOP_BYTES = 4096
 MAX_TOKEN_LIST = 1024
 MAX_SEED = 2**63 - 1
 GREEDY_TEMPERATURE = 1e-5
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def _refuse(name: str, value: object, limit: str) -> InvalidRequestError:
@@ -331,7 +332,10 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class EngineStats:
-    """One picture of a live engine; counters run since its start."""
+    """One picture of a live engine; counters run since its start.
+
+    steps_by_tokens: steps of up to so many tokens, by STEP_TOKEN_BOUNDS, and of more.  tokens_of_steps: of all steps.
+    """
 
     time: float = 0.0
     running: int = 0
@@ -354,6 +358,8 @@ class EngineStats:
     step_tokens: int = 0
     step_prompt_tokens: int = 0
     kv_tokens_held: int = 0
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKEN_BOUNDS) + 1))
+    tokens_of_steps: int = 0
 
 
 __all__ = [

@@ -364,7 +364,8 @@ class Scheduler:
 
     def snapshot(self) -> EngineStats:
         """Counters and gauges, now, in an object of their own."""
-        stats = replace(self.stats, finished=dict(self.stats.finished))
+        stats = replace(self.stats, finished=dict(self.stats.finished),
+                        steps_by_tokens=list(self.stats.steps_by_tokens))
         stats.time = self.clock()
         stats.running, stats.waiting = len(self.running), len(self.waiting)
         stats.blocks_free, stats.blocks_cached = self.pool.num_free, self.pool.num_cached

@@ -75,7 +75,7 @@ class Api:
         self.service = Service(engine, model, options)
         self.gate = Gate(engine)
         card = Card(engine)
-        self.metrics = Metrics(engine, model.name, self.service.window, card)
+        self.metrics = Metrics(engine, model.name, self.service.window, card, prefix=options.metrics_prefix)
         self.history = PrefixHistory(engine.info.block_size)
         desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
         self.stats = StatsRoutes(desk, Gate(engine), options, book)

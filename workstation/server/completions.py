@@ -57,6 +57,7 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str, *,
                usage_always=usage_always, logprobs=logprobs is not None, echo=bool(body.echo),
                echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
                return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
+               timings_always=bool(body.timings_per_token),
                hide_output=hide_output)
 
 
@@ -184,7 +185,7 @@ async def answer_completion(generation: Generation) -> bytes:
         writer.finish(out, choice.prompt_index)
         choices.append(out)
     answer = _answer(generation, choices)
-    answer.usage = generation.usage()
+    answer.usage, answer.timings = generation.usage(), generation.timings()
     return wire.encode(answer)
 
 
@@ -195,6 +196,8 @@ def _chunk(generation: Generation, choice: wire.CompletionChoice) -> wire.Answer
         chunk.usage = generation.usage()
     elif generation.job.usage_at_end:
         chunk.usage = None
+    if generation.job.timings_always:
+        chunk.timings = generation.timings()
     return chunk
 
 
@@ -231,7 +234,10 @@ class _Chunks:
             self._writer.finish(choice, prompt_index)
         if job.varies_in_text_alone and delta.finish_reason is None:
             self._frames[index] = wire.Frame(_chunk(self._generation, wire.CompletionChoice(index, "")), "text")
-        return wire.sse(_chunk(self._generation, choice))
+        chunk = _chunk(self._generation, choice)
+        if self._generation.done and not job.usage_at_end:
+            chunk.timings = self._generation.timings()
+        return wire.sse(chunk)
 
     def _choice(self, delta: Delta, first: bool) -> wire.CompletionChoice:
         hidden = self._job.hide_output
@@ -253,6 +259,6 @@ async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, Non
                 yield event
     if generation.job.usage_at_end:
         last = _answer(generation, [])
-        last.usage = generation.usage()
+        last.usage, last.timings = generation.usage(), generation.timings()
         yield wire.sse(last)
     yield wire.DONE

@@ -7,7 +7,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from workstation.parsers.detect import Formats
 from workstation.pooling_config import PoolingConfig
@@ -34,6 +34,7 @@ class ServerOptions:
         drain_seconds: how long SIGTERM waits for requests in flight.
         max_connections: open connections; further ones get 503.
         map_claude_models: /v1/messages answers to every `claude-…` model id.
+        metrics_prefix: "ws" or "vllm", of what /metrics answers.
     """
 
     host: str = "127.0.0.1"
@@ -56,6 +57,7 @@ class ServerOptions:
     tokenizer_threads: int = 2
     access_log: bool = False
     map_claude_models: bool = True
+    metrics_prefix: Literal["ws", "vllm"] = "ws"
 
     @property
     def loopback(self) -> bool:

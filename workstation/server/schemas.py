@@ -73,6 +73,7 @@ class SamplingRequest(PromptRequest):
     length_penalty: float | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    timings_per_token: bool | None = None
 
     def wants_usage(self) -> tuple[bool, bool]:
         """(a last usage chunk, usage in every chunk). Raises InvalidRequestError when not streaming."""

@@ -53,6 +53,22 @@ class Usage(Struct):
     prompt_tokens_details: TokenDetails
 
 
+class Timings(Struct):
+    """llama.cpp's figures. cache_n, prompt_n: prompt tokens read from the cache, and computed.  prompt_ms: from the first
+    scheduling to the first token.  predicted_n, predicted_ms: tokens generated, and the time from the first to the last.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
 class TopLogprob(Struct):
     token: str
     logprob: float
@@ -165,5 +181,6 @@ class Answer(Struct):
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
     prompt_logprobs: list[dict[str, Any] | None] | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
