@@ -122,7 +122,7 @@ def _zed(facts: Facts) -> list[tuple[str, str]]:
     provider = {"ws": {"api_url": facts.v1, "available_models": [model]}}
     return [("~/.config/zed/settings.json", _pretty({"language_models": {"openai_compatible": provider}})),
             ("shell: Zed wants a key even where the server asks for none",
-             "zed" if facts.keyed else "export WS_API_KEY=none\nzed")]
+             'WS_API_KEY="$WS_API_KEY" zed' if facts.keyed else "WS_API_KEY=none zed")]
 
 
 def _aider(facts: Facts) -> list[tuple[str, str]]:
