@@ -67,7 +67,6 @@ def _codex(facts: Facts) -> list[tuple[str, str]]:
     return [("~/.codex/config.toml", f"""model = "{facts.model}"
 model_provider = "ws"
 model_context_window = {facts.window}
-model_max_output_tokens = {facts.output}
 
 [model_providers.ws]
 name = "ws"
