@@ -17,7 +17,7 @@ from starlette.routing import Route
 from workstation import __version__
 from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
-from workstation.server import errors, wire
+from workstation.server import errors, openapi, wire
 from workstation.server.anthropic import schema as anthropic
 from workstation.server.anthropic.incoming import count_tokens, prepare_messages
 from workstation.server.anthropic.outgoing import MessageStream, answer_message
@@ -256,6 +256,9 @@ class Api:
     async def version(self, request: Request) -> Response:
         return _json(wire.encode({"version": __version__}))
 
+    async def openapi(self, request: Request) -> Response:
+        return _json(await self._in_thread(openapi.document))
+
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -317,6 +320,7 @@ def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Resp
         ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
+        ("GET", "/openapi.json", api.openapi),
         *api.stats.table(),
     ]
 

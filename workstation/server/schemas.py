@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast
+from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
 from typing_extensions import TypeAliasType
 
 from workstation.errors import InvalidRequestError
@@ -16,6 +16,10 @@ from workstation.errors import InvalidRequestError
 # Named aliases, because Annotated with FailFast cannot stand in a union by itself.
 TokenList = TypeAliasType("TokenList", Annotated[list[int], FailFast()])
 StringList = TypeAliasType("StringList", Annotated[list[str], FailFast()])
+_TEXTS = [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# Checked by hand, for the sake of the messages; the schema is what the document says of it.
+Prompt = Annotated[Any, WithJsonSchema({"anyOf": [*_TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]})]
 ObjectList = TypeAliasType("ObjectList", Annotated[list[dict[str, Any]], FailFast()])
 
 
@@ -85,7 +89,7 @@ class SamplingRequest(PromptRequest):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Any = None
+    prompt: Prompt = None
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
@@ -95,7 +99,7 @@ class CompletionRequest(SamplingRequest):
 class EmbeddingRequest(PromptRequest):
     """encoding_format: float or base64.  dimensions: numbers to keep, for models made to be cut."""
 
-    input: Any = None
+    input: Prompt = None
     encoding_format: str | None = None
     dimensions: int | None = None
 
