@@ -185,7 +185,8 @@ class FakeEngine:
                 sample = SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])
                 picture.detail = RequestDetail(row, self._params(row.id), 16, [sample])
         if look.first:
-            picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, look.last + 1)]
+            last = min(look.last, len(self.states))
+            picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, last + 1)]
         return picture
 
     def _params(self, request_id: str) -> SamplingParams:

@@ -33,6 +33,7 @@ from workstation.cli.check_clients import Facts  # noqa: E402
 STATUS = re.compile(r'"(\w+) (\S+) HTTP/1\.1" (\d{3})')
 SECONDS = 240
 MADE = "made by a tool"
+TOO_LONG = "xq " * 120_000  # 240,000 tokens, more than the window, which a client must understand
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,13 +50,13 @@ class Place:
     def facts(self) -> Facts:
         return Facts(self.url, "demo", self.window)
 
-    def run(self, *command: str | Path, stdin: str = "", **variables: str) -> str:
-        """A command's stdout and stderr. Raises AssertionError when it fails."""
+    def run(self, *command: str | Path, stdin: str = "", fails: bool = False, **variables: str) -> str:
+        """A command's stdout and stderr. Raises AssertionError when it fails, or does not where it should."""
         keep = {name: os.environ[name] for name in ("PATH", "LANG", "SSL_CERT_FILE") if name in os.environ}
         environment = {**keep, "HOME": str(self.home), **variables}
         done = subprocess.run(list(map(str, command)), cwd=self.work, input=stdin, text=True, timeout=SECONDS, check=False,
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment)
-        assert done.returncode == 0, f"exit code {done.returncode}: {done.stdout[-1500:]}"
+        assert (done.returncode != 0) is fails, f"exit code {done.returncode}: {done.stdout[-1500:]}"
         return done.stdout
 
     def python(self, script: str) -> str:
@@ -88,6 +89,8 @@ def codex(place: Place) -> None:
     command = [place.env / "node_modules/.bin/codex", "exec", "--skip-git-repo-check", "--sandbox", "danger-full-access"]
     assert "Hello from the scripted model" in place.run(*command, "Say hello.", CODEX_HOME=str(where))
     check_made(place, place.run(*command, call("exec_command", cmd="COMMAND"), CODEX_HOME=str(where)))
+    said = place.run(*command, "-", stdin=TOO_LONG, fails=True, CODEX_HOME=str(where))
+    assert "ran out of room in the model's context window" in said, said[-1500:]
 
 
 def claude(place: Place) -> None:
@@ -96,6 +99,8 @@ def claude(place: Place) -> None:
     assert "Hello from the scripted model" in place.run(*command, "Say hello.", **variables)
     order = call("Bash", command="COMMAND", description="write a file")
     check_made(place, place.run(*command, "--allowedTools", "Bash", "--", order, **variables))
+    said = place.run(*command, stdin=TOO_LONG, fails=True, **variables)
+    assert "Prompt is too long" in said, said[-1500:]
 
 
 def opencode(place: Place) -> None:
@@ -136,7 +141,7 @@ CLIENTS = {
     "litellm": Client(("litellm",), lambda place: place.python("with_litellm.py"), demo=True, refusals=2),
     "aider": Client(("aider-chat",), aider),
     "codex": Client(("@openai/codex",), codex, npm=True),
-    "claude": Client(("@anthropic-ai/claude-code",), claude, npm=True),
+    "claude": Client(("@anthropic-ai/claude-code",), claude, npm=True, refusals=1),
     "opencode": Client(("opencode-ai",), opencode, npm=True),
 }
 

@@ -2,8 +2,8 @@
 
 Agents' prompts exceed the demo model's window, so its template and tokenizer stand here in front of a script. A user's message
 that holds `CALL {"name": …, "arguments": …}` is answered with that call, and the call's result with a sentence that repeats it;
-one that holds `SAY "…"` with that text; anything else with a greeting. `python tests/clients/scripted.py PORT` logs a line for
-each HTTP request to stdout.
+one that holds `SAY "…"` with that text; anything else with a greeting. `python tests/clients/scripted.py PORT [WINDOW]` logs
+a line for each HTTP request to stdout.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def _json(text: str) -> Any:
         return json.JSONDecoder().raw_decode(text.replace('\\\\', '\\').replace('\\"', '"'))[0]
 
 
-def main(port: int) -> None:
+def main(port: int, window: int = WINDOW) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     folder = Path(workstation.demo.__file__).parent / "model"
-    model = load_served_model(folder, ("demo",), window=WINDOW)
-    engine = FakeEngine(window=WINDOW, logits_width=model.tokenizer.vocab_size, reply=Script(model), delay=0.001)
+    model = load_served_model(folder, ("demo",), window=window)
+    engine = FakeEngine(window=window, logits_width=model.tokenizer.vocab_size, reply=Script(model), delay=0.001)
     run(ServerOptions(port=port, access_log=True), engine, lambda: model)
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]))
+    main(*map(int, sys.argv[1:]))
