@@ -58,6 +58,7 @@ _WORKING: tuple[Setting, ...] = (
     Setting("map_claude_models", "bool", True, "Let /v1/messages answer to every claude-… model id."),
     Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
             why="a request without tools, or with tool_choice none, turns calls off"),
+    Setting("enable_per_request_metrics", "bool", False, "Put vLLM's `metrics` object into answers of chat and completions."),
     Setting("metrics_prefix", "text", "ws", "Names in /metrics; vllm has those of vLLM, for its Grafana dashboard.",
             choices=("ws", "vllm")),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),

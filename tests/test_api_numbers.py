@@ -125,3 +125,19 @@ def test_a_full_queue_counts_under_vllms_reason(model: ServedModel) -> None:
 
 def test_without_the_prefix_nothing_is_called_vllm(model: ServedModel) -> None:
     assert "vllm:" not in scraped(model, "ws") and "ws:iteration_tokens_total_bucket" in scraped(model, "ws")
+
+
+@pytest.mark.parametrize(("path", "body"), ROUTES)
+def test_vllms_per_request_metrics_come_when_the_server_was_told_so(
+        model: ServedModel, path: str, body: dict[str, Any]) -> None:
+    options = ServerOptions(request_metrics=True)
+    found = post(path, engine(), model, body, options).json()["metrics"]
+    assert set(found) == {"time_to_first_token_ms", "generation_time_ms", "queue_time_ms", "mean_itl_ms", "tokens_per_second"}
+    assert found["mean_itl_ms"] == pytest.approx(found["generation_time_ms"] / 5, abs=0.01)
+    spans = found["time_to_first_token_ms"] + found["generation_time_ms"]
+    assert found["tokens_per_second"] == pytest.approx(6e3 / spans, rel=0.01)
+    stream = {**body, "stream": True, "stream_options": {"include_usage": True}}
+    events = sse_events(post(path, engine(), model, stream, options).text)
+    assert [event for event in events if "metrics" in event] == events[-1:]
+    assert post(path, engine(), model, {**body, "n": 2}, options).json()["metrics"] is None
+    assert "metrics" not in post(path, engine(), model, body).json()

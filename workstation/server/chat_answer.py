@@ -38,6 +38,7 @@ async def answer_chat(generation: Generation) -> bytes:
     ]
     answer = _answer(generation, "chat.completion", choices)
     answer.usage, answer.timings = generation.usage(), generation.timings()
+    answer.metrics = generation.request_metrics()
     prompt_logprobs = generation.prompt_logprobs[0]
     if job.prompt_logprobs:
         answer.prompt_logprobs = writer.prompt(prompt_logprobs) if prompt_logprobs is not None else None
@@ -78,6 +79,7 @@ async def stream_chat(generation: Generation) -> AsyncGenerator[bytes, None]:
     if generation.job.usage_at_end:
         last = _answer(generation, "chat.completion.chunk", [])
         last.usage, last.timings = generation.usage(), generation.timings()
+        last.metrics = generation.request_metrics()
         yield wire.sse(last)
     yield wire.DONE
 

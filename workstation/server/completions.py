@@ -57,7 +57,7 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str, *,
                usage_always=usage_always, logprobs=logprobs is not None, echo=bool(body.echo),
                echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
                return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
-               timings_always=bool(body.timings_per_token),
+               timings_always=bool(body.timings_per_token), request_metrics=service.options.request_metrics,
                hide_output=hide_output)
 
 
@@ -186,6 +186,7 @@ async def answer_completion(generation: Generation) -> bytes:
         choices.append(out)
     answer = _answer(generation, choices)
     answer.usage, answer.timings = generation.usage(), generation.timings()
+    answer.metrics = generation.request_metrics()
     return wire.encode(answer)
 
 
@@ -260,5 +261,6 @@ async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, Non
     if generation.job.usage_at_end:
         last = _answer(generation, [])
         last.usage, last.timings = generation.usage(), generation.timings()
+        last.metrics = generation.request_metrics()
         yield wire.sse(last)
     yield wire.DONE

@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
@@ -18,7 +18,7 @@ from workstation.parsers.parts import CallEnd, Part
 from workstation.server.job import Job
 from workstation.server.metrics import Metrics
 from workstation.server.parsing import Parsing
-from workstation.server.wire import Timings, TokenDetails, Usage
+from workstation.server.wire import RequestMetrics, Timings, TokenDetails, Usage
 from workstation.text.detokenizer import Detokenizer
 from workstation.text.tokenizer import Tokenizer
 
@@ -161,6 +161,18 @@ class Generation:
         output_ms = 1e3 * max(max(choice.last_event for choice in self.choices) - min(firsts), 0.0) if firsts else 0.0
         return Timings(self.cached_tokens, computed, *_pace(computed, prompt_ms), usage.completion_tokens,
                        *_pace(usage.completion_tokens, output_ms))
+
+    def request_metrics(self) -> RequestMetrics | UnsetType | None:
+        """vLLM's figures, where they are asked for; None where several sequences share them."""
+        if not self.job.request_metrics:
+            return UNSET
+        if len(self.choices) != 1 or not self.first_events[0]:
+            return None
+        timings, tokens = self.timings(), self.choices[0].num_tokens
+        first, rest = timings.prompt_ms, timings.predicted_ms
+        queued = 1e3 * max(self.started - self.job.requests[0].arrival, 0.0)
+        return RequestMetrics(first, rest, round(queued, 3), round(rest / (tokens - 1), 3) if tokens > 1 else None,
+                              _pace(tokens, first + rest)[2])
 
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every change of every choice, in the order of the engine's events.

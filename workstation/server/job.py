@@ -36,7 +36,8 @@ class Job:
 
     Attributes:
         public_id: the `id` of the answer.  requests: one a prompt.  samples: choices a prompt.
-        stream, usage_at_end, usage_always, timings_always: how to answer.  logprobs: whether output logprobs are shown.
+        stream, usage_at_end, usage_always, timings_always, request_metrics: how to answer.
+        logprobs: whether output logprobs are shown.
         messages: a digest a chat message.  divergence: why less of the prompt was cached than could have been, when so.
         hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
         parsing: how calls and thoughts are read out of the text; None leaves it as it is.
@@ -58,6 +59,7 @@ class Job:
     tokens_as_ids: bool = False
     hide_output: bool = False
     timings_always: bool = False
+    request_metrics: bool = False
     messages: tuple[bytes, ...] = ()
     divergence: Divergence | None = None
     parsing: Parsing | None = None

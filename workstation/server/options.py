@@ -34,6 +34,7 @@ class ServerOptions:
         drain_seconds: how long SIGTERM waits for requests in flight.
         max_connections: open connections; further ones get 503.
         map_claude_models: /v1/messages answers to every `claude-…` model id.
+        request_metrics: chat and completions carry vLLM's `metrics` object.
         metrics_prefix: "ws" or "vllm", of what /metrics answers.
     """
 
@@ -57,6 +58,7 @@ class ServerOptions:
     tokenizer_threads: int = 2
     access_log: bool = False
     map_claude_models: bool = True
+    request_metrics: bool = False
     metrics_prefix: Literal["ws", "vllm"] = "ws"
 
     @property

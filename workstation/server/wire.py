@@ -69,6 +69,19 @@ class Timings(Struct):
     predicted_per_second: float
 
 
+class RequestMetrics(Struct):
+    """vLLM's per-request metrics, milliseconds from the engine's clock: scheduled → first token → last token.
+
+    tokens_per_second: over both spans.  mean_itl_ms: None for a single token.
+    """
+
+    time_to_first_token_ms: float
+    generation_time_ms: float
+    queue_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float
+
+
 class TopLogprob(Struct):
     token: str
     logprob: float
@@ -182,5 +195,6 @@ class Answer(Struct):
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | UnsetType = UNSET
     timings: Timings | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType | None = UNSET
     prompt_logprobs: list[dict[str, Any] | None] | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET
