@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from int_checks import check_door, check_product, check_widening, make_case
+from products import some_of
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.kernels import ops
@@ -21,7 +18,8 @@ from workstation.kernels.launch_int import fitted, int_call, rings_serve, scheme
 from workstation.kernels.offline import Resources, resources
 from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config
 
-ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
+DEVICES = [A100, L40S, H200, B200, PRO_6000]
+ARCHITECTURES = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 # (bits, columns of a group, zero points): GPTQ and packed, AWQ, whole rows, narrow groups, 8 bits.
 FORMS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (8, 4096, False), (8, 128, True)]
 
@@ -35,12 +33,11 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.interpreted("interpreted_int.py")
 def test_integer_products_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_int.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    """What the file above tests."""
 
 
 def compiled(device: Device, form: tuple[int, int, bool], output: Output, m: int) -> tuple[Any, Resources]:
@@ -62,12 +59,9 @@ def check_fits(device: Device, form: tuple[int, int, bool], output: Output, m: i
     assert needed.stack <= PARKED
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize(("form", "output", "m"), [(FORMS[0], "silu_mul", 1), (FORMS[1], "linear", 64)])
-def test_a_computed_configuration_compiles_and_fits(
-    device: Device, form: tuple[int, int, bool], output: Output, m: int,
-) -> None:
-    check_fits(device, form, output, m)
+@some_of(1, device={device.name: device for device in DEVICES}, product=[(FORMS[0], "silu_mul", 1), (FORMS[1], "linear", 64)])
+def test_a_computed_configuration_compiles_and_fits(device: Device, product: tuple[tuple[int, int, bool], Output, int]) -> None:
+    check_fits(device, *product)
 
 
 # Gate and up share a program but with narrow groups, or with zero points and many rows (`launch_int`).
