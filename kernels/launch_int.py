@@ -59,7 +59,8 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings_serve(weight, output))
+    rings = rings_serve(weight, output)
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 
