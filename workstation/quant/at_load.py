@@ -17,6 +17,7 @@ log = logging.getLogger(__name__)
 
 QUANTIZATIONS = ("fp8", "int8", "int4")
 GROUP_SIZES = (128, 64, 32)
+SCALE_DTYPE = "BF16"
 _WIDE = Activations(quantised=False)
 
 
@@ -31,10 +32,10 @@ def _part(quantization: str, columns: int) -> Part | None:
     if quantization == "fp8":
         return Part(Form.FP8_CHANNEL, at_load=True)
     if quantization == "int8":
-        return Part(Form.INT8, activations=_WIDE, at_load=True, groups=Groups(8, WHOLE_ROW, False, "F32"))
+        return Part(Form.INT8, activations=_WIDE, at_load=True, groups=Groups(8, WHOLE_ROW, False, SCALE_DTYPE))
     size = next((size for size in GROUP_SIZES if columns % size == 0), None)
     if size is None:
         log.warning("layers of %d columns stay as they are: groups of %d do not divide them", columns, GROUP_SIZES[-1])
         return None
-    groups = Groups(4, size if size < columns else WHOLE_ROW, False, "BF16")
+    groups = Groups(4, size if size < columns else WHOLE_ROW, False, SCALE_DTYPE)
     return Part(Form.INT4, activations=_WIDE, at_load=True, groups=groups)
