@@ -12,7 +12,7 @@ import typer
 def command(
     src: Annotated[str, typer.Argument(help="Catalogue name, folder or hub id of a 16- or 32-bit model.")],
     dst: Annotated[Path, typer.Argument(help="A new folder, or one that an earlier run of the same command began.")],
-    to: Annotated[str, typer.Option(metavar="fp8|int8|int4", help="The form of the linear layers.")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="fp8, int8, int4, int4-g64 or int4-g32 (smaller groups).")],
     force: Annotated[bool, typer.Option("--force", help="Write a folder anew that ws quantize wrote before.")] = False,
     device: Annotated[str, typer.Option(help="Does the rounding: auto, cuda, cuda:N or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,

@@ -75,7 +75,8 @@ def write(plain: Path, to: str, name: str = "small", **options: bool) -> Path:
 # ── what is written ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("to", "stored"), [("fp8", torch.float32), ("int8", torch.float16), ("int4", BF16)], ids=str)
+@pytest.mark.parametrize(("to", "stored"), [
+    ("fp8", torch.float32), ("int8", torch.float16), ("int4", BF16), ("int4-g32", BF16)], ids=str)
 def test_a_written_folder_is_what_quantising_while_loading_gives(to: str, stored: torch.dtype, tmp_path: Path) -> None:
     plain = write_tiny(tmp_path / "plain", "qwen2", dtype=stored, **SIZES)
     written, at_load = unpacked(write(plain, to)), unpacked(plain, quantization=to)

@@ -15,7 +15,7 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.catalog import ModelEntry, demo_folder
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import parse_json_object
-from workstation.quant.at_load import QUANTIZATIONS
+from workstation.quant.at_load import CHOICES, SMALLER_GROUPS
 from workstation.quant.detect import FORMATS, weight_forms
 from workstation.quant.forms import HEAD_MODULE, SCRATCH_BYTES, Form, WeightForms, all_linears, scratch_bytes, weight_bytes
 from workstation.quant.kv_cache import checkpoint_scheme, is_fp8
@@ -25,7 +25,7 @@ DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
 NVFP4_GROUP = 16
 # How a checkpoint's own method is called here, when it is not served.
 _FOUR_BIT = {"awq": "int4", "gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4", "modelopt": "nvfp4"}
-SERVED = ("16-bit", *QUANTIZATIONS)
+SERVED = ("16-bit", *CHOICES)
 _NAMES = {Form.FP8_CHANNEL: "fp8", Form.FP8_BLOCK: "fp8", Form.INT4: "int4", Form.INT8: "int8"}
 
 
@@ -76,6 +76,8 @@ class EstimatedModel:
         for form in self.others:
             if form.name == quantization:
                 return form
+            if form.name == "int4" and quantization in SMALLER_GROUPS:
+                return _usual(self.shape, quantization)
         raise ConfigError(f"--quantization must be one of {', '.join(form.name for form in self.others)}, "
                           f"got {quantization!r}", param="quantization")
 
@@ -187,12 +189,12 @@ def _usual(shape: ModelShape, name: str) -> Weights:
 def form_bytes(shape: ModelShape, name: str) -> int:
     """Bytes of all weights in a form.
 
-    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 and int8 with a float32 scale a row, int4 with a
-    16-bit scale a group of 128; nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
+    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 with a float32 scale a row, int8 with a
+    16-bit one, int4 with a 16-bit scale a group; nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
     """
     if name == "16-bit":
         return weight_bytes(shape, DENSE_BYTES)
-    if name in QUANTIZATIONS:
+    if name in CHOICES:
         return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, name))
     if name != "nvfp4":
         raise ConfigError(f"the bytes of {name} weights cannot be told from a shape", param="quantization")
