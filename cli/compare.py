@@ -16,7 +16,8 @@ REFERENCE = "16-bit"
 # Form → what it changes of a launch.
 FORMS: dict[str, dict[str, str]] = {
     REFERENCE: {}, "fp8": {"quantization": "fp8"}, "int8": {"quantization": "int8"}, "int4": {"quantization": "int4"},
-    "int4-g64": {"quantization": "int4-g64"}, "int4-g32": {"quantization": "int4-g32"}, "kv-fp8": {"kv_cache_dtype": "fp8"},
+    "int4-g64": {"quantization": "int4-g64"}, "int4-g32": {"quantization": "int4-g32"}, "nf4": {"quantization": "nf4"},
+    "kv-fp8": {"kv_cache_dtype": "fp8"},
 }  # fmt: skip
 MAX_TEXT_TOKENS, TEXT_WINDOW = 32_768, 2_048
 

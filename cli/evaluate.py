@@ -27,7 +27,7 @@ def command(
     num_threads: Annotated[str | None, typer.Option(metavar="N", help="CPU threads.")] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Compare quantised forms with the 16-bit weights.")] = False,
     form: Annotated[list[str] | None, typer.Option(
-        help="With --compare, only these: fp8, int8, int4, int4-g64, int4-g32, kv-fp8; repeat.")] = None,
+        help="With --compare, only these: fp8, int8, int4, int4-g64, int4-g32, nf4, kv-fp8; repeat.")] = None,
     text: Annotated[Path | None, typer.Option(
         metavar="FILE", help="With --compare, read this text instead of the demo's tasks: for any model.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,

@@ -59,7 +59,7 @@ def test_an_fp8_checkpoint_stays_as_it_is_when_fp8_is_asked_for(tmp_path: Path) 
 
 def test_another_quantization_is_refused_by_name(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path)
-    with pytest.raises(ConfigError, match="quantization must be fp8, int8, int4 or absent, got 'int3'"):
+    with pytest.raises(ConfigError, match="fp8, int8, int4, nf4, int4-g64, int4-g32 or absent, got 'int3'"):
         load(folder, quantization="int3")
 
 
@@ -227,5 +227,5 @@ def test_the_engine_plans_for_fp8_and_quantises_while_loading(tmp_path: Path) ->
 
 @pytest.mark.parametrize("value", ["awq", "int2", "FP8"])
 def test_llm_refuses_another_quantization_by_name(value: str, tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=f"quantization must be fp8, int8, int4 or absent, got '{value}'"):
+    with pytest.raises(ConfigError, match=f"int4-g64, int4-g32 or absent, got '{value}'"):
         LLM(str(write_tiny(tmp_path)), quantization=value, skip_tokenizer_init=True, device="cpu")

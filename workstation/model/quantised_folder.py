@@ -17,12 +17,12 @@ from workstation.model.loader import Progress, checked_entries
 from workstation.model.staging import Reader
 from workstation.model.targets import TORCH_DTYPES
 from workstation.model_folder import file_in_folder, model_folder
-from workstation.quant.at_load import CHOICES, forms_at_load
+from workstation.quant.at_load import forms_at_load
 from workstation.quant.destination import CONFIG, Destination, fingerprint
 from workstation.quant.detect import describe
 from workstation.quant.forms import PLAIN, WeightForms
 from workstation.quant.pack import quantised_tensors
-from workstation.quant.written import Tensors, description, written_tensors
+from workstation.quant.written import WRITABLE, Tensors, description, written_tensors
 from workstation.safetensors_header import DTYPE_BITS, SINGLE_FILE, TensorEntry
 
 SHARD_BYTES = 2 << 30
@@ -59,7 +59,7 @@ def quantise_folder(
     Head, embedding, norms and biases stay as they are stored. What an earlier run of the same work wrote is kept.
 
     Args:
-        destination: a new folder, or what an earlier run left of it.  to: one of CHOICES.
+        destination: a new folder, or what an earlier run left of it.  to: one of WRITABLE.
         device: does the rounding.  force: write a finished folder anew.
         progress: called with (bytes of source done, bytes in all) after each tensor.
 
@@ -84,8 +84,8 @@ def quantise_folder(
 
 
 def _planned(source: Path, to: str) -> tuple[WeightForms, list[TensorEntry]]:
-    if to not in CHOICES:
-        raise ConfigError(f"--to must be {', '.join(CHOICES)}, got {to!r}", param="to")
+    if to not in WRITABLE:
+        raise ConfigError(f"--to must be {', '.join(WRITABLE)}, got {to!r}; other forms are not written", param="to")
     shape = read_shape(source)
     made = describe(shape)
     if made is not None:

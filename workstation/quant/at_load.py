@@ -1,6 +1,7 @@
 """Which form the layers of a 16- or 32-bit checkpoint take when they are quantised while loading. No torch.
 
-    fp8    a scale a row                       int8   a scale a row                  int4   a scale a group of 128 columns
+    fp8    a scale a row                       int8   a scale a row
+    int4   a scale a group of 128 columns      nf4    a scale a group of 64 columns
 
 `int4-g64` and `int4-g32` have smaller groups. Where a size does not divide a layer's columns, the next smaller one does, or the
 layer stays as it is. Head and embedding always do.
@@ -11,14 +12,16 @@ from __future__ import annotations
 import logging
 
 from workstation.architecture import ModelShape
+from workstation.kernels.code_tables import NF4, ScaleKind
+from workstation.quant.codes import Codes
 from workstation.quant.forms import HEAD_MODULE, Activations, Form, Part, WeightForms, all_linears
 from workstation.quant.integers import WHOLE_ROW, Groups
 
 log = logging.getLogger(__name__)
 
-QUANTIZATIONS = ("fp8", "int8", "int4")
-GROUP_SIZES = {"int4": (128, 64, 32), "int4-g64": (64, 32), "int4-g32": (32,)}
-SMALLER_GROUPS = tuple(GROUP_SIZES)[1:]
+QUANTIZATIONS = ("fp8", "int8", "int4", "nf4")
+GROUP_SIZES = {"int4": (128, 64, 32), "int4-g64": (64, 32), "int4-g32": (32,), "nf4": (64, 32)}
+SMALLER_GROUPS = ("int4-g64", "int4-g32")
 CHOICES = (*QUANTIZATIONS, *SMALLER_GROUPS)
 SCALE_DTYPE = "BF16"
 _WIDE = Activations(quantised=False)
@@ -41,5 +44,7 @@ def _part(quantization: str, columns: int) -> Part | None:
     if size is None:
         log.warning("layers of %d columns stay as they are: groups of %d do not divide them", columns, sizes[-1])
         return None
+    if quantization == "nf4":
+        return Part(Form.NF4, activations=_WIDE, at_load=True, groups=Codes(NF4, size, ScaleKind.F32))
     groups = Groups(4, size if size < columns else WHOLE_ROW, False, SCALE_DTYPE)
     return Part(Form.INT4, activations=_WIDE, at_load=True, groups=groups)

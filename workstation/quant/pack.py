@@ -15,7 +15,7 @@ SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 def quantised_tensors(module: str, weight: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
     """The stored tensors of one layer. weight: [N, K]. A scale is not finite where a weight in its reach is not."""
-    if part.groups is not None:
+    if isinstance(part.groups, Groups):
         return {f"{module}.{name}": tensor for name, tensor in _integers(weight, part.groups).items()}
     quantised = torch.empty(weight.shape, dtype=FP8, device=weight.device)
     scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)

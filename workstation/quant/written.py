@@ -12,12 +12,13 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from workstation.quant import compressed_tensors
-from workstation.quant.at_load import SCALE_DTYPE
+from workstation.quant.at_load import SCALE_DTYPE, SMALLER_GROUPS
 from workstation.quant.compressed_tensors import MODULE_CLASS
 from workstation.quant.description import REGEX_PREFIX
 from workstation.quant.forms import HEAD_MODULE, Form, Part
-from workstation.quant.integers import NAMES, Packing, stored_shapes
+from workstation.quant.integers import NAMES, Groups, Packing, stored_shapes
 
+WRITABLE = ("fp8", "int8", "int4", *SMALLER_GROUPS)
 Tensors = dict[str, tuple[str, tuple[int, ...]]]  # name → safetensors dtype, shape
 _FORMATS = {Form.FP8_CHANNEL: "float-quantized", Form.INT8: "pack-quantized", Form.INT4: "pack-quantized"}
 _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token", "dynamic": True}
@@ -25,7 +26,7 @@ _TOKEN = {"num_bits": 8, "type": "float", "symmetric": True, "strategy": "token"
 
 def written_tensors(module: str, part: Part, rows: int, columns: int) -> Tensors:
     """The tensors of one layer whose 16- or 32-bit weight [rows, columns] takes the form of `part`."""
-    if part.groups is None:
+    if not isinstance(part.groups, Groups):
         return {f"{module}.weight": ("F8_E4M3", (rows, columns)), f"{module}.weight_scale": (SCALE_DTYPE, (rows, 1))}
     names = NAMES[Packing.PACKED]
     shapes = stored_shapes(Packing.PACKED, part.groups.bits, rows, columns, part.groups.count(columns))
@@ -55,7 +56,7 @@ def description(parts: Mapping[str, Part], columns: Mapping[str, int], kept: Ite
 
 def _size(part: Part, columns: int) -> int:
     """Columns a scale covers; 0 for a scale a row."""
-    return (part.groups.size or columns) if part.form is Form.INT4 and part.groups is not None else 0
+    return (part.groups.size or columns) if part.form is Form.INT4 and isinstance(part.groups, Groups) else 0
 
 
 def _weights(form: Form, size: int) -> dict[str, Any]:
