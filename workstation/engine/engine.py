@@ -18,6 +18,7 @@ from workstation.engine.sampling_state import check_candidates
 from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import Look, Picture, take_picture
 from workstation.errors import InvalidRequestError
+from workstation.model.transformer import Decoder
 
 log = logging.getLogger("ws.engine")
 
@@ -32,6 +33,16 @@ class Engine:
         self._committer = Committer(scheduler)
         self._overlap = overlap
         self._in_flight: Step | None = None
+
+    @property
+    def model(self) -> Decoder:
+        """The loaded weights, for measurements beside the loop."""
+        return self._runner.model
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV pool's elements."""
+        return self._runner.pool.dtype
 
     @property
     def has_work(self) -> bool:
