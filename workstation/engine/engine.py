@@ -33,14 +33,15 @@ class Engine:
     device as long as the host is done before the forward pass is.
     """
 
-    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: EngineInfo, *, overlap: bool) -> None:
+    def __init__(self, scheduler: Scheduler, runner: ModelRunner, info: EngineInfo, *, overlap: bool,
+                 grammars: GrammarDesk | None = None) -> None:
         self.info = info
         self._scheduler = scheduler
         self._runner = runner
         self._committer = Committer(scheduler)
         self._overlap = overlap
         self._in_flight: Step | None = None
-        self.grammars = GrammarDesk(info.model, info.logits_width)
+        self.grammars = grammars if grammars is not None else GrammarDesk(info.model, info.logits_width)
         self._refused: list[tuple[str, WorkstationError]] = []
 
     @property

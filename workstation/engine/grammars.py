@@ -8,7 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from typing import TypeVar
 
-from workstation.engine.request import EngineRequest
+from workstation.engine.request import EngineRequest, Grammar
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.grammar.library import Grammars, Vocabulary
 from workstation.grammar.matcher import Matcher
@@ -37,6 +37,10 @@ class GrammarDesk:
         """Load the library and the vocabulary now rather than in the middle of others' answers; without the library, later
         requests say so."""
         self._run(self._grammars)
+
+    def compile(self, grammar: Grammar) -> None:
+        """Compile now what a request will bring. Raises InvalidRequestError saying what the grammar lacks."""
+        self._run(lambda: self._grammars().get(grammar.source)).result()
 
     def submit(self, request: EngineRequest) -> None:
         """Begin to compile a request's grammar. Raises InvalidRequestError for what a grammar cannot be combined with."""

@@ -19,12 +19,14 @@ class Calls:
     """The calls one answer may hold.
 
     Args:
-        tools: OpenAI's `tools`, checked in shape.  loose: arguments of tools that are not strict may be any object.
+        tools: OpenAI's `tools`, checked in shape; `where` in a function names its schema's place.
+        loose: arguments of tools that are not strict may be any object.
     """
 
     def __init__(self, lark: Lark, formats: Formats, frame: CallFrame, tools: Sequence[dict[str, Any]], *, loose: bool) -> None:
         self._lark, self._formats, self._frame = lark, formats, frame
-        self._tools = [(tool["function"], f"tools[{index}].function.parameters") for index, tool in enumerate(tools)]
+        self._tools = [(tool["function"], tool["function"].get("where") or f"tools[{index}].function.parameters")
+                       for index, tool in enumerate(tools)]
         self._loose = loose
 
     def only(self, name: str | None, *, several: bool) -> str:

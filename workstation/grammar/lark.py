@@ -17,7 +17,7 @@ from workstation.grammar.schema import check_schema, closed
 
 TEXT = "TEXT: /(.|\\n)*/"
 SPACE = "SPACE: /[ \\n\\r\\t]{1,16}/"
-WHITE_SPACE = r"[ \n\r\t]{1,64}"  # where JSON allows any: a model that writes nothing else must end some time
+WHITE_SPACE = r" |\n{1,2}[ \t]{0,32}"  # where JSON allows any: a model that writes nothing else must go on some time
 MAX_TAGS = 64
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy.typing as npt
 
 Bits = npt.NDArray[np.int32]
 MAX_MESSAGE = 400
+_PLACE = re.compile(r"^at \d+\(\d+\): failed to compile JSON schema: ")  # a line of a grammar that the client never saw
 
 
 class Matcher:
@@ -81,5 +83,5 @@ def readable(message: str) -> str:
     """The library's message without the grammar that it quotes below it."""
     kept = [line.strip() for line in message.splitlines() if not line.lstrip().startswith(("<", "|", "^"))
             and (not line.lstrip()[:1].isdigit() or "|" not in line)]
-    text = " ".join(line for line in kept if line) or message.strip()
+    text = _PLACE.sub("", " ".join(line for line in kept if line) or message.strip())
     return text if len(text) <= MAX_MESSAGE else text[:MAX_MESSAGE] + "…"

@@ -33,7 +33,7 @@ def load_served_model(folder: str | Path, names: tuple[str, ...], *, config_eos:
     eos = defaults.eos_token_ids or ((own,) if own is not None else ())
     chosen = defaults.sampling if use_generation_config else dict(sampling or {})
     return ServedModel(names, tokenizer, chosen, tuple(eos), window, root=root or names[0],
-                       formats=model_formats(tokenizer, tool_parser, reasoning_parser))
+                       formats=model_formats(tokenizer, tool_parser, reasoning_parser), folder=str(folder))
 
 
 def model_formats(tokenizer: Tokenizer, tools: str = "auto", think: str = "auto") -> Formats:
