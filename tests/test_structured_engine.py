@@ -16,6 +16,7 @@ from engines import Answer, drain, make_engine
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM
 
+from workstation import LLM
 from workstation.engine.engine import Engine
 from workstation.engine.request import BeamSearchParams, EngineRequest, Grammar, SamplingParams
 from workstation.errors import InvalidRequestError
@@ -235,3 +236,16 @@ def test_beams_and_models_without_an_end_are_refused(folder: Path) -> None:
         engine.submit(EngineRequest("0", [50], SamplingParams(), [EOS], BeamSearchParams(2, 4), grammar=grammar(regex="a")))
     with pytest.raises(InvalidRequestError, match="ends an answer"):
         engine.submit(EngineRequest("0", [50], SamplingParams(), [WIDTH], grammar=grammar(regex="a")))
+
+
+def test_offline_answers_follow_a_grammar_too(folder: Path) -> None:
+    llm = LLM(str(folder), device="cpu", num_threads=1, max_num_seqs=4, num_blocks=64, max_model_len=256)
+    wanted = StructuredOutputsParams(regex="[a-z]{1,12} is [0-9]{2}")
+    params = SamplingParams(temperature=0, max_tokens=40, structured_outputs=wanted)
+    outputs = llm.generate(["Anna", "Bo"], params, use_tqdm=False)
+    for output in outputs:
+        assert output.outputs[0].finish_reason == "stop"
+        assert re.fullmatch("[a-z]{1,12} is [0-9]{2}", output.outputs[0].text)
+    with pytest.raises(InvalidRequestError, match="look-around"):
+        llm.generate("Anna", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(?=a)b")), use_tqdm=False)
+    assert not llm.engine.has_work

@@ -14,6 +14,7 @@ from workstation.parsers.detect import Formats
 from workstation.parsers.frames import call_frame
 
 Thinking = Literal["none", "may", "inside"]
+MAX_SOURCE = 2 * 1024 * 1024
 _ANALYSIS = "<|channel|>analysis<|message|>"
 _FINAL = "<|channel|>final<|message|>"
 
@@ -50,7 +51,12 @@ def grammars(wanted: Wanted) -> tuple[str, ...]:
     if wanted.output is None and not (calls and (wanted.calls == "must" or strict)):
         return ()
     loose = calls and any(tool["function"].get("strict") is not True for tool in wanted.tools)
-    return tuple(dict.fromkeys(_source(wanted, loose=turn) for turn in ((False, True) if loose else (False,))))
+    made = dict.fromkeys(_source(wanted, loose=turn) for turn in ((False, True) if loose else (False,)))
+    found = tuple(source for source in made if len(source) <= MAX_SOURCE)
+    if not found:
+        raise InvalidRequestError(f"{wanted.where}: the grammar of this answer is longer than {MAX_SOURCE} characters",
+                                  param=wanted.where)
+    return found
 
 
 def _source(wanted: Wanted, *, loose: bool) -> str:

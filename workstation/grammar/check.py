@@ -3,7 +3,8 @@
 A hostile grammar can run for hours, take all memory or overflow the stack inside the library. Here it costs this process
 alone, whose stack and memory are smaller than the engine's: what passes here passes there.
 stdin: {"source": a grammar, "where": a field, "schema": the JSON schema that stands there, or null}. stdout, a line each:
-{"error": null, or what is wrong, "param": the field, as precisely as it can be told}. The first line out says ready.
+{"error": null, "source": the grammar translated} or {"error": what is wrong, "param": where, as precisely as it can be told}.
+The first line out says ready.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import threading
 from typing import Any
 
 from workstation.errors import WorkstationError
-from workstation.grammar.lark import Lark
+from workstation.grammar.lark import Lark, translated
 from workstation.grammar.library import Vocabulary
 from workstation.grammar.schema import subschemas
 
@@ -30,13 +31,14 @@ def verdict(vocabulary: Vocabulary, line: str) -> dict[str, Any]:
     """The answer to one line."""
     asked = json.loads(line)
     try:
-        vocabulary.compile(asked["source"])
+        source = translated(asked["source"])
+        vocabulary.compile(source)
     except WorkstationError as error:
         message, where = error.message, asked["where"]
         if asked["schema"] is not None:
             message, where = _culprit(vocabulary, asked["schema"], where, message)
         return {"error": f"{where}: {message}", "param": where}
-    return {"error": None, "param": None}
+    return {"error": None, "source": source}
 
 
 def _culprit(vocabulary: Vocabulary, schema: Any, where: str, message: str) -> tuple[str, str]:
@@ -76,9 +78,9 @@ def _serve(folder: str, width: int) -> None:
     try:
         vocabulary = Vocabulary(folder, width)
     except WorkstationError as error:
-        print(json.dumps({"error": error.message, "param": None}), flush=True)
+        print(json.dumps({"error": error.message}), flush=True)
         return
-    print(json.dumps({"error": None, "param": None}), flush=True)
+    print(json.dumps({"error": None}), flush=True)
     for line in sys.stdin:
         print(json.dumps(verdict(vocabulary, line)), flush=True)
 

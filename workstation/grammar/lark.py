@@ -19,6 +19,7 @@ TEXT = "TEXT: /(.|\\n)*/"
 SPACE = "SPACE: /[ \\n\\r\\t]{1,16}/"
 WHITE_SPACE = r" |\n{1,2}[ \t]{0,32}"  # where JSON allows any: a model that writes nothing else must go on some time
 MAX_TAGS = 64
+EBNF = "ebnf_grammar"
 
 
 @dataclass(slots=True)
@@ -72,11 +73,31 @@ class Lark:
         return name
 
     def source(self, start: str) -> str:
-        """The whole grammar, as llguidance takes it."""
+        """The whole grammar, as llguidance takes it once it is `translated`."""
         text = "\n".join([f"start: {start}", *self.rules.values()])
         grammars = [{"name": "answer", "lark_grammar": text}]
-        grammars += [{"name": name, "lark_grammar": source} for name, source in self.others.items()]
+        for name, source in self.others.items():
+            grammars.append({"name": name, EBNF if "::=" in source else "lark_grammar": source})
         return json.dumps({"grammars": grammars})
+
+
+def translated(source: str) -> str:
+    """The source with what is EBNF in Lark, as llguidance takes it. Slow for a hostile grammar, like compiling.
+
+    Raises InvalidRequestError for what is no EBNF; ImportError without llguidance.
+    """
+    if f'"{EBNF}"' not in source:
+        return source
+    from llguidance.gbnf_to_lark import gbnf_to_lark
+
+    whole = json.loads(source)
+    for grammar in whole["grammars"]:
+        if EBNF in grammar:
+            try:
+                grammar["lark_grammar"] = str(gbnf_to_lark(grammar.pop(EBNF)))
+            except Exception as error:  # the translator's own, and RecursionError
+                raise InvalidRequestError(str(error)[:400], param="structured_outputs") from None
+    return json.dumps(whole)
 
 
 def quoted(text: str) -> str:
@@ -98,7 +119,7 @@ def body(lark: Lark, params: StructuredOutputsParams, where: str) -> str:
     if kind == "choice":
         return "(" + " | ".join(quoted(item) for item in params.choice or []) + ")"
     if kind == "grammar":
-        lark.others["user"] = _as_lark(params.grammar or "", where)
+        lark.others["user"] = params.grammar or ""
         return "@user"
     return _structural_tag(lark, params.structural_tag, where)
 
@@ -115,20 +136,6 @@ def _slashed(regex: str) -> str:
             out.append(char)
         escaped = char == "\\" and not escaped
     return "".join(out)
-
-
-def _as_lark(grammar: str, where: str) -> str:
-    """Lark as it is; EBNF (`root ::= …`) translated."""
-    if "::=" not in grammar:
-        return grammar
-    try:
-        from llguidance.gbnf_to_lark import gbnf_to_lark
-
-        return str(gbnf_to_lark(grammar))
-    except ImportError:
-        raise missing_library(where) from None
-    except Exception as error:  # the translator's own errors, and RecursionError
-        raise InvalidRequestError(f"{where}: {error}", param=where) from None
 
 
 def missing_library(where: str) -> InvalidRequestError:

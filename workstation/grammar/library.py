@@ -11,7 +11,7 @@ import numpy as np
 from tokenizers import AddedToken
 
 from workstation.errors import InvalidRequestError
-from workstation.grammar.lark import missing_library
+from workstation.grammar.lark import missing_library, translated
 from workstation.grammar.matcher import Matcher, readable
 from workstation.text.folder import read_folder
 
@@ -52,7 +52,8 @@ class Vocabulary:
 
         Raises InvalidRequestError saying what the grammar lacks.
         """
-        inner = _guarded(lambda: self._library.LLMatcher(self._tokenizer, source, log_level=0, limits=self._limits),
+        whole = translated(source)
+        inner = _guarded(lambda: self._library.LLMatcher(self._tokenizer, whole, log_level=0, limits=self._limits),
                          "the grammar cannot be compiled")
         matcher = Matcher(inner, self._end, self._words)
         if matcher.fault is None:

@@ -55,7 +55,11 @@ class _Checker:
                 raise _error(where, f"must be a schema: an object, true or false, got {shown(schema)}")
             self._node(schema, where)
             todo += [(sub, f"{where}{path}", depth + 1) for path, sub in subschemas(schema)]
-        if len(json.dumps(self._root)) > MAX_BYTES:
+        try:
+            size = len(json.dumps(self._root))
+        except RecursionError:
+            raise _error(self._where, "a value in the schema is nested too deeply") from None
+        if size > MAX_BYTES:
             raise _error(self._where, f"the schema is longer than {MAX_BYTES} bytes")
 
     def _node(self, schema: dict[str, Any], where: str) -> None:

@@ -8,6 +8,7 @@ import json
 import sys
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections import OrderedDict
+from dataclasses import dataclass
 from typing import Any
 
 from workstation.errors import InvalidRequestError, OverloadedError
@@ -16,8 +17,18 @@ from workstation.server.constraint import Constraint
 COMPILE_SECONDS = 2.5
 START_SECONDS = 60.0
 QUEUE_SECONDS = 30.0
+LINE_BYTES = 64 * 1024 * 1024
 CACHE_BYTES = 16 * 1024 * 1024
 COMMAND = (sys.executable, "-m", "workstation.grammar.check")
+
+
+@dataclass(frozen=True, slots=True)
+class _Verdict:
+    """A grammar as the engine gets it, or what is wrong and where."""
+
+    source: str = ""
+    fault: str = ""
+    where: str = ""
 
 
 class GrammarCheck:
@@ -31,21 +42,24 @@ class GrammarCheck:
         self._folder, self._seconds = folder, seconds
         self._turn = asyncio.Lock()
         self._process: asyncio.Task[Process] | None = None
-        self._verdicts: OrderedDict[str, tuple[str, str] | None] = OrderedDict()  # (message, field) of what was refused
+        self._verdicts: OrderedDict[str, _Verdict] = OrderedDict()
         self._held = 0
 
     async def approve(self, constraint: Constraint, width: int) -> str:
-        """The first of the sources that compiles. width: of the logits.
+        """The first of the sources that compiles, translated. width: of the logits.
 
         Raises InvalidRequestError with the last one's fault, OverloadedError when too many wait for their turn.
         """
-        fault = None
+        if not self._folder:
+            return constraint.sources[0]
+        found = _Verdict()
         for source in constraint.sources:
-            fault = await self._verdict(source, constraint, width)
-            if fault is None:
-                return source
-        assert fault is not None, "a constraint has a source"
-        raise InvalidRequestError(fault[0], param=fault[1][:512])
+            found = await self._verdict(source, constraint, width)
+            if not found.fault:
+                break
+        if found.fault:
+            raise InvalidRequestError(found.fault, param=found.where[:512])
+        return found.source
 
     async def close(self) -> None:
         """End the process."""
@@ -57,9 +71,7 @@ class GrammarCheck:
             process.kill()
             await process.wait()
 
-    async def _verdict(self, source: str, constraint: Constraint, width: int) -> tuple[str, str] | None:
-        if not self._folder:
-            return None
+    async def _verdict(self, source: str, constraint: Constraint, width: int) -> _Verdict:
         if source not in self._verdicts:
             try:
                 async with asyncio.timeout(QUEUE_SECONDS):
@@ -74,13 +86,14 @@ class GrammarCheck:
         self._verdicts.move_to_end(source)
         return self._verdicts[source]
 
-    def _remember(self, source: str, fault: tuple[str, str] | None) -> None:
-        self._verdicts[source] = fault
-        self._held += len(source)
+    def _remember(self, source: str, verdict: _Verdict) -> None:
+        self._verdicts[source] = verdict
+        self._held += len(source) + len(verdict.source)
         while self._held > CACHE_BYTES and len(self._verdicts) > 1:
-            self._held -= len(self._verdicts.popitem(last=False)[0])
+            dropped, other = self._verdicts.popitem(last=False)
+            self._held -= len(dropped) + len(other.source)
 
-    async def _tried(self, source: str, constraint: Constraint, width: int) -> tuple[str, str] | None:
+    async def _tried(self, source: str, constraint: Constraint, width: int) -> _Verdict:
         where = constraint.where
         process = await self._started(width)
         asked = {"source": source, "where": where, "schema": constraint.schema}
@@ -89,14 +102,16 @@ class GrammarCheck:
                 answer = await _exchange(process, asked)
         except TimeoutError:
             self._restart(process, width)
-            return f"{where}: cannot be compiled within {self._seconds:g} s", where
+            return _Verdict(fault=f"{where}: cannot be compiled within {self._seconds:g} s", where=where)
         except (EOFError, ConnectionError):
             self._restart(process, width)
-            return f"{where}: cannot be compiled: too large, or nested too deeply", where
+            return _Verdict(fault=f"{where}: cannot be compiled: too large, or nested too deeply", where=where)
         except asyncio.CancelledError:
             self._restart(process, width)  # its answer would be taken for the next one's
             raise
-        return (answer["error"], answer["param"]) if answer["error"] is not None else None
+        if answer["error"] is not None:
+            return _Verdict(fault=answer["error"], where=answer["param"])
+        return _Verdict(answer["source"])
 
     async def _started(self, width: int) -> Process:
         if self._process is None:
@@ -110,7 +125,7 @@ class GrammarCheck:
 
     async def _start(self, width: int) -> Process:
         process = await asyncio.create_subprocess_exec(*COMMAND, self._folder, str(width), stdin=PIPE, stdout=PIPE,
-                                                       stderr=DEVNULL)
+                                                       stderr=DEVNULL, limit=LINE_BYTES)
         try:
             answer = await _read(process)
         except EOFError:

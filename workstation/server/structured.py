@@ -98,8 +98,8 @@ def _guided(name: str, value: Any, pattern: str | None) -> Output:
         return Output(StructuredOutputsParams(**{kind: value}, whitespace_pattern=pattern if kind == "json" else None), name)
     except InvalidRequestError as error:
         if error.param == kind:
-            error.message, error.param = error.message.replace(kind, name, 1), name
-        raise
+            raise InvalidRequestError(error.message.replace(kind, name, 1), param=name) from None
+        raise InvalidRequestError(f"{name} must ask for something, got {show(value)}", param=name) from None
 
 
 def _placed(error: InvalidRequestError, where: str) -> InvalidRequestError:
