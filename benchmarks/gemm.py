@@ -103,7 +103,7 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
                 continue
             tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
             found += _with_splits(problem, tile, device)
-    if "hopper" in kinds and device.capability == 90 and problem.scheme in ("16bit", "fp8"):
+    if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
         found += _hopper(problem, row_tiles)
     if problem.m == 1 and "gemv" in kinds and problem.scheme not in INTEGER_BITS:
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
@@ -116,20 +116,28 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
 
 
 def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
-    """Rings for one, two or three programs a multiprocessor; splits that give it one to three programs."""
+    """Rings for one to four programs a multiprocessor; splits that give it one to three programs."""
+    row_tiles = row_tiles | {8} if problem.m <= 8 else row_tiles
+    if problem.scheme in INTEGER_BITS:
+        shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
+        rings, least, most = (50, 66, 100, 205), 2, 64
+    else:
+        shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = []
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
-    for block_m, tiles, panels, ring in itertools.product(row_tiles, (1, 2), (1, 2), (66, 100, 205)):
-        if (silu and tiles == 1) or tiles * block_m > 256:
+    for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
+        if (tiles == 1 and silu) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < 32):
             continue
-        stages = ring * tuning.KIB // (panels * tuning.PANEL_BYTES * (tiles * tuning.CHANNELS + block_m))
-        programs = -(-problem.n // (tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
-        for splits in (1, 2, 3, 4):
-            fills = splits == 1 or (programs * splits <= 132 * (200 // ring) and problem.k >= 4 * splits * panels * width)
-            if stages >= 3 and fills:
-                block_n = tuning.CHANNELS if silu else tiles * tuning.CHANNELS
-                found.append(GemmConfig("hopper", block_n, block_m, panels * width, splits, 4, stages, True))
+        block_n = teams * (1 if silu else tiles) * tuning.CHANNELS
+        config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
+        stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
+        stages = ring * tuning.KIB // stage
+        programs = -(-problem.n // (teams * tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
+        for splits in (1, 2, 3, 4, 6, 8):
+            fills = splits == 1 or (programs * splits <= 132 * max(1, 200 // ring) and problem.k >= 4 * splits * panels * width)
+            if stages >= least and fills:
+                found.append(replace(config, splits=splits, stages=stages))
     return found
 
 

@@ -35,6 +35,7 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
 # The least step along K: integers come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64}
+LEAST_GROUP = 32  # columns that may have a scale of their own
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,11 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     if config.kind == "library":
         return 0
     if config.kind == "hopper":
-        rows = 2 * CHANNELS if problem.output == "silu_mul" else config.block_n
-        ring = int(config.stages * config.block_k * problem.weight_bytes * (rows + config.block_m))
-        return ring + min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
+        rows = 2 * config.block_n if problem.output == "silu_mul" else config.block_n
+        ring = int(config.stages * config.block_k * (problem.weight_bytes * rows + problem.row_bytes * config.block_m))
+        if problem.scheme in INTEGER_BITS:
+            ring += config.stages * config.block_k // LEAST_GROUP * rows * 2  # scales
+        return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
     stage = int(config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes))
@@ -174,7 +177,8 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
-    ring = _ring(problem, device) if rings else None
+    make = _integer_ring if problem.scheme in INTEGER_BITS else _ring
+    ring = make(problem, device) if rings else None
     if ring is not None:
         return ring
     tile = _tile(problem, device)
@@ -206,6 +210,23 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
     stages = ring // (panels * PANEL_BYTES * (tiles * CHANNELS + block_m))
     config = GemmConfig("hopper", CHANNELS, block_m, panels * width, splits, 4, min(stages, 12), True)
     return config if stages >= 3 and shared_bytes(problem, config, device.capability) <= device.shared_bytes else None
+
+
+def _integer_ring(problem: Problem, device: Device) -> GemmConfig | None:
+    """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
+    split until there are two for each. From 64 rows on two warpgroups share the rows of x."""
+    silu = problem.output == "silu_mul"
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32):
+        return None
+    block_m = min(128, max(8, 1 << (problem.m - 1).bit_length()))
+    tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16) else 1
+    teams = 2 if block_m >= 64 else 1
+    step = int(PANEL_BYTES // problem.weight_bytes)
+    programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
+    splits = max(1, min(2 * device.processors // programs, problem.k // (4 * step), 8))
+    config = GemmConfig("hopper", teams * (1 if silu else tiles) * CHANNELS, block_m, step, splits, 4 * teams, 1, True)
+    stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
+    return replace(config, stages=max(2, min(6, 66 * KIB // stage)))
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from bisect import bisect_left
 
 import numpy as np
 import torch
@@ -13,7 +14,7 @@ from workstation.engine.batch import Batch
 from workstation.engine.commit import Committer
 from workstation.engine.grammars import GrammarDesk
 from workstation.engine.masks import TokenMasks, token_masks, waits_for_tokens
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.request import STEP_TOKEN_BOUNDS, EngineInfo, EngineRequest, EngineStats, TokenEvent
 from workstation.engine.runner import ModelRunner, Step
 from workstation.engine.sampling_state import check_candidates
 from workstation.engine.scheduler import Scheduler
@@ -163,6 +164,8 @@ class Engine:
         stats.steps += 1
         stats.step_tokens, stats.step_prompt_tokens = tokens, prompt_tokens
         stats.computed_prompt_tokens += prompt_tokens
+        stats.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, tokens)] += 1
+        stats.tokens_of_steps += tokens
 
 
 def _first_outside(ids: list[int], width: int) -> int | None:

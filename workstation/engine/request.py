@@ -10,6 +10,7 @@ from workstation.errors import InvalidRequestError
 from workstation.grammar.params import StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -18,6 +19,7 @@ MAX_STOP_BYTES = 4096
 MAX_TOKEN_LIST = 1024
 MAX_SEED = 2**63 - 1
 GREEDY_TEMPERATURE = 1e-5
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def _refuse(name: str, value: object, limit: str) -> InvalidRequestError:
@@ -247,6 +249,8 @@ class EngineRequest:
         arrival: time.monotonic() in seconds.  label, route: who asked and where, for the dashboard.
         grammar: every sample spells it and ends where it ends. Its end is an EOS token, whatever `ignore_eos` and `min_tokens`
             say; those hold the end back only while the grammar can go on.
+        pooling: nothing is sampled; the last token's final hidden state, or the mean of all tokens', is the answer. Of params,
+            n must be 1 and max_tokens is not read.
     """
 
     request_id: str
@@ -260,6 +264,7 @@ class EngineRequest:
     label: str = ""
     route: str = ""
     grammar: Grammar | None = None
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True)
@@ -300,6 +305,7 @@ class TokenEvent:
         num_cached_tokens: prompt tokens read from the prefix cache.  error: a sentence, with finish_reason "error".
         cumulative_logprob: of the whole sample, set for beams.
         plain: one token, and nothing the request's earlier events did not say: all that has to travel is the token.
+        embedding: [H] float32 in little-endian bytes, on the only event of a request with pooling.
     """
 
     request_id: str
@@ -316,6 +322,7 @@ class TokenEvent:
     times: RequestTimes | None = None
     num_preemptions: int = 0
     plain: bool = False
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -331,6 +338,7 @@ class EngineInfo:
     device_uuid: str = ""
     max_model_len: int = 0
     logits_width: int = 0
+    hidden_size: int = 0
     num_blocks: int = 0
     block_size: int = 16
     max_num_seqs: int = 0
@@ -344,7 +352,10 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class EngineStats:
-    """One picture of a live engine; counters run since its start."""
+    """One picture of a live engine; counters run since its start.
+
+    steps_by_tokens: steps of up to so many tokens, by STEP_TOKEN_BOUNDS, and of more.  tokens_of_steps: of all steps.
+    """
 
     time: float = 0.0
     running: int = 0
@@ -367,9 +378,11 @@ class EngineStats:
     step_tokens: int = 0
     step_prompt_tokens: int = 0
     kv_tokens_held: int = 0
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKEN_BOUNDS) + 1))
+    tokens_of_steps: int = 0
 
 
 __all__ = [
-    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "Grammar", "RequestTimes",
+    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "Grammar", "Pooling", "RequestTimes",
     "SamplingParams", "StructuredOutputsParams", "TokenEvent", "TokenLogprobs",
 ]
