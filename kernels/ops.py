@@ -370,6 +370,24 @@ def sample(
     )
 
 
+def mask_tokens(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
+    """Set logits of tokens that may not follow to -inf, in place. NaN and +inf stay, for a mask must hide no broken model.
+
+    Args:
+        logits: [L, V] float32, bfloat16 or float16, a row contiguous.
+        bits: [M, W] int32, contiguous: token i of a mask is allowed where bit i % 32 of word i // 32 is set; ids beyond the
+            words are not.
+        index: [L] int32: each row's mask, -1 for none.
+    """
+    _check(logits.dim() == 2 and logits.stride(1) == 1, "logits", logits, "must be [L, V] with contiguous rows")
+    _check(bits.dim() == 2 and bits.dtype == torch.int32 and bits.is_contiguous(), "bits", bits, "must be [M, W] int32")
+    _check(index.shape == logits.shape[:1] and index.dtype == torch.int32, "index", index, "must be [L] int32")
+    if logits.is_cuda or FORCE_TRITON:
+        _sampling().mask_tokens(logits, bits, index)
+    else:
+        reference.mask_tokens(logits, bits, index)
+
+
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:
     if not ok:
         shape = "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from products import some_of
 from sampler_cases import PROMPT, VARIED, chi_square_tail, exact_distribution
-from sampling_checks import check_draws, kernels, logits_of, state_of, twin
+from sampling_checks import check_draws, check_token_mask, kernels, logits_of, state_of, twin
 
 from workstation.engine import sampling_math
 from workstation.engine.request import SamplingParams
@@ -58,6 +58,12 @@ def test_greedy_rows_take_the_argmax(width: int, dtype: torch.dtype) -> None:
     tokens, finite = kernels(state_of([GREEDY] * 2, width), logits)
     assert tokens.tolist() == logits.float().argmax(-1).tolist()
     assert finite.all()
+
+
+@DTYPES
+@pytest.mark.parametrize(("width", "words"), [(1, 1), (37, 2), (100, 3), (300, 12), (2500, 79)])
+def test_a_mask_leaves_the_allowed_tokens_and_what_is_broken(width: int, words: int, dtype: torch.dtype) -> None:
+    check_token_mask(width, words, dtype, "cpu")
 
 
 @pytest.mark.parametrize("places", [[0, 299], [70, 71, 130], [63, 64], [299]])
