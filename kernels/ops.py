@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workstation.kernels import reference, reference_codes, reference_fp8, reference_int
+from workstation.kernels import int8_activations, reference, reference_codes, reference_fp8, reference_int
 from workstation.kernels.code_tables import kept_groups
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm import MAX_ROWS
@@ -300,6 +300,23 @@ def silu_mul_int(
     if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_int(x, weight, bias), rounding)
+
+
+def multiplies_int8(x: torch.Tensor, weight: IntWeight) -> bool:
+    """Whether `linear_int8` may serve: many rows of a 16-bit type, on a GPU. With fewer the weights' bytes decide, whatever
+    they are multiplied with; a CPU would gain nothing."""
+    many = x.is_cuda and x.shape[0] > MAX_ROWS and x.dtype != torch.float32
+    return many and int8_activations.multiplies_int8(weight)
+
+
+def linear_int8(
+    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear_int` with activations rounded to 8 bits, a scale a token, where `multiplies_int8`."""
+    _check(x.dim() == 2 and x.shape[1] == weight.columns, "x", x, "must be [T, K]")
+    _check(int8_activations.multiplies_int8(weight), "weight", weight.words, "must have 8 bits, a scale a row and 8 n rows")
+    _check(out is None or out.shape == (x.shape[0], weight.rows), "out", out, "must be [T, N]")
+    return int8_activations.linear_int8(x, weight, bias, out)
 
 
 def linear_codes(
