@@ -74,7 +74,7 @@ def _produce(
 def _scaled(acc, x_scale, w_scale, bias, channel, row, m, channels):
     """acc [64, BLOCK_M] times its scales, plus bias. channel [64], row [BLOCK_M]."""
     if w_scale is not None:
-        acc = acc * gl.load(w_scale + channel, mask=channel < channels, other=0.0)[:, None]
+        acc = acc * gl.load(w_scale + channel, mask=channel < channels, other=0.0).to(gl.float32)[:, None]
     if x_scale is not None:
         acc = acc * gl.load(x_scale + row, mask=row < m, other=0.0)[None, :]
     if bias is not None:
@@ -114,29 +114,13 @@ def _gather(part, stride, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, LAYOUT: g
 
 
 @gluon.jit
-def _consume(
-    out, partial, arrivals, x_scale, w_scale, bias, residual, w_ring, x_ring, ready, free, steps, m, n, first_channel,
-    tile_stride, first_row, tile_number, split,
-    TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
-    WIDTH: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+def conclude(
+    first, second, out, partial, arrivals, x_scale, w_scale, bias, residual, m, n, first_channel, tile_stride, first_row,
+    tile_number, split,
+    TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PDL: gl.constexpr,
+    ACC: gl.constexpr,
 ):  # fmt: skip
-    """Products, the sum over the splits, and the result."""
-    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32 // (128 // WIDTH)])
-    first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    for i in range(steps):
-        stage = i % STAGES
-        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        for panel in gl.static_range(PANELS):
-            columns = x_ring.index(stage * PANELS + panel).permute((1, 0))
-            first = warpgroup_mma(w_ring.index(stage * TILES * PANELS + panel), columns, first, is_async=True)
-            if TILES == 2:
-                second = warpgroup_mma(w_ring.index((stage * TILES + 1) * PANELS + panel), columns, second, is_async=True)
-        if TILES == 2:
-            first, second = warpgroup_mma_wait(0, deps=(first, second))
-        else:
-            first = warpgroup_mma_wait(0, deps=(first,))
-        mbarrier.arrive(free.index(stage), count=1)
+    """From one or two tiles of sums, [64, BLOCK_M] in ACC, to the result: the sum over the splits, scales, bias, SiLU·mul."""
     if PDL:
         await_previous()
     last = True
@@ -166,6 +150,34 @@ def _consume(
         _store(first, out, residual, first_channel, first_row, m, n, BLOCK_M)
         if TILES == 2 and not SILU:
             _store(second, out, residual, first_channel + 64, first_row, m, n, BLOCK_M)
+
+
+@gluon.jit
+def _consume(
+    out, partial, arrivals, x_scale, w_scale, bias, residual, w_ring, x_ring, ready, free, steps, m, n, first_channel,
+    tile_stride, first_row, tile_number, split,
+    TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
+    WIDTH: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Products of the ring's steps, and what becomes of them."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 32 // (128 // WIDTH)])
+    first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+    second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        for panel in gl.static_range(PANELS):
+            columns = x_ring.index(stage * PANELS + panel).permute((1, 0))
+            first = warpgroup_mma(w_ring.index(stage * TILES * PANELS + panel), columns, first, is_async=True)
+            if TILES == 2:
+                second = warpgroup_mma(w_ring.index((stage * TILES + 1) * PANELS + panel), columns, second, is_async=True)
+        if TILES == 2:
+            first, second = warpgroup_mma_wait(0, deps=(first, second))
+        else:
+            first = warpgroup_mma_wait(0, deps=(first,))
+        mbarrier.arrive(free.index(stage), count=1)
+    conclude(first, second, out, partial, arrivals, x_scale, w_scale, bias, residual, m, n, first_channel, tile_stride,
+             first_row, tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["m"])

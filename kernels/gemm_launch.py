@@ -259,9 +259,10 @@ def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, devic
     return chosen(Problem(scheme, output, m, n, k), device)
 
 
-def chosen(problem: Problem, device: torch.device) -> GemmConfig:
-    """`tuning.choose` for a device that is here, in the chain of its kernels where that pays."""
-    config = choose(problem, device_of(device), rings=is_hopper(device))
+def chosen(problem: Problem, device: torch.device, *, rings: bool = True) -> GemmConfig:
+    """`tuning.choose` for a device that is here, in the chain of its kernels where that pays. rings: whether they can read
+    the operands."""
+    config = choose(problem, device_of(device), rings=rings and is_hopper(device))
     # Many rows of a large weight: the product outlasts by far what an early start hides, and its waiting successors cost more.
     short = problem.m <= 64 or problem.n * problem.k * problem.weight_bytes <= CHAINED_BYTES
     return replace(config, pdl=True) if chained(device)["PDL"] and short else config

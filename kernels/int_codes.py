@@ -34,12 +34,12 @@ add.f32 low, low, $2; add.f32 high, high, $3; cvt.rn.bf16x2.f32 $0, high, low;
 
 
 _SHIFTS = (0, 4, 8, 12)
-_NIBBLES_BFLOAT16 = tl.constexpr(tuple(
+NIBBLES_BFLOAT16 = tl.constexpr(tuple(
     _NIBBLE.format(one="0x3f803f80", shift=shift, exponent="0x43004300", type="bf16x2") for shift in _SHIFTS))  # fmt: skip
-_NIBBLES_FLOAT16 = tl.constexpr(tuple(
+NIBBLES_FLOAT16 = tl.constexpr(tuple(
     _NIBBLE.format(one="0x3c003c00", shift=shift, exponent="0x64006400", type="f16x2") for shift in _SHIFTS))  # fmt: skip
-_BYTES_FLOAT16 = tl.constexpr(tuple(_BYTE_FLOAT16.format(bytes=which) for which in ("0x4240", "0x4341")))
-_BYTES_BFLOAT16 = tl.constexpr(tuple(
+BYTES_FLOAT16 = tl.constexpr(tuple(_BYTE_FLOAT16.format(bytes=which) for which in ("0x4240", "0x4341")))
+BYTES_BFLOAT16 = tl.constexpr(tuple(
     _BYTE_BFLOAT16.format(low=low, high=high) for low, high in (("0x7440", "0x7442"), ("0x7441", "0x7443"))))  # fmt: skip
 
 
@@ -63,16 +63,16 @@ def plane(words, less, INDEX: tl.constexpr, BITS: tl.constexpr, target: tl.const
         code = (words.to(tl.int32) >> BITS * INDEX) & ((1 << BITS) - 1)
         return (code.to(tl.float32) + less).to(target)
     elif BITS == 8 and target == tl.bfloat16:
-        wide: tl.constexpr = _BYTES_BFLOAT16[INDEX]
+        wide: tl.constexpr = BYTES_BFLOAT16[INDEX]
         return tl.inline_asm_elementwise(wide, "=r,r,r,r", [words, less], dtype=tl.bfloat16, is_pure=True, pack=2)
     elif BITS == 8:
-        half: tl.constexpr = _BYTES_FLOAT16[INDEX]
+        half: tl.constexpr = BYTES_FLOAT16[INDEX]
         return tl.inline_asm_elementwise(half, "=r,r,r", [words, less], dtype=tl.float16, is_pure=True, pack=2)
     elif target == tl.float16:
-        nibble: tl.constexpr = _NIBBLES_FLOAT16[INDEX]
+        nibble: tl.constexpr = NIBBLES_FLOAT16[INDEX]
         return tl.inline_asm_elementwise(nibble, "=r,r,r", [words, less], dtype=tl.float16, is_pure=True, pack=2)
     else:
-        lower: tl.constexpr = _NIBBLES_BFLOAT16[INDEX]
+        lower: tl.constexpr = NIBBLES_BFLOAT16[INDEX]
         return tl.inline_asm_elementwise(lower, "=r,r,r", [words, less], dtype=tl.bfloat16, is_pure=True, pack=2)
 
 

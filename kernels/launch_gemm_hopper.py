@@ -30,21 +30,15 @@ def hopper_call(
     tiles = 2 if silu else config.block_n // CHANNELS
     steps = triton.cdiv(k, config.block_k)
     chunk = triton.cdiv(steps, config.splits) * config.block_k
-    splits = triton.cdiv(k, chunk)
-    grid = (triton.cdiv(n, CHANNELS if silu else config.block_n) * triton.cdiv(m, config.block_m), splits)
-    partial: Any = None
-    arrivals: Any = None
-    if splits > 1:
-        real = isinstance(out, torch.Tensor)
-        size = grid[0] * splits * tiles * CHANNELS * config.block_m
-        partial = torch.empty(size, dtype=torch.float32, device=out.device) if real else torch.float32
-        arrivals = _arrivals(out.device) if real else torch.int32
+    grid = (triton.cdiv(n, CHANNELS if silu else config.block_n) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
+    partial, arrivals = split_space(grid, tiles * CHANNELS * config.block_m, out)
     arguments = (
-        _boxes(x, (m, k), config.block_m, width), _boxes(weight, (2 * n if silu else n, k), CHANNELS, width), out, partial,
-        arrivals, x_scale, weight_scale, bias, residual, m, n, k, chunk,
+        boxes(x, (m, k), (config.block_m, width), PANEL_BYTES),
+        boxes(weight, (2 * n if silu else n, k), (CHANNELS, width), PANEL_BYTES),
+        out, partial, arrivals, x_scale, weight_scale, bias, residual, m, n, k, chunk,
     )  # fmt: skip
     options = {
-        "TILES": tiles, "SILU": silu, "SPLITS": splits, "BLOCK_M": config.block_m, "PANELS": config.block_k // width,
+        "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m, "PANELS": config.block_k // width,
         "WIDTH": width, "STAGES": config.stages, "num_warps": 4, "maxnreg": registers(tiles, config.block_m),
     }  # fmt: skip
     options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
@@ -57,12 +51,21 @@ def registers(tiles: int, block_m: int) -> int:
     return max(64, -(-(accumulators * 13 // 8 + 112) // 16) * 8)
 
 
-def _boxes(matrix: Any, shape: tuple[int, int], rows: int, width: int) -> TensorDescriptor:
+def split_space(grid: tuple[int, int], tile: int, out: Any) -> tuple[Any, Any]:
+    """(partial, arrivals) for a grid of (tiles, splits) with so many sums a tile; None without splits, dtypes for a dtype."""
+    if grid[1] == 1:
+        return None, None
+    if not isinstance(out, torch.Tensor):
+        return torch.float32, torch.int32
+    return torch.empty(grid[0] * grid[1] * tile, dtype=torch.float32, device=out.device), _arrivals(out.device)
+
+
+def boxes(matrix: Any, shape: tuple[int, int], box: tuple[int, int], swizzle: int) -> TensorDescriptor:
+    """The descriptor of a matrix [shape], rows apart as they are, in boxes whose bytes are swizzled within so many."""
     if not isinstance(matrix, torch.Tensor):
         matrix = torch.empty(shape, dtype=matrix, device="meta")
-    bits = matrix.element_size() * 8
-    strides = [matrix.stride(0), 1]
-    return TensorDescriptor(matrix, list(shape), strides, [rows, width], gl.NVMMASharedLayout(128, bits, 2))
+    layout = gl.NVMMASharedLayout(swizzle, matrix.element_size() * 8, 2)
+    return TensorDescriptor(matrix, list(shape), [matrix.stride(0), 1], list(box), layout)
 
 
 def _dtype(matrix: Any) -> torch.dtype:

@@ -15,13 +15,15 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import MAX_ROWS, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.tuning import CHANNELS, MAX_ROWS, GemmConfig, Output, Problem, Scheme
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
 WIDENED_ROWS = 32
-FUSED_ROWS = 16  # of activations, where gate and up with zero points share a program
+# Of activations, at most, where gate and up share a program, without and with zero points.
+FUSED_ROWS, FUSED_ROWS_ZEROS = 32, 16
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
+HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 
@@ -41,8 +43,8 @@ def silu_mul_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None) 
 
 
 def _fuses(x: torch.Tensor, weight: IntWeight) -> bool:
-    """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor zero points and many rows."""
-    return _step(weight, 0) > 0 and (weight.zero is None or x.shape[0] <= FUSED_ROWS)
+    """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor with many rows."""
+    return _step(weight, 0) > 0 and x.shape[0] <= (FUSED_ROWS if weight.zero is None else FUSED_ROWS_ZEROS)
 
 
 def scheme_of(weight: IntWeight) -> Scheme:
@@ -58,13 +60,23 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device)
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, _rings(weight, output))
     return None if config.kind == "library" else fitted(config, weight)
 
 
+def _rings(weight: IntWeight, output: Output) -> bool:
+    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes."""
+    step = HOPPER_WORDS * WORD_BITS // weight.bits
+    groups = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
+    tiles = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
+    return groups and tiles and weight.scale.stride(0) % 8 == 0
+
+
 @cache
-def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
-    return gemm_launch.chosen(Problem(scheme, output, m, n, k), device)
+def _cached_choice(
+    scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device, rings: bool
+) -> GemmConfig:
+    return gemm_launch.chosen(Problem(scheme, output, m, n, k), device, rings=rings)
 
 
 def _chunk(bits: int) -> int:
@@ -74,7 +86,11 @@ def _chunk(bits: int) -> int:
 
 def fitted(config: GemmConfig, weight: IntWeight) -> GemmConfig:
     """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
-    as zero points leave room for, in registers and in shared memory."""
+    as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one."""
+    if config.kind == "hopper":
+        step = config.block_k
+        whole = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
+        return config if whole else replace(config, block_k=HOPPER_WORDS * WORD_BITS // weight.bits)
     if weight.zero is not None:
         config = replace(config, block_m=min(config.block_m, ZEROS_ROWS))
     step = _step(weight, config.block_k)
@@ -95,8 +111,15 @@ def _step(weight: IntWeight, wanted: int) -> int:
 
 
 def int_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k: int, *, silu: bool) -> Call:
-    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; dtypes may stand for tensors."""
+    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; `hopper` sums its splits: [m, n].
+
+    Dtypes may stand for tensors.
+    """
     weight: IntWeight = operands.weight
+    if config.kind == "hopper":
+        from workstation.kernels.launch_int_hopper import hopper_int_call  # Gluon, for one kind of GPU only
+
+        return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)
     x_stride = operands.x.stride(0) if kept else k

@@ -39,6 +39,7 @@ CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
+LEAST_GROUP = 32  # columns that may have a scale of their own
 
 
 @dataclass(frozen=True)
@@ -119,12 +120,16 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     if config.kind == "library":
         return 0
     if config.kind == "hopper":
-        rows = 2 * CHANNELS if problem.output == "silu_mul" else config.block_n
-        ring = int(config.stages * config.block_k * problem.weight_bytes * (rows + config.block_m))
-        return ring + min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
+        rows = 2 * config.block_n if problem.output == "silu_mul" else config.block_n
+        ring = int(config.stages * config.block_k * (problem.weight_bytes * rows + problem.row_bytes * config.block_m))
+        if problem.scheme in INTEGER_BITS:
+            ring += config.stages * config.block_k // LEAST_GROUP * rows * 2  # scales
+        return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
-    stage = int(config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes))
+    # Scales of codes come by the same way, at most as many bytes as fp32 ones of 64 columns or bytes of 16.
+    weight_bytes = problem.weight_bytes + (1 / 16 if problem.scheme in CODE_SCHEMES else 0)
+    stage = int(config.block_k * (tiles * config.block_n * weight_bytes + columns * problem.row_bytes))
     buffers = config.stages if config.kind == "gemv" or capability // 10 in READS_SHARED else config.stages - 1
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 

@@ -16,6 +16,7 @@ from test_tuning import A100, B200, H200, L40S, PRO_6000
 from workstation.kernels import ops
 from workstation.kernels.gemm_compile import compile_call, compile_for, int_types
 from workstation.kernels.gemm_launch import Operands
+from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.launch_int import fitted, int_call, scheme_of, widen_call
 from workstation.kernels.offline import Resources, resources
 from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config
@@ -133,3 +134,19 @@ def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
         case = make_case(m, 1056, 4096, bits=bits, size=size, zeros=zeros, dtype=torch.bfloat16, device="cuda")
         check_door(case)
         check_widening(case, torch.bfloat16)
+
+
+RINGS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (4, 64, False), (8, 4096, False), (8, 128, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", RINGS, ids=str)
+def test_rings_multiply_integers_of_any_shape(form: tuple[int, int, bool], dtype: torch.dtype) -> None:
+    bits, size, zeros = form
+    step = 1024 // bits
+    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
+        case = make_case(m, 1152, 4096, bits=bits, size=size, zeros=zeros, dtype=dtype, device="cuda")
+        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
+            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, step * panels, splits, 4, 2, True), dtype)

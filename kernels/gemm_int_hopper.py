@@ -1,0 +1,290 @@
+"""Integer weights of few rows for Hopper, in Gluon: the product of `gemm_int.py`, weights by TMA as in `gemm_hopper.py`.
+
+One warp keeps a ring in shared memory filled: words of codes, the scales of their groups, and rows of x. One warpgroup takes
+words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
+columns), turns a plane after the other into 16-bit floats, exactly, and multiplies; a group's float32 sum meets its scale.
+Widening takes about 1.5 instructions a weight and stops while a group's products end, so three or four programs share a
+multiprocessor.
+
+A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
+K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
+share it.
+"""
+
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,attr-defined,assignment"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from workstation.kernels.gemm_hopper import conclude
+from workstation.kernels.hopper import align, allow_next, await_previous, fetch
+from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
+
+WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
+UNIT = gl.constexpr(32)  # `int_weights.UNIT`
+COPYING = gl.constexpr(40)  # registers of a thread that copies
+
+
+@gluon.jit
+def _plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, target: gl.constexpr):
+    """As `int_codes.plane`: codes INDEX of words [64, 32], `less` added, as `target`."""
+    if BITS == 8 and target == gl.bfloat16:
+        wide: gl.constexpr = BYTES_BFLOAT16[INDEX]
+        return gl.inline_asm_elementwise(wide, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
+    elif BITS == 8:
+        half: gl.constexpr = BYTES_FLOAT16[INDEX]
+        return gl.inline_asm_elementwise(half, "=r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
+    elif target == gl.float16:
+        nibble: gl.constexpr = NIBBLES_FLOAT16[INDEX]
+        return gl.inline_asm_elementwise(nibble, "=r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
+    else:
+        lower: gl.constexpr = NIBBLES_BFLOAT16[INDEX]
+        return gl.inline_asm_elementwise(lower, "=r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _zero_points(zero, group, stride, channel, channels, BITS: gl.constexpr):
+    """int32, as `int_codes.zero_points`; channels behind the last count as the last."""
+    channel = gl.minimum(channel, channels - 1)
+    if BITS == 8:
+        return gl.load(zero + group.to(gl.int64) * stride + channel).to(gl.int32)
+    else:
+        pair = gl.load(zero + group.to(gl.int64) * stride + channel // 2).to(gl.int32)
+        return (pair >> (channel % 2) * 4) & 15
+
+
+@gluon.jit
+def _less(points, BITS: gl.constexpr, target: gl.constexpr):
+    """As `int_codes.offset`: minus the zero point and the number that a code's float has on top, [64, 32]."""
+    if target == gl.float16:
+        less = (-1024.0 - points.to(gl.float32)).to(gl.float16)
+    elif BITS == 4:
+        less = (-128.0 - points.to(gl.float32)).to(gl.bfloat16)
+    else:
+        less = -8388608.0 - points.to(gl.float32)
+    return less[:, None].broadcast_to([64, UNIT])
+
+
+@gluon.jit
+def _middle(BITS: gl.constexpr, target: gl.constexpr, A: gl.constexpr):
+    """`_less` of the middle, for weights without zero points."""
+    if target == gl.float16:
+        less = gl.full([64, UNIT], -1024.0 - (1 << BITS - 1), gl.float16, A)
+    elif BITS == 4:
+        less = gl.full([64, UNIT], -136.0, gl.bfloat16, A)
+    else:
+        less = gl.full([64, UNIT], -8388736.0, gl.float32, A)
+    return less
+
+
+@gluon.jit
+def _run(
+    w_ring, panels, x_ring, boxes, less, up_less, START: gl.constexpr, SPAN: gl.constexpr,
+    BITS: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr, BLOCK_M: gl.constexpr, ACC: gl.constexpr,
+    A: gl.constexpr,
+):  # fmt: skip
+    """Sums over a step's columns [START, START + SPAN), of one tile or two: still in flight, with their operands."""
+    PER: gl.constexpr = 16 // BITS
+    CHUNK: gl.constexpr = UNIT * PER
+    held = ()
+    first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+    second = first
+    for chunk in gl.static_range(START // CHUNK, (START + SPAN + CHUNK - 1) // CHUNK):
+        panel = panels + chunk // (WORDS // UNIT)
+        words = w_ring.index(panel).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
+        if TILES == 2:
+            up_words = w_ring.index(panel + PANELS).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
+        for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
+            rhs = x_ring.index(boxes + chunk * PER + index).permute((1, 0))
+            lhs = _plane(words, less, index, BITS, x_ring.dtype)
+            first = warpgroup_mma(lhs, rhs, first, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
+            held = held + (lhs,)  # noqa: RUF005
+            if TILES == 2:
+                lhs = _plane(up_words, up_less, index, BITS, x_ring.dtype)
+                second = warpgroup_mma(lhs, rhs, second, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
+                held = held + (lhs,)  # noqa: RUF005
+    return first, second, held
+
+
+@gluon.jit
+def _scale(s_ring, slot, ACC: gl.constexpr):
+    """A group's scales of 64 channels, [64, 1] float32."""
+    return s_ring.index(slot).permute((1, 0)).load(ACC).to(gl.float32)
+
+
+@gluon.jit
+def _settle(first, second, part, up_part, held, s_ring, slot, rows, TILES: gl.constexpr, ACC: gl.constexpr):
+    """Wait for a group's sums and add them, scaled. held: what the products in flight still read."""
+    if TILES == 2:
+        done = warpgroup_mma_wait(0, deps=(part, up_part) + held)  # noqa: RUF005
+        first += done[0] * _scale(s_ring, slot, ACC)
+        second += done[1] * _scale(s_ring, slot + rows, ACC)
+    else:
+        done = warpgroup_mma_wait(0, deps=(part,) + held)  # noqa: RUF005
+        first += done[0] * _scale(s_ring, slot, ACC)
+    return first, second
+
+
+@gluon.jit
+def _consume(
+    out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k, size, zero_stride,
+    first_channel, tile_stride, first_row, tile_number, split,
+    BITS: gl.constexpr, SPAN: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
+    SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """One warpgroup's products of the ring's steps, group by group, and what becomes of them."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
+    STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
+    RUNS: gl.constexpr = STEP // SPAN
+    channels = n * 2 if SILU else n
+    channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
+    first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+    second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+    less = _middle(BITS, x_ring.dtype, A)
+    up_less = less
+    if zero is not None:
+        points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
+        up_points = points
+        if TILES == 2:
+            up_points = _zero_points(zero, begin // size, zero_stride, channel + tile_stride, channels, BITS)
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        for run in gl.static_range(RUNS):
+            if zero is not None:
+                less = _less(points, BITS, x_ring.dtype)
+                up_less = _less(up_points, BITS, x_ring.dtype)
+                # The next group's are asked for while this one is multiplied.
+                ahead = gl.minimum(begin + i * STEP + (run + 1) * SPAN, k - 1) // size
+                points = _zero_points(zero, ahead, zero_stride, channel, channels, BITS)
+                if TILES == 2:
+                    up_points = _zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
+            tile = (stage * TEAMS + TEAM) * TILES
+            part, up_part, held = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // UNIT), less, up_less, run * SPAN, SPAN,
+                                       BITS, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
+            first, second = _settle(first, second, part, up_part, held, s_ring, tile * RUNS + run, RUNS, TILES, ACC)
+        mbarrier.arrive(free.index(stage), count=1)
+    conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+             tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+
+
+@gluon.jit
+def _fetch_constants(
+    w, s, bar, w_ring, s_ring, stage, at, first_channel, team_stride, tile_stride, size,
+    BITS: gl.constexpr, SPAN: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr,
+):  # fmt: skip
+    """A step's codes and scales."""
+    RUNS: gl.constexpr = PANELS * WORDS * 16 // BITS // SPAN
+    for tile in gl.static_range(TEAMS * TILES):
+        channel = first_channel + tile // TILES * team_stride + tile % TILES * tile_stride
+        slot = stage * TEAMS * TILES + tile
+        for panel in gl.static_range(PANELS):
+            fetch(w, [channel, at // (16 // BITS) + panel * WORDS], bar, w_ring.index(slot * PANELS + panel))
+        for run in gl.static_range(RUNS):
+            fetch(s, [(at + run * SPAN) // size, channel], bar, s_ring.index(slot * RUNS + run))
+
+
+@gluon.jit
+def _fetch_rows(x, bar, ring, stage, at, first_row, UNITS: gl.constexpr):
+    for unit in gl.static_range(UNITS):
+        fetch(x, [first_row, at + unit * UNIT], bar, ring.index(stage * UNITS + unit))
+
+
+@gluon.jit
+def _produce(
+    x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride, tile_stride,
+    first_row,
+    BITS: gl.constexpr, SPAN: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr,
+    STAGES: gl.constexpr, BYTES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Steps along K into the ring; the first codes and scales before the kernel in front has ended."""
+    STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
+    early = gl.minimum(steps, STAGES)
+    for i in range(early):
+        mbarrier.expect(ready.index(i), BYTES)
+        _fetch_constants(w, s, ready.index(i), w_ring, s_ring, i, begin + i * STEP, first_channel, team_stride, tile_stride,
+                         size, BITS, SPAN, TEAMS, TILES, PANELS)  # fmt: skip
+    if PDL:
+        await_previous()
+        allow_next()
+    for i in range(early):
+        _fetch_rows(x, ready.index(i), x_ring, i, begin + i * STEP, first_row, STEP // UNIT)
+    for i in range(early, steps):
+        stage = i % STAGES
+        mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
+        mbarrier.expect(ready.index(stage), BYTES)
+        _fetch_constants(w, s, ready.index(stage), w_ring, s_ring, stage, begin + i * STEP, first_channel, team_stride,
+                         tile_stride, size, BITS, SPAN, TEAMS, TILES, PANELS)  # fmt: skip
+        _fetch_rows(x, ready.index(stage), x_ring, stage, begin + i * STEP, first_row, STEP // UNIT)
+
+
+@gluon.jit(do_not_specialize=["m"])
+def hopper_int_kernel(
+    x, w, s, out, partial, arrivals, zero, bias, m, n, k, chunk, size, zero_stride,
+    BITS: gl.constexpr, SPAN: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
+    SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    PDL: gl.constexpr,
+):  # fmt: skip
+    """x: descriptor [m, k] in boxes [BLOCK_M, UNIT]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes [64, WORDS];
+    s: of scales [G, n or 2n] in boxes [1, 64]; zero: uint8, packed as `int_weights` says, rows zero_stride apart, or None.
+
+    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one. A step: PANELS * WORDS
+    words. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps for each of
+    TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with REGISTERS a thread, and one warp that copies.
+    """
+    row_tiles = (m + BLOCK_M - 1) // BLOCK_M
+    tile_number = gl.program_id(0)
+    split = gl.program_id(1)
+    team_stride: gl.constexpr = TILES * 64 if not SILU else 64
+    first_channel = tile_number // row_tiles * (TEAMS * team_stride)
+    first_row = tile_number % row_tiles * BLOCK_M
+    tile_stride = n if SILU else 64
+    STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
+    RUNS: gl.constexpr = STEP // SPAN
+    begin = split * chunk
+    steps = (gl.minimum(chunk, k - begin) + STEP - 1) // STEP
+
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TEAMS * TILES * PANELS, 64, WORDS], gl.NVMMASharedLayout(128, 16, 2))
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (STEP // UNIT), BLOCK_M, UNIT], gl.NVMMASharedLayout(64, 16, 2))
+    PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2)
+    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES * RUNS, 1, 64], PLAIN)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=TEAMS)
+    align()
+    scale_bytes: gl.constexpr = RUNS * s.dtype.primitive_bitwidth // 8
+    step_bytes: gl.constexpr = TEAMS * TILES * 64 * (PANELS * WORDS * 2 + scale_bytes) + STEP * BLOCK_M * 2
+    if TEAMS == 1:
+        gl.warp_specialize(
+            [
+                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
+                            size, zero_stride, first_channel, tile_stride, first_row, tile_number, split, BITS, SPAN, 0,
+                            TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
+                            tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
+            ],
+            [1],
+            [COPYING],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
+                            size, zero_stride, first_channel, tile_stride, first_row, tile_number * 2, split, BITS, SPAN, 0,
+                            TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
+                            size, zero_stride, first_channel + team_stride, tile_stride, first_row, tile_number * 2 + 1,
+                            split, BITS, SPAN, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
+                            tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
+            ],
+            [4, 1],
+            [REGISTERS, COPYING],
+        )  # fmt: skip

@@ -1,0 +1,50 @@
+"""Launches of `gemm_int_hopper.py`. Called through `launch_int.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from workstation.kernels.dependent import chained
+from workstation.kernels.gemm_int_hopper import hopper_int_kernel
+from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
+from workstation.kernels.launch_gemm_hopper import boxes, split_space
+from workstation.kernels.tuning import CHANNELS, GemmConfig
+
+COPYING, WORDS = 40, 64  # as in `gemm_int_hopper.py`
+
+
+def hopper_int_call(
+    x: Any, weight: IntWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n]."""
+    teams = config.warps // 4
+    tiles = 2 if silu else config.block_n // (teams * CHANNELS)
+    chunk = triton.cdiv(triton.cdiv(k, config.block_k), config.splits) * config.block_k
+    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
+    partial, arrivals = split_space(grid, teams * tiles * CHANNELS * config.block_m, out)
+    channels = 2 * n if silu else n
+    width = triton.cdiv(k, WORD_BITS // weight.bits * UNIT) * UNIT
+    scales = boxes(weight.scale, (k // weight.size, channels), (1, CHANNELS), 0)
+    zero_stride = weight.zero.stride(0) if isinstance(weight.zero, torch.Tensor) else channels  # else a dtype, or None
+    arguments = (
+        boxes(x, (m, k), (config.block_m, UNIT), 64), boxes(weight.words, (channels, width), (CHANNELS, WORDS), 128), scales,
+        out, partial, arrivals, weight.zero, bias, m, n, k, chunk, weight.size, zero_stride,
+    )  # fmt: skip
+    step = config.block_k
+    registers = _registers(tiles, config.block_m)
+    options = {
+        "BITS": weight.bits, "SPAN": step if weight.size == weight.columns else min(step, weight.size), "TEAMS": teams,
+        "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
+        "PANELS": step // (WORDS * WORD_BITS // weight.bits), "STAGES": config.stages, "REGISTERS": registers,
+        "num_warps": 4, "maxnreg": -(-(teams * registers + COPYING) // (8 * (teams + 1))) * 8,
+    }  # fmt: skip
+    options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
+    return hopper_int_kernel, grid, arguments, options
+
+
+def _registers(tiles: int, block_m: int) -> int:
+    """A multiplying thread's: as few as the compiler can keep a group's products in flight with, so that programs find room."""
+    return 80 + (tiles - 1) * 64 + (tiles * block_m if block_m > 16 or tiles > 1 else 0)
