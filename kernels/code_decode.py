@@ -7,8 +7,8 @@ A register holds the words of two neighbouring columns, and so eight codes; ever
     tables  `prmt` takes four bytes out of eight, so two of them and a third that chooses look up four codes in a table of 16
             bytes; once for the lower and once for the upper halves of the floats, which two more put together
 
-That is 2.6 and 3.3 instructions a weight with the multiplication by the scale, on the pipe that is narrow on Hopper (64 lanes)
-1.2 and 2.8 of them.
+That is 2.1 and 2.8 instructions a weight, of which 1.2 and 2.8 run on the pipe that has half the lanes on Hopper. A scale costs
+one multiplication more for two weights, or two.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import code_vectors
 import pytest
 import torch
 from quant_models import large, load, logits, rewrite, transformers_logits
@@ -29,6 +30,7 @@ from workstation.model.tensor_names import code_targets
 from workstation.quant.code_layers import CodeLayers
 from workstation.quant.codes import CodePacking, Codes, CodeScheme
 from workstation.quant.forms import Form, FusedLinear, Segment, scratch_bytes, weight_bytes
+from workstation.quant.quantise_codes import quantise_codes
 from workstation.safetensors_header import read_checkpoint
 
 EVERY = pytest.mark.parametrize("name", CODE_FORMATS)
@@ -125,6 +127,16 @@ def one_row(codes: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [1, 64]}).encode()
     return {"weight": stored, "weight.absmax": torch.ones(1), "weight.quant_map": torch.tensor(NF4),
             "weight.quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(state), dtype=torch.uint8), **more}
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4_float32"])
+def test_quantising_gives_the_codes_and_scales_that_bitsandbytes_gives(name: str, tmp_path: Path) -> None:
+    tensors = {key.removeprefix(f"{name}/"): value for key, value in VECTORS.items() if key.startswith(f"{name}/")}
+    _, (rows, columns) = tensors.pop("meaning"), tensors.pop("shape").tolist()
+    theirs = loaded(tmp_path, tensors, SCHEMES["nf4"], rows, columns)
+    ours = theirs._replace(words=torch.zeros_like(theirs.words), scale=torch.zeros_like(theirs.scale))
+    quantise_codes(code_vectors.weight(rows, columns), ours)
+    assert torch.equal(ours.words, theirs.words) and torch.equal(ours.scale, theirs.scale)
 
 
 def test_bitsandbytes_keeps_the_first_code_of_a_byte_in_its_upper_half(tmp_path: Path) -> None:
