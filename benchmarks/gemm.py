@@ -107,7 +107,7 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
                 continue
             tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
             found += _with_splits(problem, tile, device)
-    if "hopper" in kinds and device.capability == 90 and problem.scheme not in ("fp8_weight", *CODE_SCHEMES):
+    if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
         found += _hopper(problem, row_tiles)
     if problem.m == 1 and "gemv" in kinds and problem.scheme not in (*INTEGER_BITS, *CODE_SCHEMES):
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
@@ -125,6 +125,8 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
         row_tiles = row_tiles | {8} if problem.m <= 8 else row_tiles
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         rings, least, most = (50, 66, 100, 205), 2, 64
+    elif problem.scheme in CODE_SCHEMES:
+        shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = []

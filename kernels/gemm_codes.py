@@ -48,7 +48,8 @@ def _scales(scale, column, stride, channel, SIZE: tl.constexpr, KIND: tl.constex
 
 
 @triton.jit
-def _weights(plane, scales, INDEX: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, target: tl.constexpr):
+def _weights(plane, scales, INDEX: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+             target: tl.constexpr):  # fmt: skip
     """A tile of plane INDEX, or of its first or second 16 columns, times the scales of its groups."""
     if KIND == E8M0:
         return scaled(plane, exponents(scales[0], INDEX, target)[:, None], None, target)

@@ -21,6 +21,7 @@ from workstation.kernels.code_tables import E2M1, FP4, NF4, Table
 from workstation.kernels.code_weights import pack, unpack
 from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
 from workstation.kernels.launch_codes import fitted, widen_call
+from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.offline import resources
 from workstation.kernels.reference_codes import widen
 from workstation.kernels.tuning import CODE_SCHEMES, Device, GemmConfig, Output, Problem, Scheme, default_config, shared_bytes
@@ -43,7 +44,7 @@ def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str)
     right = left * np.uint32(40503) & np.uint32(0xFFFF)
     shift = 0 if table != E2M1 else {"bf16": 126, "fp16": 14}[target]
     values = torch.tensor(table, dtype=torch.float64).mul(2.0**-shift).to(TYPES[target])
-    for index, plane in enumerate(run(decoder(table, target), 4, _4=left | right << np.uint32(16))):
+    for index, plane in enumerate(run(decoder(None if table == E2M1 else table, target), 4, _4=left | right << np.uint32(16))):
         for column, half in ((left, plane & np.uint32(0xFFFF)), (right, plane >> np.uint32(16))):
             expected = values[torch.from_numpy((column >> np.uint32(4 * index) & np.uint32(15)).astype(np.int64))]
             assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
@@ -80,10 +81,8 @@ def check_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
     assert needed.stack == 0
 
 
-@pytest.mark.parametrize(("device", "scheme", "output", "m"), [
-    (A100, "nf4", "linear", 1), (H200, "mxfp4", "silu_mul", 16), (PRO_6000, "nvfp4", "linear", 64)], ids=str)
-def test_a_computed_configuration_compiles_and_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
-    check_fits(device, scheme, output, m)
+def test_a_computed_configuration_compiles_and_fits() -> None:
+    check_fits(PRO_6000, "mxfp4", "linear", 1)
 
 
 @pytest.mark.long
@@ -132,6 +131,39 @@ def test_compiled_products_of_any_shape(form: str, dtype: torch.dtype) -> None:
         block_m = min(64, max(16, 1 << (m - 1).bit_length()))
         for splits, step in ((1, 128), (3, 256)):
             check_product(case, GemmConfig("dot", 64, block_m, step, splits, 4, 3, pdl=m == 33), dtype)
+
+
+def ring(scheme: Scheme, output: Output, block_m: int) -> tuple[Problem, GemmConfig]:
+    n = 28672 if output == "silu_mul" else 6144
+    return Problem(scheme, output, block_m, n, 4096), GemmConfig("hopper", 64, block_m, 256, 1, 4, 3, True)
+
+
+def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
+    problem, config = ring(scheme, output, block_m)
+    needed = resources(compile_for(problem, config, H200.capability))
+    assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes and needed.stack == 0
+
+
+def test_a_ring_of_codes_compiles_and_fits() -> None:
+    check_ring_fits("nvfp4", "linear", 16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", CODE_SCHEMES)
+@pytest.mark.parametrize(("output", "block_m"), [("linear", 8), ("linear", 64), ("silu_mul", 16), ("silu_mul", 64)])
+def test_every_ring_of_codes_compiles_and_fits(scheme: Scheme, output: Output, block_m: int) -> None:
+    check_ring_fits(scheme, output, block_m)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_rings_multiply_codes_of_any_shape(form: str, dtype: torch.dtype) -> None:
+    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
+        case = make_case(m, 1152, 4096, form, dtype, "cuda")
+        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
+            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, 256 * panels, splits, 4, 2, True), dtype)
 
 
 @pytest.mark.gpu
