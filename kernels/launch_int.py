@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import triton
 
 from workstation.kernels import gemm_int, gemm_launch
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
@@ -154,8 +156,11 @@ def widen_call(weight: IntWeight, out: Any) -> Call:
     return Call(gemm_int.widen_kernel, grid, arguments, {"BITS": weight.bits, "ROWS": WIDENED_ROWS, "num_warps": 4})
 
 
-def widened(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    """Part by part through one buffer: widen, then the library's product into its columns of the result."""
+def widened(
+    x: torch.Tensor, weight: IntWeight | CodeWeight, bias: torch.Tensor | None, out: torch.Tensor | None,
+    widen: Callable[[Any, torch.Tensor], Call] = widen_call,
+) -> torch.Tensor:
+    """Part by part through one buffer: `widen`, then the library's product into its columns of the result."""
     if out is None:
         out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
@@ -165,7 +170,7 @@ def widened(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: 
     for start in range(0, weight.rows, most):
         stop = min(start + most, weight.rows)
         wide = buffer[: stop - start]
-        widen_call(weight.part(start, stop), wide).launch()
+        widen(weight.part(start, stop), wide).launch()
         if bias is None:
             torch.mm(x, wide.t(), out=out[:, start:stop])
         else:

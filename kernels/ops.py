@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workstation.kernels import reference, reference_fp8, reference_int
+from workstation.kernels import reference, reference_codes, reference_fp8, reference_int
+from workstation.kernels.code_tables import kept_groups
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
@@ -48,6 +50,13 @@ def _int() -> Any:
     from workstation.kernels import launch_int
 
     return launch_int
+
+
+@cache
+def _codes() -> Any:
+    from workstation.kernels import launch_codes
+
+    return launch_codes
 
 
 @cache
@@ -291,6 +300,37 @@ def silu_mul_int(
     if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_int(x, weight, bias), rounding)
+
+
+def linear_codes(
+    x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x · Wᵀ + b` with 4-bit codes, W[n, k] = table[code[n, k]] · scale[n, k // size] · factor[n].
+
+    Args:
+        x: [T, K], rows contiguous.  bias: [N] of x's dtype.  out: [T, N] of x's dtype, contiguous, to write into.
+    Returns:
+        [T, N] of x's dtype.
+    """
+    rows = weight.rows
+    groups = kept_groups(weight.size, weight.columns) // (1 if weight.scale.dtype == torch.float32 else 4)
+    _check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    _check(weight.scale.shape == (groups, rows), "scale", weight.scale, "must be [G, N]")
+    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    _check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
+    if x.is_cuda or FORCE_TRITON:
+        return _codes().linear_codes(x, weight, bias, out)  # type: ignore[no-any-return]
+    y = reference_codes.linear_codes(x, weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def silu_mul_codes(
+    x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
+) -> Operand:
+    """`silu_mul(linear_codes(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
+    if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+        return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
+    return silu_mul(linear_codes(x, weight, bias), rounding)
 
 
 def samples(logits: torch.Tensor) -> bool:

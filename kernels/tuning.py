@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group, 16-bit activations.
-Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight"]
+# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group; 4-bit codes with a table
+# and float32 scales, with e8m0 and with e4m3 ones. All but the second have 16-bit activations.
+Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 Output = Literal["linear", "silu_mul"]
 Kind = Literal["dot", "gemv", "hopper", "library"]
 
@@ -31,10 +32,13 @@ READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands fr
 # and FP8 weights with 16-bit activations it cannot read at all.
 LIBRARY_ABOVE: dict[Scheme, int] = {
     "16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS, "int4": MAX_ROWS, "int8_weight": MAX_ROWS,
+    "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
-# The least step along K: integers come in chunks of 32 words of 16 bits.
-LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64}
+CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
+# The least step along K: integers and codes come in chunks of 32 words of 16 bits.
+LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
+MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 
 
@@ -61,7 +65,7 @@ class Problem:
     @property
     def weight_bytes(self) -> float:
         """Bytes a weight element takes, scales not counted."""
-        return {"16bit": 2, "int4": 0.5}.get(self.scheme, 1)
+        return {"16bit": 2, "int4": 0.5, **dict.fromkeys(CODE_SCHEMES, 0.5)}.get(self.scheme, 1)
 
     @property
     def row_bytes(self) -> int:

@@ -54,7 +54,7 @@ def test_underscores_in_flags_are_dashes() -> None:
     [
         (["serve"], 2, "name a model"),
         (["serve", "demo", "--model", "other"], 2, "two models are named"),
-        (["serve", "demo", "--quantization", "awq"], 2, "--quantization must be one of fp8, int8, int4, got 'awq'"),
+        (["serve", "demo", "--quantization", "awq"], 2, "one of fp8, int8, int4, int4-g64, int4-g32, nf4, got 'awq'"),
         (["serve", "demo", "-tp", "2"], 2, "--tensor-parallel-size=2 is not served yet"),
         (["serve", "demo", "--max_model_len", "many"], 2, "--max-model-len must be a whole number"),
         (["serve", "demo", "--rope-theta", "1e6"], 2, "config.json; change it there"),

@@ -240,7 +240,7 @@ GROUP = "config_groups.group_0"
     ("ct_channel", f"{GROUP}.weights", None, ["group_0: weights"]),
     ("ct_channel", f"{GROUP}.weights.type", "int", ["group_0: input_activations", "integer weights"]),
     ("ct_channel", f"{GROUP}.weights.type", "complex", ["group_0.weights: type", "'complex'"]),
-    ("ct_channel", f"{GROUP}.weights.num_bits", 4, ["num_bits", "8", "4"]),
+    ("ct_channel", f"{GROUP}.weights.num_bits", 6, ["num_bits", "8", "6"]),
     ("ct_channel", f"{GROUP}.weights.symmetric", False, ["symmetric"]),
     ("ct_channel", f"{GROUP}.weights.dynamic", True, ["weights: dynamic"]),
     ("ct_channel", f"{GROUP}.weights.strategy", "group", ["strategy", "tensor, channel or block"]),
@@ -263,7 +263,7 @@ GROUP = "config_groups.group_0"
     ("hf_block", "scale_fmt", "log", ["scale_fmt"]),
     ("hf_tensor", "activation_scheme", "group", ["activation_scheme", "static"]),
     ("fbgemm", "activation_scale_ub", -1.0, ["activation_scale_ub"]),
-    ("modelopt", "quant_algo", "NVFP4", ["quant_algo", "NVFP4", "FP8_PB_WO"]),
+    ("modelopt", "quant_algo", "NVFP4_AWQ", ["quant_algo", "NVFP4_AWQ", "FP8_PB_WO"]),
     ("modelopt", "ignore", ["*a" * 9], ["ignore", "wildcards"]),
     ("modelopt", "ignore", {"a": 1}, ["ignore", "list"]),
 ], ids=lambda value: value if isinstance(value, str) and "." not in value else None)  # fmt: skip

@@ -21,6 +21,7 @@ from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import Look, Picture, take_picture
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.grammar.matcher import Matcher
+from workstation.model.transformer import Decoder
 
 log = logging.getLogger("ws.engine")
 IDLE_SECONDS = 0.005  # how long a step waits for a grammar when there is nothing else to do
@@ -44,6 +45,16 @@ class Engine:
         self._in_flight: Step | None = None
         self.grammars = grammars if grammars is not None else GrammarDesk(info.model, info.logits_width)
         self._refused: list[tuple[str, WorkstationError]] = []
+
+    @property
+    def model(self) -> Decoder:
+        """The loaded weights, for measurements beside the loop."""
+        return self._runner.model
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV pool's elements."""
+        return self._runner.pool.dtype
 
     @property
     def has_work(self) -> bool:

@@ -37,6 +37,11 @@ class Target(ABC):
         self.tensor, self.dtypes = tensor, dtypes
         self.shapes: Shapes = (tuple(tensor.shape),) if shapes is None else shapes
 
+    @property
+    def complaint(self) -> str:
+        """What is wrong with what `is_broken`."""
+        return "holds values that are not finite"
+
     @abstractmethod
     def read(self, reader: Reader, entry: TensorEntry, scratch: Scratch) -> None:
         """Fill the place from a checked entry."""

@@ -1,5 +1,5 @@
 """compressed-tensors: groups of layers, and their FP8 weights (`float-quantized`, `naive-quantized`); integers: see
-`compressed_integers`. FP8: X.weight F8_E4M3 [N, K], X.weight_scale.
+`compressed_integers`, 4-bit floats: `compressed_floats`. FP8: X.weight F8_E4M3 [N, K], X.weight_scale.
 
     strategy tensor    one number           strategy channel    [N, 1]           strategy block    [⌈N/128⌉, ⌈K/128⌉]
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
+from workstation.quant import compressed_floats
 from workstation.quant.compressed_integers import integer_weights
 from workstation.quant.description import (
     FP8_KV,
@@ -31,7 +32,7 @@ from workstation.quant.forms import Activations, Granularity
 METHOD = "compressed-tensors"
 MODULE_CLASS = "Linear"
 MAX_GROUPS = 256
-_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", "mixed-precision", "dense")
+_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", *compressed_floats.FORMATS, "mixed-precision", "dense")
 _HARMLESS = ("quant_method", "quantization_status", "global_compression_ratio", "version", "run_compressed")  # how it was made
 _NOT_ARITHMETIC = ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
@@ -100,6 +101,12 @@ def _group(name: str, value: Any, config: Fields) -> tuple[Names, AnyScheme]:
         _all_asked(arguments)
         _all_asked(group)
         return targets, scheme
+    if arguments.text("type", "int") == "float" and arguments.raw("num_bits") == compressed_floats.BITS:
+        compressed_floats.check_inputs(group, inputs)
+        codes = compressed_floats.float_codes(arguments)
+        _all_asked(arguments)
+        _all_asked(group)
+        return targets, codes
     granularity = _weights(arguments)
     if inputs is not None:
         if not isinstance(inputs, dict):
@@ -143,7 +150,7 @@ def _eight_bit_float(args: Fields) -> None:
     if args.text("type", "int") != "float":
         raise args.refuse("type", "float or int")
     if args.raw("num_bits") != 8:
-        raise args.refuse("num_bits", "8")
+        raise args.refuse("num_bits", "8, or 4 for weights")
     if not args.boolean("symmetric", True):
         raise args.refuse("symmetric", "true")
 

@@ -59,7 +59,7 @@ class IntegerLayers:
         self._check_zeros(module, scheme, names)
         self._check_shape(module, rows, columns)
         part = integer_part(scheme, module, columns, scale.dtype, self._order(module, scheme, columns, names))
-        if part.groups is not None and part.groups.zero_points and rows % 2:
+        if not scheme.symmetric and rows % 2:
             raise ModelFolderError(f"{module} has {rows} rows; layers with zero points need an even number")
         return part
 
