@@ -22,7 +22,7 @@ def command(
     vram: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory as CUDA reports it: 96G = 96 GiB.")] = None,
     context: Annotated[str | None, typer.Option("--context", "--max-model-len", metavar="N", help="Tokens of one.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, help="Requests of that context at once.")] = 1,
-    quantization: Annotated[str | None, typer.Option(metavar="FORM", help="16-bit, fp8, int8, nvfp4 or int4.")] = None,
+    quantization: Annotated[str | None, typer.Option(metavar="FORM", help="16-bit, fp8, int8, nf4, nvfp4 or int4.")] = None,
     kv_cache_dtype: Annotated[str | None, typer.Option(metavar="DTYPE", help="fp8, or auto: as ws serve would.")] = None,
     tensor_parallel_size: Annotated[int, typer.Option("--tensor-parallel-size", "-tp", min=1, max=64, help="Cards.")] = 1,
     gpu_memory_utilization: Annotated[str | None, typer.Option(metavar="X", help="Share of the card in use.")] = None,

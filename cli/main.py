@@ -19,7 +19,7 @@ COMMANDS = {
     "top": ("top", "command", False), "ps": ("processes", "ps", False), "stop": ("processes", "stop", False),
     "estimate": ("estimate", "command", True), "models": ("models", "command", False), "show": ("show", "command", True),
     "pull": ("pull", "command", True), "rm": ("rm", "command", True), "check": ("check", "command", True),
-    "doctor": ("doctor", "command", False),
+    "doctor": ("doctor", "command", False), "quantize": ("quantize", "command", True),
     "eval": ("evaluate", "command", False), "bench": ("bench", "app", False),
 }  # fmt: skip
 

@@ -17,8 +17,8 @@ _WORKING: tuple[Setting, ...] = (
     Setting("dtype", "text", "auto", "Of weights and activations; auto is the checkpoint's (float32 on the CPU).",
             choices=("auto", "bfloat16", "float16", "float32", "half", "float")),
     Setting("quantization", "text", None,
-            "fp8, int8 or int4: quantises 16-bit weights while loading; a quantised checkpoint needs no flag.", ("-q",),
-            choices=("fp8", "int8", "int4")),
+            "fp8, int8, int4 (int4-g64, int4-g32: smaller groups) or nf4: quantises 16-bit weights while loading; a quantised "
+            "checkpoint needs no flag.", ("-q",), choices=("fp8", "int8", "int4", "int4-g64", "int4-g32", "nf4")),
     Setting("kv_cache_dtype", "text", "auto", "fp8 keeps keys and values in a byte each, and holds twice the tokens; auto: the "
             "checkpoint's, as a rule the model's dtype, whose name forces it.",
             choices=("auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32")),
@@ -96,7 +96,7 @@ REMOVED_FLAGS: tuple[RemovedFlag, ...] = (
     RemovedFlag("disable_log_requests", "requests are not logged", harmless=True, takes_value=False),
     RemovedFlag("preemption_mode", "preemption always recomputes", harmless=True),
     RemovedFlag("max_seq_len_to_capture", "graphs do not depend on the length of a sequence", harmless=True),
-    RemovedFlag("guided_decoding_backend", "structured output has not landed"),
+    RemovedFlag("guided_decoding_backend", "grammars are llguidance's, whatever the flag says", harmless=True),
     RemovedFlag("enable_reasoning", "thoughts are told apart from answers without it", harmless=True, takes_value=False),
     RemovedFlag("rope_scaling", "RoPE is read from the model's config.json; change it there"),
     RemovedFlag("rope_theta", "RoPE is read from the model's config.json; change it there"),

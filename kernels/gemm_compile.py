@@ -7,10 +7,12 @@ from typing import Any
 
 import torch
 
+from workstation.kernels.code_tables import E2M1, NF4, ScaleKind
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import FP8, Call, Operands, gemm_call
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.offline import targeting
-from workstation.kernels.tuning import FP8_CAPABILITY, INTEGER_BITS, GemmConfig, Problem, fuses_silu
+from workstation.kernels.tuning import CODE_SCHEMES, FP8_CAPABILITY, INTEGER_BITS, GemmConfig, Problem, Scheme, fuses_silu
 
 GROUP = 128
 
@@ -18,12 +20,14 @@ GROUP = 128
 def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
     """The product's launch for bfloat16 results without bias or residual; dtypes stand for the tensors.
 
-    Integers are symmetric, with a bfloat16 scale a group of 128 columns.
+    Integers are symmetric, with a bfloat16 scale a group of 128 columns; NF4 has one a group of 64.
     """
     x = FP8 if problem.scheme == "fp8" else torch.bfloat16
     weight: Any = torch.bfloat16
     if problem.scheme in INTEGER_BITS:
         weight = int_types(INTEGER_BITS[problem.scheme], GROUP, problem.k)
+    elif problem.scheme in CODE_SCHEMES:
+        weight = code_types(problem.scheme, problem.k)
     elif problem.scheme != "16bit":
         weight = FP8 if capability >= FP8_CAPABILITY else torch.uint8
     scale = torch.float32 if problem.scheme.startswith("fp8") else None
@@ -41,6 +45,18 @@ def int_types(bits: int, size: int, columns: int, *, zeros: bool = False) -> Any
     scale: Any = torch.bfloat16
     zero: Any = torch.uint8 if zeros else None
     return IntWeight(words, scale, zero, bits, min(size, columns), columns)
+
+
+def code_types(scheme: Scheme, columns: int, *, divides: bool = False) -> Any:
+    """A `CodeWeight` of dtypes."""
+    words: Any = torch.int16
+    number: Any = torch.float32
+    byte: Any = torch.int32
+    if scheme == "nf4":
+        return CodeWeight(words, number, None, number, NF4, ScaleKind.F32, 64, columns)
+    if scheme == "mxfp4":
+        return CodeWeight(words, byte, None, number, E2M1, ScaleKind.E8M0, 32, columns)
+    return CodeWeight(words, byte, number, number, E2M1, ScaleKind.E4M3, 16, columns, divides)
 
 
 def fingerprint(problem: Problem, config: GemmConfig, capability: int) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ import triton
 from torch.nn import functional as F
 
 from workstation.kernels import reference_gemm
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_small import gemm_kernel, gemv_kernel, reduce_kernel
 from workstation.kernels.int_weights import IntWeight
@@ -49,7 +50,7 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Operands:
     """One product's inputs; for compiling ahead, dtypes stand for the tensors. FP8 weights may come as uint8 codes, integers
-    as an `IntWeight`."""
+    as an `IntWeight`, 4-bit codes as a `CodeWeight`."""
 
     x: Any
     weight: Any
@@ -141,6 +142,10 @@ def gemm_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, 
 
     The residual belongs to the last sum, so the others take it here with one split only.
     """
+    if isinstance(operands.weight, CodeWeight):
+        from workstation.kernels.launch_codes import codes_call  # which builds on this file
+
+        return codes_call(operands, config, out, m, n, k, silu=silu)
     if isinstance(operands.weight, IntWeight):
         from workstation.kernels.launch_int import int_call  # which builds on this file
 

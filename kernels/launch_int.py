@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 import triton
 
 from workstation.kernels import gemm_int, gemm_launch
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
@@ -21,6 +23,7 @@ WIDENED_ROWS = 32
 # Of activations, at most, where gate and up share a program, without and with zero points.
 FUSED_ROWS, FUSED_ROWS_ZEROS = 32, 16
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
+NARROW = 128  # columns of a group with zero points, below which rings lack registers
 HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
@@ -58,16 +61,19 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, _rings(weight, output))
+    rings = rings_serve(weight, output)
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 
-def _rings(weight: IntWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes."""
+def rings_serve(weight: IntWeight, output: Output) -> bool:
+    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes. Zero
+    points of narrow groups take more registers than there are."""
     step = HOPPER_WORDS * WORD_BITS // weight.bits
     groups = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
-    tiles = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
-    return groups and tiles and weight.scale.stride(0) % 8 == 0
+    tiles = output == "linear" or not isinstance(weight.words, torch.Tensor) or weight.rows % (2 * CHANNELS) == 0
+    narrow = weight.zero is not None and weight.size < NARROW
+    return groups and tiles and not narrow and (not isinstance(weight.scale, torch.Tensor) or weight.scale.stride(0) % 8 == 0)
 
 
 @cache
@@ -150,8 +156,11 @@ def widen_call(weight: IntWeight, out: Any) -> Call:
     return Call(gemm_int.widen_kernel, grid, arguments, {"BITS": weight.bits, "ROWS": WIDENED_ROWS, "num_warps": 4})
 
 
-def widened(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
-    """Part by part through one buffer: widen, then the library's product into its columns of the result."""
+def widened(
+    x: torch.Tensor, weight: IntWeight | CodeWeight, bias: torch.Tensor | None, out: torch.Tensor | None,
+    widen: Callable[[Any, torch.Tensor], Call] = widen_call,
+) -> torch.Tensor:
+    """Part by part through one buffer: `widen`, then the library's product into its columns of the result."""
     if out is None:
         out = torch.empty(x.shape[0], weight.rows, dtype=x.dtype, device=x.device)
     if not x.shape[0]:
@@ -161,7 +170,7 @@ def widened(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: 
     for start in range(0, weight.rows, most):
         stop = min(start + most, weight.rows)
         wide = buffer[: stop - start]
-        widen_call(weight.part(start, stop), wide).launch()
+        widen(weight.part(start, stop), wide).launch()
         if bias is None:
             torch.mm(x, wide.t(), out=out[:, start:stop])
         else:

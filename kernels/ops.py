@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from workstation.kernels import reference, reference_fp8, reference_int
+from workstation.kernels import int8_activations, reference, reference_codes, reference_fp8, reference_int
+from workstation.kernels.code_tables import kept_groups
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
@@ -48,6 +50,13 @@ def _int() -> Any:
     from workstation.kernels import launch_int
 
     return launch_int
+
+
+@cache
+def _codes() -> Any:
+    from workstation.kernels import launch_codes
+
+    return launch_codes
 
 
 @cache
@@ -293,6 +302,54 @@ def silu_mul_int(
     return silu_mul(linear_int(x, weight, bias), rounding)
 
 
+def multiplies_int8(x: torch.Tensor, weight: IntWeight) -> bool:
+    """Whether `linear_int8` may serve: many rows of a 16-bit type, on a GPU. With fewer the weights' bytes decide, whatever
+    they are multiplied with; a CPU would gain nothing."""
+    many = x.is_cuda and x.shape[0] > MAX_ROWS and x.dtype != torch.float32
+    return many and int8_activations.multiplies_int8(weight)
+
+
+def linear_int8(
+    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`linear_int` with activations rounded to 8 bits, a scale a token, where `multiplies_int8`."""
+    _check(x.dim() == 2 and x.shape[1] == weight.columns, "x", x, "must be [T, K]")
+    _check(int8_activations.multiplies_int8(weight), "weight", weight.words, "must have 8 bits, a scale a row and 8 n rows")
+    _check(out is None or out.shape == (x.shape[0], weight.rows), "out", out, "must be [T, N]")
+    return int8_activations.linear_int8(x, weight, bias, out)
+
+
+def linear_codes(
+    x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """`y = x · Wᵀ + b` with 4-bit codes, W[n, k] = table[code[n, k]] · scale[n, k // size] · factor[n].
+
+    Args:
+        x: [T, K], rows contiguous.  bias: [N] of x's dtype.  out: [T, N] of x's dtype, contiguous, to write into.
+    Returns:
+        [T, N] of x's dtype.
+    """
+    rows = weight.rows
+    groups = kept_groups(weight.size, weight.columns) // (1 if weight.scale.dtype == torch.float32 else 4)
+    _check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    _check(weight.scale.shape == (groups, rows), "scale", weight.scale, "must be [G, N]")
+    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    _check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
+    if x.is_cuda or FORCE_TRITON:
+        return _codes().linear_codes(x, weight, bias, out)  # type: ignore[no-any-return]
+    y = reference_codes.linear_codes(x, weight, bias)
+    return y if out is None else out.copy_(y)
+
+
+def silu_mul_codes(
+    x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
+) -> Operand:
+    """`silu_mul(linear_codes(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
+    if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+        return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
+    return silu_mul(linear_codes(x, weight, bias), rounding)
+
+
 def samples(logits: torch.Tensor) -> bool:
     """Whether `sample` serves these logits; their twin is the sampler's own path over `engine/sampling_math.py`."""
     return logits.is_cuda or FORCE_TRITON
@@ -328,6 +385,24 @@ def sample(
     return _sampling().sample(  # type: ignore[no-any-return]
         logits, rows, positions, table, room, last_token, filtered=filtered
     )
+
+
+def mask_tokens(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
+    """Set logits of tokens that may not follow to -inf, in place. NaN and +inf stay, for a mask must hide no broken model.
+
+    Args:
+        logits: [L, V] float32, bfloat16 or float16, a row contiguous.
+        bits: [M, W] int32, contiguous: token i of a mask is allowed where bit i % 32 of word i // 32 is set; ids beyond the
+            words are not.
+        index: [L] int32: each row's mask, -1 for none.
+    """
+    _check(logits.dim() == 2 and logits.stride(1) == 1, "logits", logits, "must be [L, V] with contiguous rows")
+    _check(bits.dim() == 2 and bits.dtype == torch.int32 and bits.is_contiguous(), "bits", bits, "must be [M, W] int32")
+    _check(index.shape == logits.shape[:1] and index.dtype == torch.int32, "index", index, "must be [L] int32")
+    if logits.is_cuda or FORCE_TRITON:
+        _sampling().mask_tokens(logits, bits, index)
+    else:
+        reference.mask_tokens(logits, bits, index)
 
 
 def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:

@@ -14,8 +14,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group, 16-bit activations.
-Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight"]
+# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group; 4-bit codes with a table
+# and float32 scales, with e8m0 and with e4m3 ones. All but the second have 16-bit activations.
+Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 Output = Literal["linear", "silu_mul"]
 Kind = Literal["dot", "gemv", "hopper", "library"]
 
@@ -31,10 +32,13 @@ READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands fr
 # and FP8 weights with 16-bit activations it cannot read at all.
 LIBRARY_ABOVE: dict[Scheme, int] = {
     "16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS, "int4": MAX_ROWS, "int8_weight": MAX_ROWS,
+    "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
-# The least step along K: integers come in chunks of 32 words of 16 bits.
-LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64}
+CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
+# The least step along K: integers and codes come in chunks of 32 words of 16 bits.
+LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
+MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 
 
@@ -61,7 +65,7 @@ class Problem:
     @property
     def weight_bytes(self) -> float:
         """Bytes a weight element takes, scales not counted."""
-        return {"16bit": 2, "int4": 0.5}.get(self.scheme, 1)
+        return {"16bit": 2, "int4": 0.5, **dict.fromkeys(CODE_SCHEMES, 0.5)}.get(self.scheme, 1)
 
     @property
     def row_bytes(self) -> int:
@@ -123,7 +127,9 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
         return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
-    stage = int(config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes))
+    # Scales of codes come by the same way, at most as many bytes as fp32 ones of 64 columns or bytes of 16.
+    weight_bytes = problem.weight_bytes + (1 / 16 if problem.scheme in CODE_SCHEMES else 0)
+    stage = int(config.block_k * (tiles * config.block_n * weight_bytes + columns * problem.row_bytes))
     buffers = config.stages if config.kind == "gemv" or capability // 10 in READS_SHARED else config.stages - 1
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 
@@ -177,7 +183,8 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
-    ring = _ring(problem, device) if rings else None
+    make = _integer_ring if problem.scheme in INTEGER_BITS else _ring
+    ring = make(problem, device) if rings else None
     if ring is not None:
         return ring
     tile = _tile(problem, device)
@@ -209,6 +216,23 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
     stages = ring // (panels * PANEL_BYTES * (tiles * CHANNELS + block_m))
     config = GemmConfig("hopper", CHANNELS, block_m, panels * width, splits, 4, min(stages, 12), True)
     return config if stages >= 3 and shared_bytes(problem, config, device.capability) <= device.shared_bytes else None
+
+
+def _integer_ring(problem: Problem, device: Device) -> GemmConfig | None:
+    """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
+    split until there are two for each. From 64 rows on two warpgroups share the rows of x."""
+    silu = problem.output == "silu_mul"
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32):
+        return None
+    block_m = min(128, max(8, 1 << (problem.m - 1).bit_length()))
+    tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16) else 1
+    teams = 2 if block_m >= 64 else 1
+    step = int(PANEL_BYTES // problem.weight_bytes)
+    programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
+    splits = max(1, min(2 * device.processors // programs, problem.k // (4 * step), 8))
+    config = GemmConfig("hopper", teams * (1 if silu else tiles) * CHANNELS, block_m, step, splits, 4 * teams, 1, True)
+    stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
+    return replace(config, stages=max(2, min(6, 66 * KIB // stage)))
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

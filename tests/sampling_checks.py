@@ -88,3 +88,23 @@ def check_draw(x: torch.Tensor, params: SamplingParams, token: int, u: float) ->
     share = w.cumsum(0) / w.sum()
     assert share[token] >= u - TOLERANCE
     assert token == 0 or share[token - 1] <= u + TOLERANCE
+
+
+def check_token_mask(width: int, words: int, dtype: torch.dtype, device: str) -> None:
+    """Rows 0 and 2 have masks (the second first), row 1 has none; NaN and +inf stay; rows lie apart."""
+    gen = torch.Generator().manual_seed(width)
+    wide = torch.randn(3, width + 5, generator=gen).to(dtype)
+    logits = wide[:, :width]
+    logits[0, width // 2], logits[2, width - 1] = float("nan"), float("inf")
+    bits = torch.randint(-2**31, 2**31, (2, words), generator=gen, dtype=torch.int64).to(torch.int32)
+    index = torch.tensor([1, -1, 0], dtype=torch.int32)
+    expected = logits.clone()
+    for row, mask in ((0, 1), (2, 0)):
+        for token in range(width):
+            allowed = token < 32 * words and int(bits[mask, token // 32]) >> (token % 32) & 1
+            if not allowed and not expected[row, token].isnan() and not expected[row, token].isposinf():
+                expected[row, token] = float("-inf")
+    given = wide.to(device)
+    ops.mask_tokens(given[:, :width], bits.to(device), index.to(device))
+    torch.testing.assert_close(given[:, :width].cpu(), expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(given[:, width:].cpu(), wide[:, width:], rtol=0, atol=0)

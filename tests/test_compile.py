@@ -9,7 +9,8 @@ import itertools
 import json
 
 import pytest
-from test_tuning import A100, B200, DEVICES, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
+from products import some_of
+from test_tuning import A100, B200, DEVICES, EVERY_SCHEME, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
 
 from workstation.kernels import tuning
 from workstation.kernels.gemm_compile import compile_for, fingerprint
@@ -32,7 +33,7 @@ Product = tuple[Problem, GemmConfig, Device]
 def computed(device: Device) -> list[Product]:
     """One product for each kernel that the computed configurations need on a device."""
     found = {}
-    for scheme, output, m, (n, k) in itertools.product(SCHEMES, OUTPUTS, ROWS, WEIGHTS):
+    for scheme, output, m, (n, k) in itertools.product(EVERY_SCHEME, OUTPUTS, ROWS, WEIGHTS):
         if scheme == "fp8" and device.capability < tuning.FP8_CAPABILITY:
             continue  # goes to the library: no FP8 products there
         problem = Problem(scheme, output, m, n, k)
@@ -68,15 +69,14 @@ def check(product: Product) -> None:
     assert needed.registers <= 255
 
 
-ARCHITECTURES = [A100, L40S, H200, B200, PRO_6000]
-BASIC = [
-    (Problem(scheme, output, m, 6144, 4096), device)
-    for device in ARCHITECTURES
-    for scheme, output, m in (("fp8_weight", "linear", 16), ("16bit", "silu_mul", 64))
-]
+ARCHITECTURES = {device.name: device for device in (A100, L40S, H200, B200, PRO_6000)}
+BASIC = {
+    problem.scheme: problem
+    for problem in (Problem("fp8_weight", "linear", 16, 6144, 4096), Problem("16bit", "silu_mul", 64, 6144, 4096))
+}
 
 
-@pytest.mark.parametrize(("problem", "device"), BASIC, ids=lambda part: getattr(part, "name", getattr(part, "scheme", None)))
+@some_of(1, device=ARCHITECTURES, problem=BASIC)
 def test_a_computed_configuration_compiles_and_fits(problem: Problem, device: Device) -> None:
     check((problem, default_config(problem, device), device))
 

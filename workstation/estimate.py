@@ -13,7 +13,7 @@ from typing import Any
 from workstation.architecture import ModelShape
 from workstation.config import EngineConfig
 from workstation.errors import ConfigError, OutOfMemoryError
-from workstation.estimate_model import EstimatedModel, Weights
+from workstation.estimate_model import AT_LOAD, EstimatedModel, Weights
 from workstation.estimate_speed import Speed, decode_seconds, prompt_seconds
 from workstation.memory import DeviceMemory, MemoryPlan, blocks_for, gib, least_plan, plan_memory
 
@@ -304,6 +304,7 @@ def _smaller(forms: Sequence[Fit], fit: Fit) -> list[str]:
     for form in sorted(better, key=lambda form: (not form.served, -form.weight_bytes, form.kv_cache_dtype != "auto"))[:2]:
         kv = " with --kv-cache-dtype fp8" if form.kv_cache_dtype == "fp8" else ""
         later = "" if form.served else " (this version does not serve it yet)"
-        lines.append(f"--quantization {form.form}{kv} fits: {gib(form.weight_bytes)} of weights, "
+        how = f"--quantization {form.form}" if form.form in AT_LOAD else f"a checkpoint in {form.form}"
+        lines.append(f"{how}{kv} fits: {gib(form.weight_bytes)} of weights, "
                      f"one request up to {form.longest_context:,} tokens{later}")
     return lines

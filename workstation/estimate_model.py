@@ -15,18 +15,20 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.catalog import ModelEntry, demo_folder
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import parse_json_object
-from workstation.quant.at_load import QUANTIZATIONS
+from workstation.quant.at_load import CHOICES, SMALLER_GROUPS
+from workstation.quant.code_layers import code_part
+from workstation.quant.codes import NV_SIZE, CodePacking, CodeScheme
 from workstation.quant.detect import FORMATS, weight_forms
 from workstation.quant.forms import HEAD_MODULE, SCRATCH_BYTES, Form, WeightForms, all_linears, scratch_bytes, weight_bytes
 from workstation.quant.kv_cache import checkpoint_scheme, is_fp8
 from workstation.safetensors_header import TensorEntry, read_checkpoint
 
 DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
-NVFP4_GROUP = 16
 # How a checkpoint's own method is called here, when it is not served.
 _FOUR_BIT = {"awq": "int4", "gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4", "modelopt": "nvfp4"}
-SERVED = ("16-bit", *QUANTIZATIONS)
-_NAMES = {Form.FP8_CHANNEL: "fp8", Form.FP8_BLOCK: "fp8", Form.INT4: "int4", Form.INT8: "int8"}
+AT_LOAD = ("16-bit", *CHOICES)  # what `ws serve` makes of a 16-bit checkpoint
+_NAMES = {Form.FP8_CHANNEL: "fp8", Form.FP8_BLOCK: "fp8"}
+_WIDENED = ("int4", *SMALLER_GROUPS, "int8", "nf4", "nvfp4")  # forms of which products of many rows widen a part at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +45,7 @@ class Weights:
     nbytes: int
     source: str = "shape"
     scratch: int = 0
-
-    @property
-    def served(self) -> bool:
-        return self.name in SERVED
+    served: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +75,8 @@ class EstimatedModel:
         for form in self.others:
             if form.name == quantization:
                 return form
+            if form.name == "int4" and quantization in SMALLER_GROUPS:
+                return _usual(self.shape, quantization)
         raise ConfigError(f"--quantization must be one of {', '.join(form.name for form in self.others)}, "
                           f"got {quantization!r}", param="quantization")
 
@@ -156,13 +157,13 @@ def _own_weights(
             raise
     name = _FOUR_BIT[method]
     if stored:
-        return Weights(name, sum(tensor.nbytes for tensor in stored.values()), source)
-    return Weights(name, form_bytes(shape, name))
+        return Weights(name, sum(tensor.nbytes for tensor in stored.values()), source, served=False)
+    return Weights(name, form_bytes(shape, name), served=False)
 
 
 def _name(forms: WeightForms) -> str:
     """What most layers are kept in."""
-    names = [_NAMES[part.form] for part in forms.parts.values()]
+    names = [_NAMES.get(part.form, part.form.value) for part in forms.parts.values()]
     return max(names, key=names.count) if names else "16-bit"
 
 
@@ -177,25 +178,26 @@ def _says_four_bits(shape: ModelShape, method: str) -> bool:
 
 def usual_forms(shape: ModelShape) -> tuple[Weights, ...]:
     """The same shape in the forms people publish, largest first; the embedding and the head stay 16-bit."""
-    return tuple(_usual(shape, name) for name in ("16-bit", "fp8", "int8", "nvfp4", "int4"))
+    return tuple(_usual(shape, name) for name in ("16-bit", "fp8", "int8", "nf4", "nvfp4", "int4"))
 
 
 def _usual(shape: ModelShape, name: str) -> Weights:
-    return Weights(name, form_bytes(shape, name), scratch=SCRATCH_BYTES if name.startswith("int") else 0)
+    return Weights(name, form_bytes(shape, name), scratch=SCRATCH_BYTES if name in _WIDENED else 0)
 
 
 def form_bytes(shape: ModelShape, name: str) -> int:
     """Bytes of all weights in a form.
 
-    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 and int8 with a float32 scale a row, int4 with a
-    16-bit scale a group of 128; nvfp4 with an FP8 scale a group of 16. Raises ConfigError for another name.
+    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 with a float32 scale a row, int8 with a 16-bit one,
+    int4 with a 16-bit scale a group, nf4 with a float32 scale a group of 64; nvfp4, which checkpoints come in, with an FP8
+    scale a group of 16. Raises ConfigError for another name.
     """
     if name == "16-bit":
         return weight_bytes(shape, DENSE_BYTES)
-    if name in QUANTIZATIONS:
+    if name in CHOICES:
         return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, name))
     if name != "nvfp4":
         raise ConfigError(f"the bytes of {name} weights cannot be told from a shape", param="quantization")
-    linears = sum(linear.out_features * linear.in_features for linear in all_linears(shape)
-                  if linear.parts[0][0] != HEAD_MODULE)
-    return weight_bytes(shape, DENSE_BYTES) - linears * DENSE_BYTES + int(linears * (4 + 8 / NVFP4_GROUP) / 8)
+    parts = {module: code_part(CodeScheme(CodePacking.MODELOPT), module, linear.in_features) for linear in all_linears(shape)
+             for module, _ in linear.parts if module != HEAD_MODULE and linear.in_features % NV_SIZE == 0}
+    return weight_bytes(shape, DENSE_BYTES, WeightForms(parts))

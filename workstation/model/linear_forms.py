@@ -5,8 +5,10 @@ from __future__ import annotations
 import torch
 
 from workstation.model.linear import DenseLinear, Linear, SplitLinear
+from workstation.model.linear_codes import empty_codes
 from workstation.model.linear_fp8 import empty_fp8
 from workstation.model.linear_int import empty_int
+from workstation.quant.codes import Codes
 from workstation.quant.forms import Form, FusedLinear, Segment, WeightForms
 
 
@@ -22,6 +24,8 @@ def pieces(linear: Linear) -> tuple[Linear, ...]:
 
 
 def _empty_segment(segment: Segment, dtype: torch.dtype, device: torch.device) -> Linear:
+    if isinstance(segment.groups, Codes):
+        return empty_codes(segment, segment.groups, dtype=dtype, device=device)
     if segment.groups is not None:
         return empty_int(segment, segment.groups, dtype=dtype, device=device)
     if segment.form is not Form.DENSE:

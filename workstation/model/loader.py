@@ -179,10 +179,10 @@ def _read_all(
 
 
 def _refuse_broken(table: dict[str, Target], entries: list[TensorEntry]) -> None:
-    """Raise ModelFolderError for the first quantised tensor or scale that holds NaN or infinity; waits once."""
+    """Raise ModelFolderError for the first quantised tensor or scale that cannot be one; waits once."""
     found = [(entry, broken) for entry in entries if (broken := table[entry.name].is_broken()) is not None]
     if not found:
         return
     for (entry, _), broken in zip(found, torch.stack([flag for _, flag in found]).tolist(), strict=True):
         if broken:
-            raise ModelFolderError(f"tensor {entry.name} in {entry.file} holds values that are not finite")
+            raise ModelFolderError(f"tensor {entry.name} in {entry.file} {table[entry.name].complaint}")

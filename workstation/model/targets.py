@@ -14,7 +14,7 @@ PLAIN_DTYPES = ("BF16", "F16", "F32")
 # U8 is read as an exponent (e8m0), and only where a target says that it takes one.
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "I32": torch.int32,
+    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "I32": torch.int32, "I8": torch.int8,
 }
 NAN_CODE = 0x7F
 CHUNK_ELEMENTS = 1 << 24
@@ -36,6 +36,11 @@ class Target(ABC):
     def __init__(self, tensor: torch.Tensor, shapes: Shapes | None = None, dtypes: tuple[str, ...] = PLAIN_DTYPES) -> None:
         self.tensor, self.dtypes = tensor, dtypes
         self.shapes: Shapes = (tuple(tensor.shape),) if shapes is None else shapes
+
+    @property
+    def complaint(self) -> str:
+        """What is wrong with what `is_broken`."""
+        return "holds values that are not finite"
 
     @abstractmethod
     def read(self, reader: Reader, entry: TensorEntry, scratch: Scratch) -> None:

@@ -8,14 +8,26 @@ import torch
 
 from workstation.architecture import ModelShape
 from workstation.model.linear import DenseLinear, Linear
+from workstation.model.linear_codes import CodeLinear
 from workstation.model.linear_forms import pieces
 from workstation.model.linear_fp8 import Fp8BlockLinear, Fp8ChannelLinear, Fp8Linear
 from workstation.model.linear_int import IntLinear
 from workstation.model.targets import Copied, CopiedFp8, CopiedScale, Quantised, SpreadScale, Target
-from workstation.model.targets_int import GroupScales, GroupZeros, PackedCodes, QuantisedGroups
+from workstation.model.targets_codes import (
+    Absmax,
+    ByteScales,
+    Factor,
+    NestedAbsmax,
+    QuantisedCodes,
+    StoredCodes,
+    storage_shapes,
+)
+from workstation.model.targets_int import GroupScales, GroupZeros, PackedCodes, QuantisedGroups, SignedCodes
 from workstation.model.transformer import Decoder
+from workstation.quant.code_layers import NESTED_SCALE, NESTED_TABLE
+from workstation.quant.codes import CODE_TENSORS, CodePacking
 from workstation.quant.forms import BLOCK, FusedLinear, Granularity, Part, WeightForms, head_linear, layer_linears
-from workstation.quant.integers import NAMES, stored_shapes
+from workstation.quant.integers import NAMES, SIGNED, Packing, stored_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -69,6 +81,8 @@ def _part(name: str, rows: slice, linear: Linear, part: Part) -> Targets:
         yield from _fp8(name, rows, linear, part)
     elif isinstance(linear, IntLinear):
         yield from _integers(name, rows, linear, part)
+    elif isinstance(linear, CodeLinear):
+        yield from code_targets(name, rows, linear, part)
     else:
         raise TypeError(f"weights are loaded before they are packed, not into {type(linear).__name__}")
     if linear.bias is not None:
@@ -95,12 +109,40 @@ def _fp8(name: str, rows: slice, linear: Fp8Linear, part: Part) -> Targets:
 def _integers(name: str, rows: slice, linear: IntLinear, part: Part) -> Targets:
     weight, count = linear.weight.part(rows.start, rows.stop), rows.stop - rows.start
     bits, columns = weight.bits, weight.columns
-    if part.packing is None:
+    if not isinstance(part.packing, Packing):
         yield f"{name}.weight", QuantisedGroups(weight.words, weight.scale, bits, columns)
         return
     names = NAMES[part.packing]
     shapes = stored_shapes(part.packing, bits, count, columns, weight.scale.shape[0])
-    yield f"{name}.{names.codes}", PackedCodes(weight.words, shapes[names.codes], part.packing, bits, columns, linear.order)
+    if part.packing in SIGNED:
+        yield f"{name}.{names.codes}", SignedCodes(weight.words, shapes[names.codes])
+    else:
+        yield f"{name}.{names.codes}", PackedCodes(weight.words, shapes[names.codes], part.packing, bits, columns, linear.order)
     yield part.scale_name, GroupScales(weight.scale, (shapes[names.scale],), part.scale_dtypes, part.packing)
     if weight.zero is not None:
         yield f"{name}.{names.zero}", GroupZeros(weight.zero, shapes[names.zero], part.packing, bits, count)
+
+
+def code_targets(name: str, rows: slice, linear: CodeLinear, part: Part) -> Targets:
+    """The named row range of a layer of 4-bit codes: its codes, scales and factor, as its checkpoint stores them."""
+    weight, count = linear.weight.part(rows.start, rows.stop), rows.stop - rows.start
+    columns = weight.columns
+    if not isinstance(part.packing, CodePacking):
+        yield f"{name}.weight", QuantisedCodes(weight)
+        return
+    names = CODE_TENSORS[part.packing]
+    if part.blocks is not None:
+        shapes, dtypes = storage_shapes(count * columns)
+        yield f"{name}.{names.codes}", StoredCodes(weight, shapes, dtypes, first_is_high=True)
+        if not part.blocks.nested_size:
+            yield part.scale_name, Absmax(weight, part.blocks)
+            return
+        nested = NestedAbsmax(weight, part.blocks)
+        yield part.scale_name, nested.absmax
+        yield f"{name}.{NESTED_SCALE}", nested.scale
+        yield f"{name}.{NESTED_TABLE}", nested.table
+        return
+    yield f"{name}.{names.codes}", StoredCodes(weight, ((count, columns // 2),), ("U8",))
+    yield part.scale_name, ByteScales(weight, part.scale_dtypes)
+    if weight.factor is not None:
+        yield f"{name}.{names.factor}", Factor(weight.factor, divides=weight.divides)

@@ -1,4 +1,4 @@
-"""A checkpoint's `quantization_config`, read: which layers are stored in FP8 or as integers, and how. No torch.
+"""A checkpoint's `quantization_config`, read: which layers are stored in FP8, as integers or as 4-bit codes, and how. No torch.
 
 One small file a format makes a Description; what they share is here. Every error names the field, its value and the limit.
 """
@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
 from workstation.model_folder import shown
+from workstation.quant.codes import CodeScheme
 from workstation.quant.forms import BLOCK, Activations, Granularity
 from workstation.quant.integers import IntScheme
 
@@ -41,7 +42,7 @@ class Scheme:
     scale_dtypes: tuple[str, ...] = ("F32", "BF16", "F16")
 
 
-AnyScheme = Scheme | IntScheme
+AnyScheme = Scheme | IntScheme | CodeScheme
 
 
 @dataclass(frozen=True, slots=True)

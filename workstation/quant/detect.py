@@ -2,7 +2,8 @@
 
 Formats match the names in their skip lists by five different rules, and some files describe themselves wrongly, so that
 the tensors decide what the description leaves open: a 16-bit weight without a scale is 16-bit, an FP8 weight with its scale
-is FP8, integer codes are integers, and a difference is logged. What has two readings is an error that names the tensor.
+is FP8, codes of integers or of a table are that, and a difference is logged. What has two readings is an error that names
+the tensor.
 """
 
 from __future__ import annotations
@@ -15,24 +16,28 @@ from workstation.architecture import ModelShape
 from workstation.config_fields import Fields
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import shown
-from workstation.quant import awq, compressed_tensors, fbgemm, gptq, hf_fp8, modelopt
-from workstation.quant.at_load import QUANTIZATIONS, forms_at_load
+from workstation.quant import awq, bitsandbytes, compressed_tensors, fbgemm, gptq, hf_fp8, modelopt
+from workstation.quant.at_load import CHOICES, forms_at_load
+from workstation.quant.code_layers import CodeLayers, code_part
+from workstation.quant.codes import CODE_TENSORS, CodePacking, CodeScheme
 from workstation.quant.description import WHERE, AnyScheme, Description, Scheme
 from workstation.quant.forms import PLAIN, Form, Granularity, Part, WeightForms, all_linears
 from workstation.quant.integer_layers import IntegerLayers, integer_part
-from workstation.quant.integers import CODE_NAMES, NAMES, IntScheme
+from workstation.quant.integers import CODE_NAMES, NAMES, SIGNED, IntScheme
 from workstation.safetensors_header import TensorEntry
 
 log = logging.getLogger(__name__)
 
 FORMATS: dict[str, Callable[[Fields], Description]] = {
-    module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt, gptq, awq)}
+    module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt, gptq, awq, bitsandbytes)}
+NOT_YET = {"mxfp4": "gpt-oss's expert weights, which wait for that architecture"}
 PLAIN_DTYPES = ("F32", "BF16", "F16")
-FP8_DTYPE = "F8_E4M3"
+FP8_DTYPE, SIGNED_DTYPE = "F8_E4M3", "I8"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 MAX_ZERO_BYTES = 1 << 24
 # Beside a linear layer: static scales of activations, and scales of the KV cache (`kv_cache.py` reads those).
-_UNUSED_OF_LINEAR = ("input_scale", "activation_scale", "input_scale_ub", "k_scale", "v_scale", "output_scale", "q_scale")
+_UNUSED_OF_LINEAR = ("input_scale", "activation_scale", "input_scale_ub", "input_global_scale",
+                     "k_scale", "v_scale", "output_scale", "q_scale")
 _UNUSED_OF_ATTENTION = ("k_scale", "v_scale", "q_scale", "prob_scale", "kv_scale", "attn.k_scale", "attn.v_scale",
                         "attn.q_scale")
 _SCALES = ("weight_scale", "weight_scale_inv")
@@ -46,6 +51,7 @@ def describe(shape: ModelShape) -> Description | None:
     method = config.text("quant_method", "")
     if method not in FORMATS:
         named = shown(method) if method else "an unnamed method"
+        named += f" ({NOT_YET[method]})" if method in NOT_YET else ""
         raise ModelFolderError(f"the checkpoint is quantised with {named}, which is not served; served are "
                                f"{', '.join(FORMATS)}, and plain bf16, fp16 or fp32 weights",
                                param="quantization_config")
@@ -59,14 +65,14 @@ def weight_forms(
 
     Args:
         stored: the checkpoint's headers; None when there is none (dummy weights), and the description alone decides.
-        quantization: one of QUANTIZATIONS quantises the layers of a 16- or 32-bit checkpoint while loading, the head and
+        quantization: one of CHOICES quantises the layers of a 16- or 32-bit checkpoint while loading, the head and
             the embedding excepted; a checkpoint that is quantised already stays as it is.
 
     Raises ConfigError for another `quantization`, ModelFolderError for a description that is not served or that the
     tensors contradict.
     """
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(f"quantization must be {', '.join(QUANTIZATIONS)} or absent, got {shown(quantization)}; "
+    if quantization not in (None, *CHOICES):
+        raise ConfigError(f"quantization must be {', '.join(CHOICES)} or absent, got {shown(quantization)}; "
                           "a checkpoint's own format is found without it", param="quantization")
     description = describe(shape)
     if description is None:
@@ -89,7 +95,18 @@ def _described(module: str, scheme: AnyScheme, columns: int) -> Part:
     """What the description alone makes of a module."""
     if isinstance(scheme, IntScheme):
         return integer_part(scheme, module, columns)
+    if isinstance(scheme, CodeScheme):
+        return code_part(scheme, module, columns)
     return _part(module, scheme, scheme.scale_names[0])
+
+
+def _kind(scheme: AnyScheme) -> str:
+    """What a layer's main tensor is called, or its type where that says more."""
+    if isinstance(scheme, CodeScheme):
+        return scheme.packing.value
+    if isinstance(scheme, IntScheme):
+        return f"{SIGNED_DTYPE} weights" if scheme.packing in SIGNED else NAMES[scheme.packing].codes
+    return FP8_DTYPE
 
 
 def _part(module: str, scheme: Scheme, scale: str) -> Part:
@@ -105,6 +122,7 @@ class _Checker:
         self._shape, self._description, self._stored = shape, description, stored
         self._modules = _sizes(shape)
         self._integers = IntegerLayers(stored)
+        self._codes4 = CodeLayers(stored)
         self._differ: list[str] = []
         self._parts = {module: part for module in self._modules if (part := self._read(module)) is not PLAIN}
 
@@ -121,6 +139,9 @@ class _Checker:
 
     def _read(self, module: str) -> Part:
         scheme = self._description.scheme_of(module)
+        packing = self._codes4.packing(module, scheme)
+        if packing is not None:
+            return self._four_bits(module, packing, scheme)
         weight = self._stored.get(f"{module}.weight")
         codes = [entry for name in CODE_NAMES if (entry := self._stored.get(f"{module}.{name}"))]
         if codes:
@@ -136,9 +157,19 @@ class _Checker:
             if scheme is not None:
                 self._differ.append(module)
             return PLAIN
-        if weight.dtype != FP8_DTYPE or isinstance(scheme, IntScheme):
+        if weight.dtype == SIGNED_DTYPE:
+            return self._signed(module, weight, scheme)
+        if weight.dtype != FP8_DTYPE or isinstance(scheme, (IntScheme, CodeScheme)):
             raise self._contradiction(weight, f"{self._description.method} here stores {self._kinds()} or 16-bit weights")
         return self._fp8(module, weight, scheme, scales)
+
+    def _four_bits(self, module: str, packing: CodePacking, scheme: AnyScheme | None) -> Part:
+        codes = self._stored.get(f"{module}.{CODE_TENSORS[packing].codes}")
+        scheme = scheme or (self._only(module, codes) if codes is not None else None)
+        if codes is not None and (not isinstance(scheme, CodeScheme) or scheme.packing is not packing):
+            raise self._contradiction(codes, f"its tensors are those of {packing}, and {WHERE} describes {self._kinds()}")
+        described = scheme if isinstance(scheme, CodeScheme) else CodeScheme(packing)
+        return self._codes4.part(module, described, *self._modules[module])
 
     def _codes(self, module: str, codes: TensorEntry, other: TensorEntry | None, scheme: AnyScheme | None) -> Part:
         if other is not None:
@@ -146,6 +177,12 @@ class _Checker:
         scheme = scheme or self._only(module, codes)
         if not isinstance(scheme, IntScheme) or codes.name != f"{module}.{NAMES[scheme.packing].codes}":
             raise self._contradiction(codes, f"{WHERE} describes {self._kinds()}")
+        return self._integers.part(module, scheme, *self._modules[module])
+
+    def _signed(self, module: str, weight: TensorEntry, given: AnyScheme | None) -> Part:
+        scheme = given or self._only(module, weight)
+        if not isinstance(scheme, IntScheme) or scheme.packing not in SIGNED:
+            raise self._contradiction(weight, f"{WHERE} describes {self._kinds()}")
         return self._integers.part(module, scheme, *self._modules[module])
 
     def _only(self, module: str, weight: TensorEntry) -> AnyScheme:
@@ -156,12 +193,11 @@ class _Checker:
         return self._description.schemes[0]
 
     def _kinds(self) -> str:
-        kinds = {NAMES[item.packing].codes if isinstance(item, IntScheme) else FP8_DTYPE for item in self._description.schemes}
-        return " and ".join(sorted(kinds))
+        return " and ".join(sorted({_kind(item) for item in self._description.schemes}))
 
     def _fp8(self, module: str, weight: TensorEntry, given: Scheme | None, scales: list[str]) -> Part:
         scheme = given or self._only(module, weight)
-        if isinstance(scheme, IntScheme):
+        if not isinstance(scheme, Scheme):
             raise self._contradiction(weight, f"{WHERE} describes {self._kinds()}")
         if len(scales) != 1:
             raise self._contradiction(weight, f"it has {'two scales' if scales else 'no scale'}; "
@@ -178,6 +214,7 @@ class _Checker:
 
     def _unused(self) -> Iterator[str]:
         yield from self._integers.read
+        yield from self._codes4.read
         names = [f"{module}.{name}" for module in self._modules for name in _UNUSED_OF_LINEAR]
         names += [f"model.layers.{layer}.self_attn.{name}"
                   for layer in range(self._shape.num_layers) for name in _UNUSED_OF_ATTENTION]
@@ -190,6 +227,8 @@ class _Checker:
         """Tensors that say nothing while they are zero: zero points of FP8 weights, GPTQ's biases where none belong."""
         part = self._parts.get(module, PLAIN)
         names = [f"{module}.{name}" for name in ZERO_POINTS] if part.groups is None else []
+        if part.activations.quantised and part.groups is not None and f"{module}.{ZERO_POINTS[1]}" in self._stored:
+            yield f"{module}.{ZERO_POINTS[1]}"  # tokens are scaled by themselves, without one
         if part.groups is not None and not has_bias:
             names.append(f"{module}.bias")
         for name in names:

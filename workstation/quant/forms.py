@@ -6,6 +6,7 @@ A form says how a matrix W [N, K] is kept; a checkpoint's formats are many, the 
     fp8_channel  w[n, k] = q[n, k] · scale[n]                  q float8_e4m3fn, scale [N] float32
     fp8_block    w[n, k] = q[n, k] · scale[n // 128, k // 128] q float8_e4m3fn, scale [⌈N/128⌉, ⌈K/128⌉] float32
     int4, int8   w[n, k] = (q[n, k] − z[g, n]) · scale[g, n]   g the group of column k: see `integers.py`
+    nf4, fp4, mxfp4, nvfp4    w[n, k] = table[q[n, k]] · scale[n, g] · factor[n]                see `codes.py`
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from enum import StrEnum
 from math import prod
 
 from workstation.architecture import ModelShape
+from workstation.quant.codes import Blocks, CodePacking, Codes
 from workstation.quant.integers import Groups, Packing
 
 BLOCK = 128
@@ -29,6 +31,10 @@ class Form(StrEnum):
     FP8_BLOCK = "fp8_block"
     INT4 = "int4"
     INT8 = "int8"
+    NF4 = "nf4"
+    FP4 = "fp4"
+    MXFP4 = "mxfp4"
+    NVFP4 = "nvfp4"
 
 
 class Granularity(StrEnum):
@@ -69,7 +75,8 @@ class Part:
         scale_name: the stored scales' tensor, "" when there is none.  granularity: what each of them covers.
         scale_dtypes: what the scales may be stored in.
         at_load: the stored weight is 16- or 32-bit and is quantised while it is loaded.
-        groups, packing: of integers: what is kept, and how the checkpoint stores it.
+        groups, packing: of integers and 4-bit codes: what is kept, and how the checkpoint stores it.
+        blocks: what bitsandbytes' scales cover.
     """
 
     form: Form = Form.DENSE
@@ -78,8 +85,9 @@ class Part:
     activations: Activations = field(default_factory=Activations)
     scale_dtypes: tuple[str, ...] = ("F32", "BF16", "F16")
     at_load: bool = False
-    groups: Groups | None = None
-    packing: Packing | None = None
+    groups: Groups | Codes | None = None
+    packing: Packing | CodePacking | None = None
+    blocks: Blocks | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +153,7 @@ class Segment:
     linear: FusedLinear
     form: Form
     activations: Activations
-    groups: Groups | None = None
+    groups: Groups | Codes | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,7 +195,7 @@ class WeightForms:
 PLAIN = Part()
 
 
-def _kind(part: Part) -> tuple[Form, Activations, Groups | None]:
+def _kind(part: Part) -> tuple[Form, Activations, Groups | Codes | None]:
     """What parts in one tensor have in common."""
     return part.form, part.activations, part.groups
 
@@ -211,7 +219,7 @@ def weight_bytes(shape: ModelShape, dtype_bytes: int, quant: WeightForms | None 
 
 
 def scratch_bytes(shape: ModelShape, dtype_bytes: int, quant: WeightForms) -> int:
-    """Bytes that products of many rows take to widen integer weights, a part of a matrix at a time."""
+    """Bytes that products of many rows take to widen integers and codes, a part of a matrix at a time."""
     sizes = [segment.linear.out_features * segment.linear.in_features * dtype_bytes for linear in all_linears(shape)
              for segment in quant.segments(linear) if segment.groups is not None]
     return min(max(sizes, default=0), SCRATCH_BYTES)

@@ -108,6 +108,14 @@ class SamplingRequest(PromptRequest):
     length_penalty: float | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: StringList | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
     timings_per_token: bool | None = None
 
     def wants_usage(self) -> tuple[bool, bool]:
@@ -177,17 +185,12 @@ HARMLESS_FIELDS = frozenset({
     "prompt_cache_options",
 })
 
-_STRUCTURED = "structured output has not landed yet"
 _TOOLS = "OpenAI has removed it; send tools and tool_choice"
 _MEDIA = "this server handles text only"
 _OURS = "the server decides this, not a request"
 
 # name → (values that ask for nothing, why any other is refused)
 _REFUSED_EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": (({"type": "text"},), _STRUCTURED),
-    "structured_outputs": ((), _STRUCTURED), "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED),
-    "guided_decoding_backend": ((), _STRUCTURED), "guided_whitespace_pattern": ((), _STRUCTURED),
     "thinking_token_budget": ((), "the length of thoughts is not limited; use max_tokens"),
     "repetition_detection": ((), "it is not implemented; use repetition_penalty"),
     "logprob_token_ids": ((), "only the most likely tokens are reported; use logprobs"),

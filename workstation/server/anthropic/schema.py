@@ -17,6 +17,7 @@ class CountRequest(Strict):
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -34,7 +35,6 @@ HARMLESS = frozenset({"service_tier", "context_management", "cache_control", "be
                       "user_profile_id", "workspace_id"})
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mcp_servers": (([],), "this server calls no tools itself"), "container": ((), "this server runs no code"),
-    "output_format": ((), "structured output has not landed yet"),
 }
 # Fields that only /v1/messages has and clients also send to count_tokens.
 COUNT_HARMLESS = HARMLESS | {"max_tokens", "stream", "temperature", "top_p", "top_k", "stop_sequences", "metadata"}

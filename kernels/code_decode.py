@@ -1,0 +1,156 @@
+"""4-bit codes in Triton: from words of 16 bits to 16-bit floats, two columns at a time.
+
+A register holds the words of two neighbouring columns, and so eight codes; every decoder makes the four planes of it at once.
+
+    e2m1    a code's bits, put where a float has its sign, its lowest exponent bits and its highest mantissa bit, are the code's
+            value but for a power of two, subnormal numbers included: a mask, a multiplication that shifts to two places, a mask
+    tables  `prmt` takes four bytes out of eight, so two of them and a third that chooses look up four codes in a table of 16
+            bytes; once for the lower and once for the upper halves of the floats, which two more put together
+
+That is 2.1 and 2.8 instructions a weight, of which 1.2 and 2.8 run on the pipe that has half the lanes on Hopper. A scale costs
+one multiplication more for two weights, or two.
+"""
+
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+import struct
+
+import triton
+import triton.language as tl
+
+from workstation.kernels.code_tables import Table
+
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+
+# What `e2m1` decoders make smaller: 2^126 in bfloat16 and 2^14 in float16. Factors give it back but for 2^8, which products of
+# the largest scales and of this would not leave room for; the sum is multiplied by it.
+REST = tl.constexpr(256.0)
+
+# $0 … $3 are planes 0 … 3, $4 the words. lop3 0xea is (a & b) | c.
+_E2M1_BFLOAT16 = """{
+.reg .b32 code, high;
+and.b32 code, $4, 0x000f000f; mul.lo.u32 code, code, 4160; and.b32 $0, code, 0x81c081c0;
+and.b32 code, $4, 0x00f000f0; mul.lo.u32 code, code, 260; and.b32 $1, code, 0x81c081c0;
+shr.b32 high, $4, 8;
+and.b32 code, high, 0x000f000f; mul.lo.u32 code, code, 4160; and.b32 $2, code, 0x81c081c0;
+and.b32 code, high, 0x00f000f0; mul.lo.u32 code, code, 260; and.b32 $3, code, 0x81c081c0;
+}"""
+_E2M1_FLOAT16 = """{
+.reg .b32 sign, code;
+shl.b32 sign, $4, 12; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 9; lop3.b32 $0, code, 0x0e000e00, sign, 0xea;
+shl.b32 sign, $4, 8; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 5; lop3.b32 $1, code, 0x0e000e00, sign, 0xea;
+shl.b32 sign, $4, 4; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 1; lop3.b32 $2, code, 0x0e000e00, sign, 0xea;
+and.b32 sign, $4, 0x80008000; shr.b32 code, $4, 3; lop3.b32 $3, code, 0x0e000e00, sign, 0xea;
+}"""
+# One pair of planes: bytes of codes a0 a1 b0 b1, of column a and its neighbour b, from `index` and `half`.
+_PAIR = """prmt.b32 low, {l0}, {l1}, index; prmt.b32 other, {l2}, {l3}, index; prmt.b32 low, low, other, half;
+prmt.b32 high, {h0}, {h1}, index; prmt.b32 other, {h2}, {h3}, index; prmt.b32 high, high, other, half;
+prmt.b32 ${first}, low, high, 0x6240; prmt.b32 ${second}, low, high, 0x7351;
+"""
+_TABLE = """{{
+.reg .b32 index, half, low, high, other;
+prmt.b32 index, $4, $4, 0x3120; shr.b32 half, index, 1; and.b32 index, index, 0x77777777;
+lop3.b32 half, half, 0x44444444, 0x32103210, 0xea;
+{first}shr.b32 index, index, 16; shr.b32 half, half, 16;
+{second}}}"""
+_SCALED = """{{
+.reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.{type} $0, $1, $2, zero;
+}}"""
+_SCALED_TWICE = """{{
+.reg .b32 zero, part; mov.b32 zero, 0x80008000; fma.rn.{type} part, $1, $3, zero; fma.rn.{type} $0, $1, $2, part;
+}}"""
+ONE_BFLOAT16, ONE_FLOAT16 = (tl.constexpr(_SCALED.format(type=name)) for name in ("bf16x2", "f16x2"))
+TWO_BFLOAT16, TWO_FLOAT16 = (tl.constexpr(_SCALED_TWICE.format(type=name)) for name in ("bf16x2", "f16x2"))
+
+
+def decoder(values: Table | None, target: str) -> str:
+    """The assembly that turns words into planes of `target`, "bf16" or "fp16".
+
+    values: a table's, which are rounded to it; None: e2m1's, a power of two smaller.
+    """
+    if values is None:
+        return _E2M1_BFLOAT16 if target == "bf16" else _E2M1_FLOAT16
+    bits = [_bits(value, target) for value in values]
+    tables = {f"{name}{i}": _bytes(bits[4 * i : 4 * i + 4], shift) for name, shift in (("l", 0), ("h", 8)) for i in range(4)}
+    return _TABLE.format(first=_PAIR.format(first=0, second=1, **tables), second=_PAIR.format(first=2, second=3, **tables))
+
+
+def _bits(value: float, target: str) -> int:
+    if target == "fp16":
+        return int(struct.unpack("<H", struct.pack("<e", value))[0])
+    bits = int(struct.unpack("<I", struct.pack("<f", value))[0])
+    return (bits + 0x7FFF + (bits >> 16 & 1)) >> 16  # to nearest even
+
+
+def _bytes(bits: list[int], shift: int) -> str:
+    return f"0x{sum((value >> shift & 255) << 8 * i for i, value in enumerate(bits)):08x}"
+
+
+@triton.jit
+def planes(words, table, DECODE: tl.constexpr, target: tl.constexpr):
+    """Four tiles of `words` [rows, columns] int16: their codes' values, but for the power of two that `factor` gives back.
+
+    DECODE: from `decoder`.  table: a pointer to the 16 values, which the interpreter reads instead.
+    """
+    if INTERPRETED:
+        code = words.to(tl.int32)
+        return (tl.load(table + (code & 15)), tl.load(table + (code >> 4 & 15)), tl.load(table + (code >> 8 & 15)),
+                tl.load(table + (code >> 12 & 15)))  # fmt: skip
+    elif target == tl.bfloat16:
+        return tl.inline_asm_elementwise(DECODE, "=r,=r,=r,=r,r", [words], pack=2, is_pure=True,
+                                         dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16))  # fmt: skip
+    else:
+        return tl.inline_asm_elementwise(DECODE, "=r,=r,=r,=r,r", [words], pack=2, is_pure=True,
+                                         dtype=(tl.float16, tl.float16, tl.float16, tl.float16))  # fmt: skip
+
+
+@triton.jit
+def exponents(word, INDEX: tl.constexpr, target: tl.constexpr):
+    """Factors of the e8m0 bytes INDEX of `word` [rows] int32: 2^(byte − 127), in `target`."""
+    if INDEX == 3:
+        value = ((word >> 1) & 0x7F800000).to(tl.float32, bitcast=True)
+    else:
+        value = ((word << (23 - 8 * INDEX)) & 0x7F800000).to(tl.float32, bitcast=True)
+    if INTERPRETED:
+        return value
+    elif target == tl.bfloat16:
+        return (value * 3.3230699894622897e35).to(target)  # 2^118
+    else:
+        return (value * 64.0).to(target)
+
+
+@triton.jit
+def small_floats(word, INDEX: tl.constexpr, target: tl.constexpr):
+    """Factors of the e4m3 bytes INDEX of `word` [rows] int32, none of them negative, in `target`."""
+    if INDEX == 3:
+        value = ((word >> 4) & 0x07F00000).to(tl.float32, bitcast=True)
+    else:
+        value = ((word << (20 - 8 * INDEX)) & 0x07F00000).to(tl.float32, bitcast=True)
+    value = value * 1.329227995784916e36  # 2^120
+    if INTERPRETED:
+        return value
+    elif target == tl.bfloat16:
+        return (value * 3.3230699894622897e35).to(target)  # 2^118
+    else:
+        return (value * 64.0).to(target)
+
+
+@triton.jit
+def scaled(plane, factor, rest, target: tl.constexpr):
+    """`plane · (factor + rest)` in `target`, rounded once. factor, rest (or None): [rows, 1] or as the plane."""
+    if INTERPRETED:
+        return (plane * factor).to(target)
+    elif rest is None:
+        if target == tl.bfloat16:
+            return tl.inline_asm_elementwise(ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=tl.bfloat16, is_pure=True, pack=2)
+        else:
+            return tl.inline_asm_elementwise(ONE_FLOAT16, "=r,r,r", [plane, factor], dtype=tl.float16, is_pure=True, pack=2)
+    elif target == tl.bfloat16:
+        both = [plane, factor, rest]
+        return tl.inline_asm_elementwise(TWO_BFLOAT16, "=r,r,r,r", both, dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        both = [plane, factor, rest]
+        return tl.inline_asm_elementwise(TWO_FLOAT16, "=r,r,r,r", both, dtype=tl.float16, is_pure=True, pack=2)
