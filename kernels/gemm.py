@@ -8,15 +8,14 @@ naming the argument.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
 import torch
 
 from workstation.kernels import reference_gemm
+from workstation.kernels.door import FORCE_TRITON
 
-FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
 FP8 = torch.float8_e4m3fn
 MAX_ROWS = 256  # up to here our own kernels are considered
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
