@@ -6,7 +6,7 @@ PORT ?= 8000
 # A machine without an NVIDIA driver needs no CUDA libraries; PIP_ARGS may add what pip should know.
 PIP_ARGS ?=
 
-.PHONY: demo test test-long lint screenshot clean
+.PHONY: demo test test-long test-clients lint screenshot clean
 
 demo: $(VENV)/.installed
 	$(BIN)/ws serve demo --port $(PORT)
@@ -16,6 +16,10 @@ test: $(VENV)/.installed-dev
 
 test-long: $(VENV)/.installed-dev
 	$(BIN)/python -m pytest -q -m long --timeout 3600
+
+# Codex, Claude Code, opencode, aider, LangChain, LiteLLM and the SDKs, each in an environment of its own (Node is needed).
+test-clients: $(VENV)/.installed-dev
+	$(BIN)/python tests/clients/run.py
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

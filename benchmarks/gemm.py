@@ -121,8 +121,8 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
 
 def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     """Rings for one to four programs a multiprocessor; splits that give it one to three programs."""
+    row_tiles = row_tiles | {8} if problem.m <= 8 else row_tiles
     if problem.scheme in INTEGER_BITS:
-        row_tiles = row_tiles | {8} if problem.m <= 8 else row_tiles
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         rings, least, most = (50, 66, 100, 205), 2, 64
     elif problem.scheme in CODE_SCHEMES:

@@ -18,7 +18,8 @@ COMMANDS = {
     "serve": ("serve", "command", False), "chat": ("chat", "command", False), "generate": ("generate", "command", True),
     "top": ("top", "command", False), "ps": ("processes", "ps", False), "stop": ("processes", "stop", False),
     "estimate": ("estimate", "command", True), "models": ("models", "command", False), "show": ("show", "command", True),
-    "pull": ("pull", "command", True), "rm": ("rm", "command", True), "doctor": ("doctor", "command", False),
+    "pull": ("pull", "command", True), "rm": ("rm", "command", True), "check": ("check", "command", True),
+    "doctor": ("doctor", "command", False), "quantize": ("quantize", "command", True),
     "eval": ("evaluate", "command", False), "bench": ("bench", "app", False),
 }  # fmt: skip
 

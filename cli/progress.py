@@ -1,4 +1,4 @@
-"""A bar on stderr while weights load; nothing where stderr is not a terminal."""
+"""A bar on stderr while weights are read; nothing where stderr is not a terminal."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any
 
 
 class LoadingBar:
-    """Takes (bytes done, bytes in all) as often as it likes."""
+    """Takes (bytes done, bytes in all) as often as it likes. title: what is being done."""
 
-    def __init__(self) -> None:
+    def __init__(self, title: str = "loading weights") -> None:
+        self._title = title
         self._bar: Any = None
         self._task: Any = None
 
@@ -26,7 +27,7 @@ class LoadingBar:
             from rich.progress import BarColumn, DownloadColumn, Progress, TransferSpeedColumn
 
             console = Console(stderr=True)
-            columns = ("loading weights", BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
+            columns = (self._title, BarColumn(), DownloadColumn(binary_units=True), TransferSpeedColumn())
             self._bar = Progress(*columns, console=console, disable=not console.is_terminal, transient=True)
             self._task = self._bar.add_task("weights", total=total)
             self._bar.start()

@@ -139,7 +139,8 @@ def server_options(settings: Settings) -> ServerOptions:
         host=settings["host"], port=settings["port"], api_keys=api_keys(settings), allowed_hosts=settings["allowed_hosts"],
         allowed_origins=settings["allowed_origins"], priority_scheduling=settings["scheduling_policy"] == "priority",
         drain_seconds=settings["shutdown_timeout"], access_log=settings["access_log"],
-        map_claude_models=settings["map_claude_models"],
+        map_claude_models=settings["map_claude_models"], metrics_prefix=settings["metrics_prefix"],
+        request_metrics=settings["enable_per_request_metrics"],
     )  # fmt: skip
 
 
@@ -151,8 +152,10 @@ def model_loader(launch: Launch) -> Callable[[], ServedModel]:
         from workstation.architecture import read_shape
         from workstation.server.served_model import load_served_model
 
+        shape, pooling = read_shape(launch.model.folder), launch.settings["pooling"]
         return load_served_model(
-            launch.model.folder, served_names(launch), config_eos=read_shape(launch.model.folder).eos_token_ids,
+            launch.model.folder, served_names(launch), config_eos=shape.eos_token_ids,
+            pooling=None if pooling == "auto" else pooling, generates=not shape.headless,
             sampling=overrides, use_generation_config=launch.settings["generation_config"] == "auto",
             chat_template=template, root=launch.asked, tool_parser=launch.settings["tool_call_parser"],
             reasoning_parser=launch.settings["reasoning_parser"],

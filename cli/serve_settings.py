@@ -17,8 +17,8 @@ _WORKING: tuple[Setting, ...] = (
     Setting("dtype", "text", "auto", "Of weights and activations; auto is the checkpoint's (float32 on the CPU).",
             choices=("auto", "bfloat16", "float16", "float32", "half", "float")),
     Setting("quantization", "text", None,
-            "fp8, int8, int4 or nf4: quantises 16-bit weights while loading; a quantised checkpoint needs no flag.", ("-q",),
-            choices=("fp8", "int8", "int4")),
+            "fp8, int8, int4 (int4-g64, int4-g32: smaller groups) or nf4: quantises 16-bit weights while loading; a quantised "
+            "checkpoint needs no flag.", ("-q",), choices=("fp8", "int8", "int4", "int4-g64", "int4-g32", "nf4")),
     Setting("kv_cache_dtype", "text", "auto", "fp8 keeps keys and values in a byte each, and holds twice the tokens; auto: the "
             "checkpoint's, as a rule the model's dtype, whose name forces it.",
             choices=("auto", "fp8", "fp8_e4m3", "bfloat16", "float16", "float32")),
@@ -53,9 +53,14 @@ _WORKING: tuple[Setting, ...] = (
             "leaves calls in the text."),
     Setting("reasoning_parser", "text", "auto", "How the model marks its thoughts; auto reads it off the chat template, none "
             "leaves them in the text."),
+    Setting("pooling", "text", "auto", "Which hidden states /v1/embeddings takes: auto (what the folder's modules.json says, "
+            "else last), last or mean.", choices=("auto", "last", "mean")),
     Setting("map_claude_models", "bool", True, "Let /v1/messages answer to every claude-… model id."),
     Setting("enable_auto_tool_choice", "bool", True, "Let the model choose to call tools.", only=(True,),
             why="a request without tools, or with tool_choice none, turns calls off"),
+    Setting("enable_per_request_metrics", "bool", False, "Put vLLM's `metrics` object into answers of chat and completions."),
+    Setting("metrics_prefix", "text", "ws", "Names in /metrics; vllm has those of vLLM, for its Grafana dashboard.",
+            choices=("ws", "vllm")),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),

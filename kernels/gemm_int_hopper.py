@@ -21,11 +21,12 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from workstation.kernels.gemm_hopper import conclude
-from workstation.kernels.hopper import align, allow_next, await_previous, fetch
+from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
 from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
 
 WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
 UNIT = gl.constexpr(32)  # `int_weights.UNIT`
+COLUMNS = gl.constexpr(64)  # of x, a copy: 128 bytes too
 COPYING = gl.constexpr(40)  # registers of a thread that copies
 
 
@@ -99,7 +100,8 @@ def _run(
         if TILES == 2:
             up_words = w_ring.index(panel + PANELS).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
         for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
-            rhs = x_ring.index(boxes + chunk * PER + index).permute((1, 0))
+            box = x_ring.index(boxes + (chunk * PER + index) // 2)
+            rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
             lhs = _plane(words, less, index, BITS, x_ring.dtype)
             first = warpgroup_mma(lhs, rhs, first, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
             held = held + (lhs,)  # noqa: RUF005
@@ -117,12 +119,12 @@ def _scale(s_ring, slot, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _settle(first, second, part, up_part, held, s_ring, slot, rows, TILES: gl.constexpr, ACC: gl.constexpr):
+def _settle(first, second, part, up_part, held, s_ring, slot, RUNS: gl.constexpr, TILES: gl.constexpr, ACC: gl.constexpr):
     """Wait for a group's sums and add them, scaled. held: what the products in flight still read."""
     if TILES == 2:
         done = warpgroup_mma_wait(0, deps=(part, up_part) + held)  # noqa: RUF005
         first += done[0] * _scale(s_ring, slot, ACC)
-        second += done[1] * _scale(s_ring, slot + rows, ACC)
+        second += done[1] * _scale(s_ring, slot + RUNS, ACC)
     else:
         done = warpgroup_mma_wait(0, deps=(part,) + held)  # noqa: RUF005
         first += done[0] * _scale(s_ring, slot, ACC)
@@ -143,6 +145,7 @@ def _consume(
     RUNS: gl.constexpr = STEP // SPAN
     channels = n * 2 if SILU else n
     channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
+    scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * RUNS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     less = _middle(BITS, x_ring.dtype, A)
@@ -165,9 +168,9 @@ def _consume(
                 if TILES == 2:
                     up_points = _zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
             tile = (stage * TEAMS + TEAM) * TILES
-            part, up_part, held = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // UNIT), less, up_less, run * SPAN, SPAN,
-                                       BITS, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
-            first, second = _settle(first, second, part, up_part, held, s_ring, tile * RUNS + run, RUNS, TILES, ACC)
+            part, up_part, held = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less, up_less, run * SPAN,
+                                       SPAN, BITS, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
+            first, second = _settle(first, second, part, up_part, held, scales, tile * RUNS + run, RUNS, TILES, ACC)
         mbarrier.arrive(free.index(stage), count=1)
     conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
              tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
@@ -179,20 +182,18 @@ def _fetch_constants(
     BITS: gl.constexpr, SPAN: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr,
 ):  # fmt: skip
     """A step's codes and scales."""
-    RUNS: gl.constexpr = PANELS * WORDS * 16 // BITS // SPAN
     for tile in gl.static_range(TEAMS * TILES):
         channel = first_channel + tile // TILES * team_stride + tile % TILES * tile_stride
         slot = stage * TEAMS * TILES + tile
         for panel in gl.static_range(PANELS):
             fetch(w, [channel, at // (16 // BITS) + panel * WORDS], bar, w_ring.index(slot * PANELS + panel))
-        for run in gl.static_range(RUNS):
-            fetch(s, [(at + run * SPAN) // size, channel], bar, s_ring.index(slot * RUNS + run))
+        fetch(s, [at // size, channel], bar, s_ring.index(slot))
 
 
 @gluon.jit
-def _fetch_rows(x, bar, ring, stage, at, first_row, UNITS: gl.constexpr):
-    for unit in gl.static_range(UNITS):
-        fetch(x, [first_row, at + unit * UNIT], bar, ring.index(stage * UNITS + unit))
+def _fetch_rows(x, bar, ring, stage, at, first_row, BOXES: gl.constexpr):
+    for box in gl.static_range(BOXES):
+        fetch(x, [first_row, at + box * COLUMNS], bar, ring.index(stage * BOXES + box))
 
 
 @gluon.jit
@@ -213,14 +214,14 @@ def _produce(
         await_previous()
         allow_next()
     for i in range(early):
-        _fetch_rows(x, ready.index(i), x_ring, i, begin + i * STEP, first_row, STEP // UNIT)
+        _fetch_rows(x, ready.index(i), x_ring, i, begin + i * STEP, first_row, STEP // COLUMNS)
     for i in range(early, steps):
         stage = i % STAGES
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), BYTES)
         _fetch_constants(w, s, ready.index(stage), w_ring, s_ring, stage, begin + i * STEP, first_channel, team_stride,
                          tile_stride, size, BITS, SPAN, TEAMS, TILES, PANELS)  # fmt: skip
-        _fetch_rows(x, ready.index(stage), x_ring, stage, begin + i * STEP, first_row, STEP // UNIT)
+        _fetch_rows(x, ready.index(stage), x_ring, stage, begin + i * STEP, first_row, STEP // COLUMNS)
 
 
 @gluon.jit(do_not_specialize=["m"])
@@ -230,12 +231,14 @@ def hopper_int_kernel(
     SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    """x: descriptor [m, k] in boxes [BLOCK_M, UNIT]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes [64, WORDS];
-    s: of scales [G, n or 2n] in boxes [1, 64]; zero: uint8, packed as `int_weights` says, rows zero_stride apart, or None.
+    """x: descriptor [m, k] in boxes [BLOCK_M, COLUMNS]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes
+    [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64]; zero: uint8, packed as `int_weights` says, rows
+    zero_stride apart, or None.
 
-    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one. A step: PANELS * WORDS
-    words. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps for each of
-    TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with REGISTERS a thread, and one warp that copies.
+    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one. A step, STEP columns, is
+    PANELS * WORDS words. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s.
+    4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with REGISTERS a thread, and one
+    warp that copies.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
@@ -249,10 +252,11 @@ def hopper_int_kernel(
     begin = split * chunk
     steps = (gl.minimum(chunk, k - begin) + STEP - 1) // STEP
 
-    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TEAMS * TILES * PANELS, 64, WORDS], gl.NVMMASharedLayout(128, 16, 2))
-    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (STEP // UNIT), BLOCK_M, UNIT], gl.NVMMASharedLayout(64, 16, 2))
+    SPANNED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TEAMS * TILES * PANELS, 64, WORDS], SPANNED)
+    x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (STEP // COLUMNS), BLOCK_M, COLUMNS], SPANNED)
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2)
-    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES * RUNS, 1, 64], PLAIN)
+    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES, RUNS, 64], PLAIN)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):

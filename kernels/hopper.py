@@ -29,13 +29,19 @@ def allow_next():
 
 
 @gluon.jit
+def reinterpreted(ring, SHAPE: gl.constexpr):
+    """The same bytes in another shape."""
+    if HAS_REINTERPRET:
+        other = ring.reinterpret(ring.dtype, SHAPE, ring.layout)
+    else:
+        other = ring._reinterpret(ring.dtype, SHAPE, ring.layout)
+    return other
+
+
+@gluon.jit
 def as_tiles(ring, STAGES: gl.constexpr, KEYS: gl.constexpr, HEAD_DIM: gl.constexpr):
     """The ring's pieces seen as [STAGES, KEYS, HEAD_DIM]: panel by panel is how such a tile lies under this swizzle."""
-    if HAS_REINTERPRET:
-        tiles = ring.reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
-    else:
-        tiles = ring._reinterpret(ring.dtype, [STAGES, KEYS, HEAD_DIM], ring.layout)
-    return tiles
+    return reinterpreted(ring, [STAGES, KEYS, HEAD_DIM])
 
 
 @gluon.jit

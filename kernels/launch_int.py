@@ -23,6 +23,7 @@ WIDENED_ROWS = 32
 # Of activations, at most, where gate and up share a program, without and with zero points.
 FUSED_ROWS, FUSED_ROWS_ZEROS = 32, 16
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
+NARROW = 128  # columns of a group with zero points, below which rings lack registers
 HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
@@ -60,16 +61,19 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, _rings(weight, output))
+    rings = rings_serve(weight, output)
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 
-def _rings(weight: IntWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes."""
+def rings_serve(weight: IntWeight, output: Output) -> bool:
+    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes. Zero
+    points of narrow groups take more registers than there are."""
     step = HOPPER_WORDS * WORD_BITS // weight.bits
     groups = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
-    tiles = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
-    return groups and tiles and weight.scale.stride(0) % 8 == 0
+    tiles = output == "linear" or not isinstance(weight.words, torch.Tensor) or weight.rows % (2 * CHANNELS) == 0
+    narrow = weight.zero is not None and weight.size < NARROW
+    return groups and tiles and not narrow and (not isinstance(weight.scale, torch.Tensor) or weight.scale.stride(0) % 8 == 0)
 
 
 @cache

@@ -11,9 +11,9 @@ from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_hopper import hopper_int_kernel
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
-from workstation.kernels.tuning import CHANNELS, GemmConfig
+from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig
 
-COPYING, WORDS = 40, 64  # as in `gemm_int_hopper.py`
+COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
 
 
 def hopper_int_call(
@@ -23,20 +23,23 @@ def hopper_int_call(
     teams = config.warps // 4
     tiles = 2 if silu else config.block_n // (teams * CHANNELS)
     chunk = triton.cdiv(triton.cdiv(k, config.block_k), config.splits) * config.block_k
-    grid = (triton.cdiv(n, config.block_n) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
+    wide = teams * (1 if silu else tiles) * CHANNELS
+    grid = (triton.cdiv(n, wide) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
     partial, arrivals = split_space(grid, teams * tiles * CHANNELS * config.block_m, out)
     channels = 2 * n if silu else n
     width = triton.cdiv(k, WORD_BITS // weight.bits * UNIT) * UNIT
-    scales = boxes(weight.scale, (k // weight.size, channels), (1, CHANNELS), 0)
+    step = config.block_k
+    span = step if weight.size == weight.columns else min(step, weight.size)
+    scales = boxes(weight.scale, (k // weight.size, channels), (step // span, CHANNELS), 0)
     zero_stride = weight.zero.stride(0) if isinstance(weight.zero, torch.Tensor) else channels  # else a dtype, or None
     arguments = (
-        boxes(x, (m, k), (config.block_m, UNIT), 64), boxes(weight.words, (channels, width), (CHANNELS, WORDS), 128), scales,
-        out, partial, arrivals, weight.zero, bias, m, n, k, chunk, weight.size, zero_stride,
+        boxes(x, (m, k), (config.block_m, COLUMNS), PANEL_BYTES),
+        boxes(weight.words, (channels, width), (CHANNELS, WORDS), PANEL_BYTES), scales, out, partial, arrivals, weight.zero,
+        bias, m, n, k, chunk, weight.size, zero_stride,
     )  # fmt: skip
-    step = config.block_k
-    registers = _registers(tiles, config.block_m)
+    registers = min(232, _registers(tiles, config.block_m, span, zeros=weight.zero is not None))
     options = {
-        "BITS": weight.bits, "SPAN": step if weight.size == weight.columns else min(step, weight.size), "TEAMS": teams,
+        "BITS": weight.bits, "SPAN": span, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
         "PANELS": step // (WORDS * WORD_BITS // weight.bits), "STAGES": config.stages, "REGISTERS": registers,
         "num_warps": 4, "maxnreg": -(-(teams * registers + COPYING) // (8 * (teams + 1))) * 8,
@@ -45,6 +48,7 @@ def hopper_int_call(
     return hopper_int_kernel, grid, arguments, options
 
 
-def _registers(tiles: int, block_m: int) -> int:
+def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     """A multiplying thread's: as few as the compiler can keep a group's products in flight with, so that programs find room."""
-    return 80 + (tiles - 1) * 64 + (tiles * block_m if block_m > 16 or tiles > 1 else 0)
+    sums = tiles * block_m * 9 // 8 if block_m > 16 or tiles > 1 else 0
+    return (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8

@@ -183,7 +183,8 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
-    ring = _ring(problem, device) if rings else None
+    make = _integer_ring if problem.scheme in INTEGER_BITS else _ring
+    ring = make(problem, device) if rings else None
     if ring is not None:
         return ring
     tile = _tile(problem, device)
@@ -215,6 +216,23 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
     stages = ring // (panels * PANEL_BYTES * (tiles * CHANNELS + block_m))
     config = GemmConfig("hopper", CHANNELS, block_m, panels * width, splits, 4, min(stages, 12), True)
     return config if stages >= 3 and shared_bytes(problem, config, device.capability) <= device.shared_bytes else None
+
+
+def _integer_ring(problem: Problem, device: Device) -> GemmConfig | None:
+    """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
+    split until there are two for each. From 64 rows on two warpgroups share the rows of x."""
+    silu = problem.output == "silu_mul"
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32):
+        return None
+    block_m = min(128, max(8, 1 << (problem.m - 1).bit_length()))
+    tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16) else 1
+    teams = 2 if block_m >= 64 else 1
+    step = int(PANEL_BYTES // problem.weight_bytes)
+    programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
+    splits = max(1, min(2 * device.processors // programs, problem.k // (4 * step), 8))
+    config = GemmConfig("hopper", teams * (1 if silu else tiles) * CHANNELS, block_m, step, splits, 4 * teams, 1, True)
+    stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
+    return replace(config, stages=max(2, min(6, 66 * KIB // stage)))
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

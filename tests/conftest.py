@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -32,26 +33,27 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class _Interpreter:
-    """Runs files of kernel tests under Triton's interpreter, one after the other, beside the tests of this process.
+    """Runs files of kernel tests under Triton's interpreter, beside the tests of this process.
 
-    In processes of their own: whether Triton interprets or compiles is settled when it is first imported.
+    In processes of their own: whether Triton interprets or compiles is settled when it is first imported. All files in
+    one, since a start costs seconds; what `-m long` adds in another.
     """
 
     def __init__(self) -> None:
         self._pool = ThreadPoolExecutor(1)
         self._running: subprocess.Popen[str] | None = None
         self._stopped = False
-        self.outcomes: dict[tuple[str, ...], Future[tuple[int, str]]] = {}
+        self.outcomes: dict[bool, Future[tuple[int, str]]] = {}
 
-    def start(self, files: tuple[str, ...]) -> None:
-        self.outcomes.setdefault(files, self._pool.submit(self._run, files))
+    def start(self, files: set[str], *, long: bool) -> None:
+        self.outcomes[long] = self._pool.submit(self._run, ["-m", "long" if long else "not long", *sorted(files)])
 
-    def _run(self, files: tuple[str, ...]) -> tuple[int, str]:
+    def _run(self, arguments: list[str]) -> tuple[int, str]:
         if self._stopped:
             return 1, "not run"
         root = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1", "PYTHONPATH": root}
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
+        command = [sys.executable, "-m", "pytest", "-q", "-rpfE", "-p", "no:cacheprovider", *arguments]
         self._running = subprocess.Popen(command, cwd=Path(__file__).parent, env=environment, text=True,
                                          stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
         said, _ = self._running.communicate()
@@ -69,11 +71,14 @@ _INTERPRETER = pytest.StashKey[_Interpreter]()
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     interpreter = session.config.stash[_INTERPRETER] = _Interpreter()
-    if not session.config.option.collectonly:
-        for item in session.items:
-            marker = item.get_closest_marker("interpreted")
-            if marker and not item.get_closest_marker("skip"):
-                interpreter.start(marker.args)
+    wanted: dict[bool, set[str]] = {False: set(), True: set()}
+    for item in session.items:
+        marker = item.get_closest_marker("interpreted")
+        if marker and not item.get_closest_marker("skip"):
+            wanted[item.get_closest_marker("long") is not None].update(marker.args)
+    for long, files in wanted.items():
+        if files and not session.config.option.collectonly:
+            interpreter.start(files, long=long)
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
@@ -88,11 +93,14 @@ def no_forecast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("workstation.engine.forecast.Forecast.fits", lambda *_: True)
 
 
-@pytest.fixture
-def interpreted(request: pytest.FixtureRequest) -> tuple[int, str]:
-    """(exit code, what it said) of the files that the test's `interpreted` marker names."""
-    marker = request.node.get_closest_marker("interpreted")
-    return request.config.stash[_INTERPRETER].outcomes[marker.args].result()
+@pytest.fixture(params=["default", pytest.param("long", marks=pytest.mark.long)])
+def interpreted(request: pytest.FixtureRequest) -> None:
+    """Fails if a test did in the files that the test's `interpreted` marker names, or if none of a file ran."""
+    code, said = request.config.stash[_INTERPRETER].outcomes[request.param == "long"].result()
+    report = re.sub(r"^PASSED .*\n", "", said, flags=re.MULTILINE)[-7000:]
+    assert code in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED), report
+    for file in request.node.get_closest_marker("interpreted").args:
+        assert set(re.findall(rf"^([A-Z]+) {re.escape(file)}::", said, re.MULTILINE)) == {"PASSED"}, report
 
 
 @pytest.fixture(autouse=True)

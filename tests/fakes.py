@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import struct
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
@@ -150,6 +151,7 @@ class FakeEngine:
             model="fake",
             max_model_len=self.window,
             logits_width=self.logits_width,
+            hidden_size=8,
             num_blocks=64,
             max_num_seqs=256,
             dtype="float32",
@@ -183,7 +185,8 @@ class FakeEngine:
                 sample = SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])
                 picture.detail = RequestDetail(row, self._params(row.id), 16, [sample])
         if look.first:
-            picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, look.last + 1)]
+            last = min(look.last, len(self.states))
+            picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, last + 1)]
         return picture
 
     def _params(self, request_id: str) -> SamplingParams:
@@ -214,13 +217,25 @@ class FakeEngine:
         self.active.add(request.request_id)
         try:
             await asyncio.sleep(self.first_delay)
-            async for event in self._events(request):
+            async for event in self._events(request) if request.pooling is None else self._pooled(request):
                 if event.finished:
                     self.active.discard(request.request_id)
                 yield event
         finally:
             if request.request_id in self.active:
                 self.abort(request.request_id)
+
+    async def _pooled(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
+        """[H] = the prompt's length, then its first ids: easy to recognise, and not of length 1."""
+        await asyncio.sleep(self.delay)
+        if self.fail_after is not None:
+            self.active.discard(request.request_id)
+            raise EngineDeadError("the engine process died with this request in flight")
+        ids = request.prompt_token_ids
+        vector = struct.pack("<8f", len(ids), *(float(token) for token in [*ids, *[0] * 7][:7]))
+        times = RequestTimes(request.arrival, *[time.monotonic()] * 3)
+        yield TokenEvent(request.request_id, finish_reason="stop", finished=True, embedding=vector, times=times,
+                         num_cached_tokens=self.num_cached_tokens)
 
     async def _events(self, request: EngineRequest) -> AsyncIterator[TokenEvent]:
         count = request.beam.beam_width if request.beam is not None else request.params.n

@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from int_checks import check_door, check_product, check_widening, make_case
+from products import some_of
 
 from workstation.kernels import launch_int, ops
 from workstation.kernels.tuning import GemmConfig
@@ -18,39 +19,37 @@ assert os.environ["TRITON_INTERPRET"] == "1" and ops.FORCE_TRITON
 
 F16, F32 = torch.float16, torch.float32
 # Tails everywhere: channels off the tile, rows of the last chunk that are not there, groups of every kind.
-SHAPES = pytest.mark.parametrize(("m", "n", "k", "size"), [
-    (1, 64, 256, 128), (5, 96, 384, 32), (3, 80, 192, 64), (20, 64, 320, 320), (4, 64, 512, 256)])  # fmt: skip
-CONFIGS = pytest.mark.parametrize("config", [
-    GemmConfig("dot", 64, 16, 128, 1), GemmConfig("dot", 32, 32, 128, 3), GemmConfig("dot", 64, 16, 256, 1)],
-    ids=["whole", "split", "long steps"])  # fmt: skip
+Shape = tuple[int, int, int, int]
+SHAPES = [(1, 64, 256, 128), (5, 96, 384, 32), (3, 80, 192, 64), (20, 64, 320, 320), (4, 64, 512, 256)]  # M, N, K, of a group
+CONFIGS = {
+    "whole": GemmConfig("dot", 64, 16, 128, 1), "split": GemmConfig("dot", 32, 32, 128, 3),
+    "long steps": GemmConfig("dot", 64, 16, 256, 1),
+}  # fmt: skip
 
 
-@SHAPES
-@CONFIGS
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_the_product_of_any_shape(m: int, n: int, k: int, size: int, config: GemmConfig, zeros: bool, bits: int) -> None:
+@some_of(shape=SHAPES, config=CONFIGS, zeros=[False, True], bits=[4, 8])
+def test_the_product_of_any_shape(shape: Shape, config: GemmConfig, zeros: bool, bits: int) -> None:
+    m, n, k, size = shape
     dtype = F16 if zeros else F32
     check_product(make_case(m, n, k, bits=bits, size=size, zeros=zeros, dtype=dtype), config, F32)
 
 
-@SHAPES
-@pytest.mark.parametrize("zeros", [False, True])
-@pytest.mark.parametrize("bits", [4, 8])
-def test_widened_weights_are_bit_for_bit_the_twins(m: int, n: int, k: int, size: int, zeros: bool, bits: int) -> None:
-    for scale in (torch.bfloat16, F16, F32):
-        check_widening(make_case(m, n, k, bits=bits, size=size, zeros=zeros, dtype=F16, scale=scale), F16)
+@some_of(shape=SHAPES, scale=[torch.bfloat16, F16, F32], zeros=[False, True], bits=[4, 8])
+def test_widened_weights_are_bit_for_bit_the_twins(shape: Shape, scale: torch.dtype, zeros: bool, bits: int) -> None:
+    m, n, k, size = shape
+    check_widening(make_case(m, n, k, bits=bits, size=size, zeros=zeros, dtype=F16, scale=scale), F16)
 
 
-@pytest.mark.parametrize("m", [0, 2, 40, 257])
-def test_both_sides_of_the_door_agree(m: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@some_of(1, m=[257, 2, 40], form=[(4, 128), (8, 256), (4, 32)])
+def test_both_sides_of_the_door_agree(m: int, form: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_int, "SCRATCH_BYTES", 1 << 14)  # widened in parts
-    for bits, size in ((4, 128), (8, 256), (4, 32)):
-        case = make_case(m, 96, 256, bits=bits, size=size, zeros=size == 128, dtype=F16)
-        if m:
-            check_door(case)
-        else:
-            assert ops.linear_int(case[0], case[1]).shape == (0, 96)
+    bits, size = form
+    check_door(make_case(m, 96, 256, bits=bits, size=size, zeros=size == 128, dtype=F16))
+
+
+def test_a_step_without_rows_gives_no_rows() -> None:
+    x, weight, _ = make_case(0, 96, 256, bits=4, size=128, zeros=True, dtype=F16)
+    assert ops.linear_int(x, weight).shape == (0, 96)
 
 
 def test_groups_and_widths_that_no_kernel_reads_are_widened() -> None:

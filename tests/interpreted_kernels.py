@@ -20,6 +20,7 @@ from kernel_checks import (
     check_silu_mul,
     check_step_inputs,
 )
+from products import some_of
 
 from workstation.kernels import launch_decode, launch_prefill, ops, reference
 from workstation.kernels.launch_decode import DecodeConfig
@@ -31,9 +32,10 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 300), (1, 0), (1, 45)]
 PREFILLS = [(3, 3), (17, 40), (64, 64), (5, 133)]
-SHAPES = pytest.mark.parametrize(
-    "shapes", [DECODES, PREFILLS, DECODES[1:3] + PREFILLS[1::2]], ids=["decode", "prefill", "mixed"]
-)
+STEPS = {"decode": DECODES, "prefill": PREFILLS, "mixed": DECODES[1:3] + PREFILLS[1::2]}
+SHARINGS = {  # (processors, units a share has, units never cut)
+    "one": (1, 1, 0), "three": (3, 2, 3), "seven": (7, 1, 0), "a unit each": (40, 1, 0), "as on a GPU": (40, 4, 8),
+}  # fmt: skip
 
 
 @DTYPES
@@ -65,23 +67,19 @@ def test_silu_mul(tokens: int, dtype: torch.dtype) -> None:
     check_silu_mul(tokens, 1100, dtype, "cpu")
 
 
-@DTYPES
-@TOKENS
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("heads", "rotary_dim"), [(Heads(4, 2, 64), 64), (Heads(9, 3, 80), 32)])
-def test_rope_and_cache(tokens: int, heads: Heads, rotary_dim: int, normed: bool, dtype: torch.dtype) -> None:
+@some_of(tokens=[1, 3, 17], dtype=[torch.float32, torch.float16], normed=[False, True],
+         rotated=[(Heads(4, 2, 64), 64), (Heads(9, 3, 80), 32)])
+def test_rope_and_cache(tokens: int, rotated: tuple[Heads, int], normed: bool, dtype: torch.dtype) -> None:
+    heads, rotary_dim = rotated
     check_rope_and_cache(tokens, heads, rotary_dim, normed, dtype, "cpu")
 
 
-@SHAPES
-@pytest.mark.parametrize("window", [0, 5, 70])
-@pytest.mark.parametrize(("group", "dim"), [(1, 64), (4, 128), (7, 80), (8, 64)])
-def test_attention(shapes: list[tuple[int, int]], group: int, dim: int, window: int) -> None:
-    check_attention(Heads(group, 1, dim), shapes, window, torch.float16, "cpu")
+@some_of(shapes=STEPS, window=[0, 5, 70], heads=[Heads(1, 1, 64), Heads(4, 1, 128), Heads(7, 1, 80), Heads(8, 1, 64)])
+def test_attention(shapes: list[tuple[int, int]], heads: Heads, window: int) -> None:
+    check_attention(heads, shapes, window, torch.float16, "cpu")
 
 
-@SHAPES
-@pytest.mark.parametrize("window", [0, 70])
+@some_of(1, shapes=STEPS, window=[0, 70])
 def test_attention_in_full_precision(shapes: list[tuple[int, int]], window: int) -> None:
     check_attention(Heads(8, 2, 64), shapes, window, torch.float32, "cpu")
 
@@ -96,7 +94,7 @@ def test_attention_with_a_head_dim_of_256() -> None:
 )
 def test_every_prefill_kernel_is_attention(kind: str, heads: Heads, rows: int, keys: int) -> None:
     """Behind a decode, at lengths that end within blocks and tiles; slots behind an end hold NaN, and so does the output."""
-    case = paged_case(heads, [(1, 20), (3, 3), (17, 40), (64, 64), (5, 133), (90, 150)], dtype=torch.float16)
+    case = paged_case(heads, [(1, 20), (3, 3), (17, 40), (70, 133)], dtype=torch.float16)
     out = torch.full_like(case.q, torch.nan)
     config = PrefillConfig(kind, rows, keys, 4, 2)
     launch_prefill.attend_prefills(case.q, case.kv_layer, case.plan, case.scale, out, config)
@@ -105,7 +103,7 @@ def test_every_prefill_kernel_is_attention(kind: str, heads: Heads, rows: int, k
 
 @pytest.mark.parametrize("window", [5, 70])
 def test_the_tiled_prefill_kernel_keeps_its_window(window: int) -> None:
-    case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (5, 133), (90, 150)], window=window, dtype=torch.float16)
+    case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (70, 133)], window=window, dtype=torch.float16)
     out = torch.full_like(case.q, torch.nan)
     config = PrefillConfig("tiled", 32, 32, 4, 2)
     launch_prefill.attend_prefills(case.q, case.kv_layer, case.plan, case.scale, out, config)
@@ -122,14 +120,14 @@ def test_a_prefill_kernel_declines_what_it_cannot_serve() -> None:
             )
 
 
-@pytest.mark.parametrize("window", [0, 33, 200])
-@pytest.mark.parametrize(("processors", "least", "whole"), [(1, 1, 0), (3, 2, 3), (7, 1, 0), (40, 1, 0), (40, 4, 8)])
+@some_of(1, sharing=SHARINGS, window=[0, 33, 200])
 def test_decode_is_attention_however_the_keys_are_shared(
-    monkeypatch: pytest.MonkeyPatch, processors: int, least: int, whole: int, window: int
+    monkeypatch: pytest.MonkeyPatch, sharing: tuple[int, int, int], window: int
 ) -> None:
     """Twice, as two layers: the second finds the arrival counters as the first left them."""
+    processors, least, whole = sharing
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
-    lengths = [(1, length) for length in (1, 16, 17, 300, 45, 0, 46, 700)]
+    lengths = [(1, length) for length in (1, 16, 17, 150, 0, 46, 520)]
     case = paged_case(Heads(8, 2, 64), lengths, window=window)
     for _ in range(2):
         out = torch.full_like(case.q, torch.nan)
@@ -153,7 +151,7 @@ def test_shares_are_equal_and_leave_short_sequences_whole(monkeypatch: pytest.Mo
     torch.testing.assert_close(out, case.expected())
 
 
-@pytest.mark.parametrize(
+LAYOUTS = pytest.mark.parametrize(
     ("lengths", "processors", "units"),
     [
         ([1024], 40, 2),  # 16 units: eight shares of two rather than four of four
@@ -164,14 +162,29 @@ def test_shares_are_equal_and_leave_short_sequences_whole(monkeypatch: pytest.Mo
         ([2048] * 8, 10, 26),  # as many shares as there are programs
     ],
 )
+AS_ON_A_GPU = DecodeConfig("shares", 64, 4, 2, 1, 4, 8)
+
+
+@LAYOUTS
 def test_shares_are_neither_tiny_nor_too_many(
     monkeypatch: pytest.MonkeyPatch, lengths: list[int], processors: int, units: int
 ) -> None:
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
     case = paged_case(Heads(1, 1, 16), [(1, length) for length in lengths])
+    shares = launch_decode.make_room(case.q, case.kv_layer, case.plan, AS_ON_A_GPU)
+    launch_decode.plan_call(case.kv_layer, case.plan, AS_ON_A_GPU, shares).launch()
+    assert int(shares.header[0]) == units
+
+
+@pytest.mark.long
+@LAYOUTS
+def test_long_contexts_in_many_shares_are_attention(
+    monkeypatch: pytest.MonkeyPatch, lengths: list[int], processors: int, units: int
+) -> None:
+    monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
+    case = paged_case(Heads(1, 1, 16), [(1, length) for length in lengths])
     out = torch.empty_like(case.q)
-    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, DecodeConfig("shares", 64, 4, 2, 1, 4, 8))
-    assert int(case.plan.scratch["decode_shares"].header[0]) == units
+    launch_decode.attend_decodes(case.q, case.kv_layer, case.plan, case.scale, out, AS_ON_A_GPU)
     torch.testing.assert_close(out, case.expected(), atol=2e-5, rtol=2e-5)
 
 

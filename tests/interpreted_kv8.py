@@ -22,6 +22,7 @@ from kv8_checks import (
     check_rope_and_cache,
     check_saturation,
 )
+from products import some_of
 
 from workstation.kernels import launch_decode, launch_fp8, ops
 from workstation.kernels.fp8_codes import round_to_codes, widen_cached
@@ -34,11 +35,14 @@ assert os.environ["TRITON_INTERPRET"] == "1" and ops.FORCE_TRITON
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 300), (1, 0), (1, 45)]
 PREFILLS = [(3, 3), (17, 40), (64, 64), (5, 133)]
-SHAPES = pytest.mark.parametrize("shapes", [DECODES, PREFILLS, DECODES[1:3] + PREFILLS[1::2]],
-                                 ids=["decode", "prefill", "mixed"])
+STEPS = {"decode": DECODES, "prefill": PREFILLS, "mixed": DECODES[1:3] + PREFILLS[1::2]}
+DEVICES = ["fp8", "bytes"]
+SHARINGS = {  # (keys a turn, processors, units a share has, units never cut)
+    "half units": (32, 7, 1, 0), "one program": (128, 1, 1, 0), "seven": (128, 7, 1, 0), "as on a GPU": (128, 40, 4, 8),
+}  # fmt: skip
 
 
-@pytest.fixture(params=["fp8", "bytes"])
+@pytest.fixture
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(launch_fp8, "has_fp8", lambda _: request.param == "fp8")
     return "cpu"
@@ -82,10 +86,10 @@ def test_bytes_are_widened_exactly_and_nan_stays_nan(dtype: torch.dtype) -> None
     torch.testing.assert_close(out.float(), every_code(), rtol=0.0, atol=0.0, equal_nan=True)
 
 
-@DTYPES
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize(("tokens", "heads", "rotary_dim"), [(1, Heads(4, 2, 64), 64), (17, Heads(9, 3, 80), 32)])
-def test_rope_and_cache(tokens: int, heads: Heads, rotary_dim: int, normed: bool, dtype: torch.dtype) -> None:
+@some_of(rotated=[(1, Heads(4, 2, 64), 64), (17, Heads(9, 3, 80), 32)], normed=[False, True],
+         dtype=[torch.float32, torch.float16])
+def test_rope_and_cache(rotated: tuple[int, Heads, int], normed: bool, dtype: torch.dtype) -> None:
+    tokens, heads, rotary_dim = rotated
     check_rope_and_cache(tokens, heads, rotary_dim, normed, dtype, "cpu")
 
 
@@ -95,36 +99,31 @@ def test_saturation_and_copies() -> None:
     check_copy_blocks("cpu")
 
 
-@SHAPES
-@pytest.mark.parametrize("window", [0, 70])
-@pytest.mark.parametrize("heads", [Heads(4, 1, 128), Heads(7, 1, 80)], ids=str)
+@some_of(indirect=["device"], heads=[Heads(4, 1, 128), Heads(7, 1, 80)], shapes=STEPS, window=[0, 70], device=DEVICES)
 def test_attention(heads: Heads, shapes: list[tuple[int, int]], window: int, device: str) -> None:
     check_attention(heads, shapes, window, torch.float16, device)
 
 
-@SHAPES
+@some_of(1, indirect=["device"], shapes=STEPS, device=DEVICES)
 def test_attention_in_full_precision(shapes: list[tuple[int, int]], device: str) -> None:
     check_attention(Heads(8, 2, 16), shapes, 5, torch.float32, device)
 
 
-@pytest.mark.parametrize("kind", ["exact", "tiled"])
-@pytest.mark.parametrize("window", [0, 70])
+@some_of(indirect=["device"], kind=["exact", "tiled"], window=[0, 70], device=DEVICES)
 def test_every_portable_prefill_kernel(kind: str, window: int, device: str) -> None:
-    case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (5, 133), (90, 150)], window=window, dtype=torch.float16,
+    case = paged_case(Heads(4, 2, 64), [(3, 3), (17, 40), (70, 133)], window=window, dtype=torch.float16,
                       device=device, scales=SCALES)
     check_prefill(case, PrefillConfig(kind, 32, 32, 4, 2))
 
 
-@pytest.mark.parametrize("window", [0, 33])
-@pytest.mark.parametrize(
-    ("keys", "processors", "least", "whole"), [(32, 7, 1, 0), (128, 1, 1, 0), (128, 7, 1, 0), (128, 40, 4, 8)]
-)
+@some_of(1, sharing=SHARINGS, window=[0, 33])
 def test_decode_however_the_keys_are_shared(
-    monkeypatch: pytest.MonkeyPatch, keys: int, processors: int, least: int, whole: int, window: int
+    monkeypatch: pytest.MonkeyPatch, sharing: tuple[int, int, int, int], window: int
 ) -> None:
     """128 keys a turn are two units: a share may end within a turn."""
+    keys, processors, least, whole = sharing
     monkeypatch.setattr(launch_decode, "_multiprocessors", lambda device: processors)
-    case = paged_case(Heads(8, 2, 64), [(1, length) for length in (1, 17, 300, 0, 46, 700)], window=window, scales=SCALES)
+    case = paged_case(Heads(8, 2, 64), [(1, length) for length in (1, 17, 150, 0, 46, 520)], window=window, scales=SCALES)
     for _ in range(2):
         check_decode(case, DecodeConfig("shares", keys, 4, 2, 2, least, whole))
 

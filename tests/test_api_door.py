@@ -30,7 +30,8 @@ ROUTES = [
     ("POST", "/v1/responses/{response_id}/cancel"), ("POST", "/v1/fim/completions"), ("POST", "/infill"), ("GET", "/props"),
     ("POST", "/chat/completions"), ("POST", "/completions"), ("POST", "/responses"), ("GET", "/models"),
     ("POST", "/fim/completions"), ("GET", "/"), ("GET", "/api/hello"), ("POST", "/api/event_logging/batch"),
-    ("POST", "/api/event_logging/v2/batch"),
+    ("POST", "/api/event_logging/v2/batch"), ("POST", "/v1/embeddings"), ("POST", "/embeddings"),
+    ("GET", "/openapi.json"),
 ]
 ANTHROPIC = [("POST", "/v1/messages"), ("POST", "/v1/messages/count_tokens")]
 
@@ -271,14 +272,13 @@ def test_giant_headers_are_refused(model: ServedModel) -> None:
     [
         ("GET", "/index.html", 404),
         ("GET", "/v1", 404),
-        ("POST", "/v1/embeddings", 404),
+        ("POST", "/v1/rerank", 404),
         ("GET", "/v1/models/", 200),
         ("GET", "/v1/models/nope", 404),
         ("GET", "/v1/chat/completions", 405),
         ("DELETE", "/v1/models/fake", 405),
         ("POST", "/health", 405),
         ("GET", "/docs", 404),
-        ("GET", "/openapi.json", 404),
         ("GET", "/v1/models/../../etc/passwd", 404),
     ],
 )

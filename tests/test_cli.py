@@ -2,38 +2,21 @@
 
 from __future__ import annotations
 
-import io
 import json
 import shlex
-import signal
 import socket
 import subprocess
 import sys
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import httpx
 import pytest
+from commands import main_ends, run
 
-from workstation import runtime
-from workstation.cli import processes
-from workstation.cli.chat import Conversation, first_model, repl
-from workstation.cli.main import dashed, main
+from workstation.cli.main import dashed
 from workstation.cli.serve import ready_text, served_names
 from workstation.cli.serve_settings import REMOVED_FLAGS, SERVE_SETTINGS
-from workstation.cli.servers import bearer, find_server, root_of
-from workstation.errors import ConfigError, StartupError
-from workstation.runtime import RunningServer
-
-
-def run(*arguments: str) -> int:
-    """The exit code of `ws ARGUMENTS`."""
-    with pytest.raises(SystemExit) as caught:
-        main(list(arguments))
-    return int(caught.value.code or 0)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
@@ -71,7 +54,7 @@ def test_underscores_in_flags_are_dashes() -> None:
     [
         (["serve"], 2, "name a model"),
         (["serve", "demo", "--model", "other"], 2, "two models are named"),
-        (["serve", "demo", "--quantization", "awq"], 2, "--quantization must be one of fp8, int8, int4, got 'awq'"),
+        (["serve", "demo", "--quantization", "awq"], 2, "one of fp8, int8, int4, int4-g64, int4-g32, nf4, got 'awq'"),
         (["serve", "demo", "-tp", "2"], 2, "--tensor-parallel-size=2 is not served yet"),
         (["serve", "demo", "--max_model_len", "many"], 2, "--max-model-len must be a whole number"),
         (["serve", "demo", "--rope-theta", "1e6"], 2, "config.json; change it there"),
@@ -164,10 +147,6 @@ def test_flags_variables_and_the_catalogue_reach_engine_and_server(
     assert (handed.options.host, handed.options.port, handed.options.api_keys) == ("127.0.0.1", 0, ())
 
 
-def main_ends(*arguments: str) -> None:
-    assert run(*arguments) == 0
-
-
 def test_a_bind_beyond_loopback_makes_and_prints_a_key(handed: Handed, capsys: pytest.CaptureFixture[str]) -> None:
     main_ends("serve", "./some-model", "--device", "cpu", "--host", "0.0.0.0", "--port", "0")
     (key,) = handed.options.api_keys
@@ -216,190 +195,6 @@ def test_the_ready_text_holds_a_curl_that_can_be_pasted() -> None:
     assert "Authorization: Bearer YOUR_KEY" in words
     assert json.loads(words[-1])["model"] == "demo"
     assert "1600 tokens of KV cache (1.00 GiB)" in text
-
-
-# ── chat ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def sse(*chunks: dict[str, Any]) -> bytes:
-    return b"".join(b"data: " + json.dumps(chunk).encode() + b"\n\n" for chunk in chunks) + b"data: [DONE]\n\n"
-
-
-def piece(text: str) -> dict[str, Any]:
-    return {"choices": [{"index": 0, "delta": {"content": text}}]}
-
-
-class FakeServer:
-    """Answers chat requests with prepared streams and keeps the bodies."""
-
-    def __init__(self, *answers: httpx.Response) -> None:
-        self.answers, self.bodies = list(answers), list[dict[str, Any]]()
-
-    def __call__(self, request: httpx.Request) -> httpx.Response:
-        if request.url.path == "/v1/models":
-            return httpx.Response(200, json={"data": [{"id": "m"}]})
-        self.bodies.append(json.loads(request.content))
-        return self.answers.pop(0)
-
-
-def talk_to(server: FakeServer, **options: Any) -> Conversation:
-    return Conversation(httpx.Client(transport=httpx.MockTransport(server), base_url="http://test"), "m", options)
-
-
-def test_an_answer_is_written_as_it_comes_and_the_next_turn_carries_it() -> None:
-    greeting, sum_ = sse(piece("Hel"), piece("lo"), {"choices": []}), sse(piece("4"))
-    server = FakeServer(httpx.Response(200, content=greeting), httpx.Response(200, content=sum_))
-    talk, out = talk_to(server, temperature=0), io.StringIO()
-    talk.set_system("Be brief.")
-    talk.say("hi", out)
-    talk.say("2+2?", out)
-    assert out.getvalue() == "Hello\n4\n"
-    assert [turn["content"] for turn in server.bodies[1]["messages"]] == ["Be brief.", "hi", "Hello", "2+2?"]
-    assert server.bodies[0]["stream"] is True and server.bodies[0]["temperature"] == 0
-
-
-def test_the_servers_refusal_is_shown_and_the_turn_taken_back() -> None:
-    talk = talk_to(FakeServer(httpx.Response(400, json={"error": {"message": "too long"}})))
-    with pytest.raises(StartupError, match="400: too long"):
-        talk.say("hi", io.StringIO())
-    assert talk.messages == []
-
-
-def test_an_error_event_in_the_stream_is_an_error() -> None:
-    broken = sse(piece("half"), {"error": {"message": "the engine died"}})
-    talk = talk_to(FakeServer(httpx.Response(200, content=broken)))
-    with pytest.raises(StartupError, match="the engine died"):
-        talk.say("hi", io.StringIO())
-
-
-class Interrupted(httpx.SyncByteStream):
-    """A stream during which somebody presses Ctrl-C; knows whether it was closed."""
-
-    closed = False
-
-    def __iter__(self) -> Iterator[bytes]:
-        yield b"data: " + json.dumps(piece("half")).encode() + b"\n\n"
-        raise KeyboardInterrupt
-
-    def close(self) -> None:
-        self.closed = True
-
-
-def test_ctrl_c_stops_the_answer_closes_the_stream_and_keeps_the_half() -> None:
-    stream = Interrupted()
-    talk, out = talk_to(FakeServer(httpx.Response(200, stream=stream))), io.StringIO()
-    talk.say("hi", out)
-    assert stream.closed
-    assert out.getvalue() == "half [stopped]\n"
-    assert talk.messages[-1] == {"role": "assistant", "content": "half"}
-
-
-def test_the_conversation_goes_on_after_an_error(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    refused = httpx.Response(503, json={"error": {"message": "busy"}})
-    talk = talk_to(FakeServer(refused, httpx.Response(200, content=sse(piece("yes")))))
-    lines = iter(["one", "/system Be kind.", "/what", "two", "/reset", "", "/exit"])
-    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
-    repl(talk)
-    said = capsys.readouterr()
-    assert "503: busy" in said.err and "/reset forgets" in said.err
-    assert said.out == "yes\n"
-    assert talk.messages == [{"role": "system", "content": "Be kind."}]
-
-
-def test_generate_asks_a_server_when_one_is_named(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    bodies: list[dict[str, Any]] = []
-
-    def post(url: str, *, json: dict[str, Any], headers: dict[str, str], timeout: float) -> httpx.Response:
-        bodies.append({"url": url, **json, **headers})
-        choice = {"text": "raw"} if url.endswith("/v1/completions") else {"message": {"content": "chat"}}
-        return httpx.Response(200, json={"choices": [choice]})
-
-    monkeypatch.setattr(httpx, "post", post)
-    main_ends("generate", "m", "hi", "--url", "http://h:1/v1", "--api-key", "k", "--seed", "3", "--system", "s")
-    main_ends("generate", "m", "hi", "--url", "http://h:1", "--raw", "--max-tokens", "5")
-    assert capsys.readouterr().out == "chat\nraw\n"
-    assert [turn["role"] for turn in bodies[0]["messages"]] == ["system", "user"]
-    assert (bodies[0]["seed"], bodies[0]["Authorization"], "temperature" in bodies[0]) == (3, "Bearer k", False)
-    assert (bodies[1]["prompt"], bodies[1]["max_tokens"]) == ("hi", 5)
-
-
-def test_the_model_is_the_servers_first_one() -> None:
-    assert first_model(talk_to(FakeServer()).client) == "m"
-
-
-@pytest.mark.parametrize("url", ["http://h:1", "http://h:1/", "http://h:1/v1", "http://h:1/v1/"])
-def test_a_url_is_the_servers_root_whatever_was_typed(url: str) -> None:
-    assert root_of(url) == "http://h:1"
-
-
-def test_of_several_keys_a_client_sends_the_first() -> None:
-    assert bearer("a, b") == {"Authorization": "Bearer a"}
-    assert bearer(None) == {}
-
-
-# ── ps, stop ────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@pytest.fixture
-def sleeper() -> Iterator[subprocess.Popen[bytes]]:
-    """A process that ends on SIGTERM, with a runtime file as a server leaves it."""
-    process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(60)"])
-    path = runtime.write(RunningServer(process.pid, "127.0.0.1", 1, "sleepy", "http://127.0.0.1:1", time.time()))
-    yield process
-    process.kill()
-    process.wait()
-    runtime.remove(path)
-
-
-def test_stop_ends_the_only_server_and_waits_for_it(
-    sleeper: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main_ends("stop")
-    assert capsys.readouterr().out == f"stopped sleepy (pid {sleeper.pid})\n"
-    assert sleeper.wait(10) == -signal.SIGTERM
-
-
-def test_ps_shows_a_server_that_does_not_answer(
-    sleeper: subprocess.Popen[bytes], capsys: pytest.CaptureFixture[str]
-) -> None:
-    main_ends("ps", "--json")
-    (row,) = json.loads(capsys.readouterr().out)
-    assert (row["pid"], row["model"], row["state"]) == (sleeper.pid, "sleepy", "no answer")
-
-
-def test_the_running_server_is_found_without_a_url(sleeper: subprocess.Popen[bytes]) -> None:
-    assert find_server(None).url == "http://127.0.0.1:1"
-
-
-def server(pid: int, port: int, model: str) -> RunningServer:
-    return RunningServer(pid, "127.0.0.1", port, model, f"http://127.0.0.1:{port}", 0.0)
-
-
-def test_one_of_several_servers_is_named_by_model_port_or_pid() -> None:
-    both = [server(11, 8000, "demo"), server(12, 8001, "llama")]
-    assert processes.choose(both, "llama", False) == both[1:]
-    assert processes.choose(both, "8000", False) == both[:1]
-    assert processes.choose(both, "12", False) == both[1:]
-    assert processes.choose(both, None, True) == both
-
-
-@pytest.mark.parametrize("which", [None, "qwen", "demo"])
-def test_an_unclear_name_stops_nothing(which: str | None) -> None:
-    both = [server(11, 8000, "demo"), server(12, 8001, "demo")]
-    with pytest.raises(ConfigError, match="port 8000, pid 11"):
-        processes.choose(both, which, False)
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(5, "5s"), (61, "1m"), (3 * 3600 + 300, "3h05m"), (90000, "1d01h")])
-def test_durations_are_short(seconds: float, text: str) -> None:
-    assert processes.duration(seconds) == text
-
-
-# ── models ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_a_reader_that_goes_away_is_answered_with_silence() -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from test_cli import main_ends
+from commands import main_ends
 
 from workstation.catalog import ModelEntry
 from workstation.cli.models import state

@@ -9,6 +9,7 @@ import itertools
 import json
 
 import pytest
+from products import some_of
 from test_tuning import A100, B200, DEVICES, EVERY_SCHEME, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
 
 from workstation.kernels import tuning
@@ -68,15 +69,14 @@ def check(product: Product) -> None:
     assert needed.registers <= 255
 
 
-ARCHITECTURES = [A100, L40S, H200, B200, PRO_6000]
-BASIC = [
-    (Problem(scheme, output, m, 6144, 4096), device)
-    for device in ARCHITECTURES
-    for scheme, output, m in (("fp8_weight", "linear", 16), ("16bit", "silu_mul", 64))
-]
+ARCHITECTURES = {device.name: device for device in (A100, L40S, H200, B200, PRO_6000)}
+BASIC = {
+    problem.scheme: problem
+    for problem in (Problem("fp8_weight", "linear", 16, 6144, 4096), Problem("16bit", "silu_mul", 64, 6144, 4096))
+}
 
 
-@pytest.mark.parametrize(("problem", "device"), BASIC, ids=lambda part: getattr(part, "name", getattr(part, "scheme", None)))
+@some_of(1, device=ARCHITECTURES, problem=BASIC)
 def test_a_computed_configuration_compiles_and_fits(problem: Problem, device: Device) -> None:
     check((problem, default_config(problem, device), device))
 

@@ -31,7 +31,7 @@ def tokenizer() -> Any:
 
 @pytest.fixture(scope="module")
 def shipped() -> Any:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.bfloat16).eval()
+    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
 
 
 def batch(tokenizer: Any, size: int) -> train.Batch:
@@ -66,7 +66,7 @@ def test_transformers_reads_the_tokenizer_and_its_template(tokenizer: Any) -> No
 def test_the_shipped_model_answers_held_out_tasks(shipped: Any, tokenizer: Any) -> None:
     """Greedy decoding writes the answer exactly when every answer token is the likeliest after those before it."""
     right = []
-    for task in [task for skill in SKILLS for task in evaluate.held_out(skill, 4, seed=11)]:
+    for task in [task for skill in SKILLS for task in evaluate.held_out(skill, 2, seed=11)]:
         prompt = tokenizer.encode(template.prompt_text(task)).ids
         ids = torch.tensor([tokenizer.encode(template.document(task)).ids])
         likeliest = shipped(input_ids=ids).logits[0, len(prompt) - 1 : -1].argmax(-1)
@@ -100,7 +100,7 @@ def test_exported_weights_load_again(tokenizer: Any, tmp_path: Path) -> None:
 def test_training_on_one_batch_lowers_its_loss(tokenizer: Any) -> None:
     trainer = train.Trainer(SMALL, torch.device("cpu"), seed=0)
     packed = batch(tokenizer, 512)
-    losses = [float(trainer.step([packed], 1.0)) for _ in range(60)]
+    losses = [float(trainer.step([packed], 1.0)) for _ in range(30)]
     assert losses[-1] < 0.5 * losses[0]
 
 

@@ -113,3 +113,14 @@ def test_garbage_is_refused_by_name_and_a_neighbour_is_not_disturbed(demo: Serve
 def test_the_api_process_needs_neither_torch_nor_transformers(demo: Server) -> None:
     maps = Path(f"/proc/{demo[0].pid}/maps").read_text()
     assert "libtorch" not in maps
+
+
+def test_the_openai_client_gets_embeddings_of_length_one_and_equal_for_equal_texts(demo: Server) -> None:
+    client = OpenAI(base_url=f"{demo[1].base_url}/v1", api_key="none", max_retries=0)
+    found = client.embeddings.create(model="demo", input=["hello", "goodbye, said the fox", "hello"])  # base64 on the wire
+    vectors = [item.embedding for item in found.data]
+    assert [abs(sum(x * x for x in vector) - 1.0) < 1e-5 for vector in vectors] == [True] * 3
+    assert vectors[0] == pytest.approx(vectors[2], abs=1e-5) and vectors[0] != pytest.approx(vectors[1], abs=1e-2)
+    assert found.usage.prompt_tokens == found.usage.total_tokens > 0
+    with pytest.raises(BadRequestError, match="maximum context length"):
+        client.embeddings.create(model="demo", input=[[5] * 20000])

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import json
 import re
+from functools import cache
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from jinja2 import Template
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from tokenizers import Tokenizer
 
@@ -38,15 +40,21 @@ def asked(task: Task) -> str:
     return str(task.messages[-1]["content"])
 
 
-def jinja(messages: list[dict[str, Any]], **variables: Any) -> str:
+@cache
+def chat_template() -> Template:
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
     environment.filters["tojson"] = lambda value: json.dumps(value, ensure_ascii=False)
-    return environment.from_string(template.jinja_source()).render(messages=messages, **variables)
+    return environment.from_string(template.jinja_source())
+
+
+def jinja(messages: list[dict[str, Any]], **variables: Any) -> str:
+    return chat_template().render(messages=messages, **variables)
 
 
 @pytest.mark.parametrize("skill", SKILLS)
 def test_no_held_out_prompt_is_ever_trained_on(skill: str) -> None:
-    trained = {template.prompt_text(task).lower() for task in many(skill, 4000)}
+    count = 800 if skill == "recall" else 4000  # its prompts are whole texts
+    trained = {template.prompt_text(task).lower() for task in many(skill, count)}
     assert not [task for task in evaluate.held_out(skill, 200) if template.prompt_text(task).lower() in trained]
 
 

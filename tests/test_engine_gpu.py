@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from engines import drain, make_engine, run, submit
+from test_embeddings import embedded
 from test_engine import PROMPTS, RANDOM, greedy, prompts_of
 from tiny import write_tiny
 from transformers import AutoModelForCausalLM
@@ -39,6 +41,19 @@ def test_greedy_tokens_in_fp32_equal_the_cpu_twins(folders: dict[str, Path], kin
 @pytest.mark.parametrize("kind", KINDS)
 def test_tokens_do_not_depend_on_the_schedule_in_fp32(folders: dict[str, Path], kind: str, changes: dict[str, Any]) -> None:
     assert run(folders[kind], PROMPTS, RANDOM, **GPU, **changes) == run(folders[kind], PROMPTS, RANDOM, **GPU)
+
+
+@pytest.mark.parametrize("changes", [{}, {"max_num_batched_tokens": 13}, {"enforce_eager": True}], ids=str)
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_in_fp32_equal_the_cpu_twins_beside_captured_decodes(
+        folders: dict[str, Path], kind: str, changes: dict[str, Any]) -> None:
+    for pooling in ("last", "mean"):
+        engine = make_engine(folders[kind], **GPU, **changes)
+        submit(engine, prompts_of(20, 9, seed=3), [greedy(30), greedy(30)])
+        ours = embedded(engine, PROMPTS, pooling)  # type: ignore[arg-type]
+        theirs = embedded(make_engine(folders[kind]), PROMPTS, pooling)  # type: ignore[arg-type]
+        for one, other in zip(ours, theirs, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-3, atol=2e-3)
 
 
 def _teacher_forced(folder: Path, tokens: list[int], **changes: Any) -> torch.Tensor:

@@ -2,26 +2,24 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from int_checks import check_door, check_product, check_widening, make_case
+from products import some_of
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.kernels import ops
 from workstation.kernels.gemm_compile import compile_call, compile_for, int_types
 from workstation.kernels.gemm_launch import Operands
 from workstation.kernels.launch_hopper import is_hopper
-from workstation.kernels.launch_int import fitted, int_call, scheme_of, widen_call
+from workstation.kernels.launch_int import fitted, int_call, rings_serve, scheme_of, widen_call
 from workstation.kernels.offline import Resources, resources
 from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config
 
-ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
+DEVICES = [A100, L40S, H200, B200, PRO_6000]
+ARCHITECTURES = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 # (bits, columns of a group, zero points): GPTQ and packed, AWQ, whole rows, narrow groups, 8 bits.
 FORMS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (8, 4096, False), (8, 128, True)]
 
@@ -35,19 +33,19 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.interpreted("interpreted_int.py")
 def test_integer_products_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_int.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    """What the file above tests."""
 
 
 def compiled(device: Device, form: tuple[int, int, bool], output: Output, m: int) -> tuple[Any, Resources]:
     bits, size, zeros = form
     weight = int_types(bits, size, 4096, zeros=zeros)
     n = 28672 if output == "silu_mul" else 6144
-    config = fitted(default_config(Problem(scheme_of(weight), output, m, n, 4096), device), weight)
+    problem = Problem(scheme_of(weight), output, m, n, 4096)
+    config = fitted(default_config(problem, device, rings=rings_serve(weight, output)), weight)
     silu = output == "silu_mul"
     x: Any = torch.bfloat16
     call = int_call(Operands(x, weight), config, torch.bfloat16, m, n // 2 if silu else n, 4096, silu=silu)
@@ -61,12 +59,9 @@ def check_fits(device: Device, form: tuple[int, int, bool], output: Output, m: i
     assert needed.stack <= PARKED
 
 
-@ARCHITECTURES
-@pytest.mark.parametrize(("form", "output", "m"), [(FORMS[0], "silu_mul", 1), (FORMS[1], "linear", 64)])
-def test_a_computed_configuration_compiles_and_fits(
-    device: Device, form: tuple[int, int, bool], output: Output, m: int,
-) -> None:
-    check_fits(device, form, output, m)
+@some_of(1, device={device.name: device for device in DEVICES}, product=[(FORMS[0], "silu_mul", 1), (FORMS[1], "linear", 64)])
+def test_a_computed_configuration_compiles_and_fits(device: Device, product: tuple[tuple[int, int, bool], Output, int]) -> None:
+    check_fits(device, *product)
 
 
 # Gate and up share a program but with narrow groups, or with zero points and many rows (`launch_int`).
@@ -90,10 +85,21 @@ def test_widening_compiles_and_stores_sixteen_bytes_at_a_time(bits: int) -> None
 def test_hopper_multiplies_integers_in_wgmma_from_registers() -> None:
     """Codes reach registers as words, by ldmatrix; widened weights never pass through shared memory."""
     problem = Problem("int4", "linear", 8, 6144, 4096)
-    assembly = compile_for(problem, default_config(problem, H200), H200.capability).asm["ptx"]
+    assembly = compile_for(problem, default_config(problem, H200, rings=False), H200.capability).asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n16k16" in assembly and "mma.sync" not in assembly
     loop = assembly[assembly.index("cp.async.wait_group"):assembly.rindex("wgmma.mma_async")]
     assert "ldmatrix" in loop and "st.shared" not in loop
+
+
+@pytest.mark.parametrize("m", [1, 32])
+def test_a_ring_s_products_of_a_group_are_in_flight_together(m: int) -> None:
+    """The compiler waits for each product by itself where registers are too few: half the speed."""
+    problem = Problem("int4", "silu_mul", m, 28672, 4096)
+    config = default_config(problem, H200)
+    assert config.kind == "hopper"
+    kernel = compile_for(problem, config, H200.capability)
+    products = kernel.asm["ptx"].count("wgmma.mma_async")
+    assert products == 32 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 2  # one a group of 128 columns
 
 
 def test_programmatic_launch_prefetches_before_it_waits() -> None:
@@ -136,7 +142,7 @@ def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
         check_widening(case, torch.bfloat16)
 
 
-RINGS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (4, 64, False), (8, 4096, False), (8, 128, True)]
+RINGS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, False), (4, 64, False), (8, 4096, False), (8, 128, True)]
 
 
 @pytest.mark.gpu
@@ -146,7 +152,7 @@ RINGS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, True), (4, 6
 def test_rings_multiply_integers_of_any_shape(form: tuple[int, int, bool], dtype: torch.dtype) -> None:
     bits, size, zeros = form
     step = 1024 // bits
-    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
+    # (rows, of a tile, tiles and warpgroups, panels a step, splits)
+    for m, block_m, tiles, teams, panels, splits in ((1, 8, 1, 1, 1, 3), (5, 16, 2, 1, 2, 1), (33, 32, 1, 2, 1, 1)):
         case = make_case(m, 1152, 4096, bits=bits, size=size, zeros=zeros, dtype=dtype, device="cuda")
-        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
-            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, step * panels, splits, 4, 2, True), dtype)
+        check_product(case, GemmConfig("hopper", 64 * tiles * teams, block_m, step * panels, splits, 4 * teams, 2, True), dtype)

@@ -36,7 +36,7 @@ def check_draws(fields: dict[str, object], draws: int) -> None:
 
 @pytest.mark.parametrize("fields", CUTS.values(), ids=CUTS.keys())
 def test_draws_follow_the_exact_distribution(fields: dict[str, object]) -> None:
-    check_draws(fields, 100_000)
+    check_draws(fields, 25_000)
 
 
 @pytest.mark.long
@@ -47,8 +47,8 @@ def test_a_million_draws_follow_the_exact_distribution(fields: dict[str, object]
 
 def test_the_chi_square_notices_a_shifted_distribution() -> None:
     logits = random_logits(1, 50, seed=11, scale=1.5)[0]
-    counts = histogram(logits, SamplingParams(temperature=1.0), 100_000)
-    assert chi_square_tail(counts, exact_distribution(logits, SamplingParams(temperature=1.05))) < 1e-6
+    counts = histogram(logits, SamplingParams(temperature=1.0), 25_000)
+    assert chi_square_tail(counts, exact_distribution(logits, SamplingParams(temperature=1.1))) < 1e-6
 
 
 @pytest.mark.parametrize("width", [1, 2, 31, 64, 65, 100, 1000, 4096, 70_001])
@@ -99,7 +99,7 @@ def test_small_and_large_top_k_cut_alike() -> None:
     for k in (2, 40, 128, 129, 2000, 4096, 2**31 - 1):
         kept = set(logits[0].topk(min(k, 4096)).indices.tolist())
         sampler = build({"top_k": k, "temperature": 50.0}, width=4096)
-        assert all(sample(sampler, logits, position=i).tokens.item() in kept for i in range(100))
+        assert all(sample(sampler, logits, position=i).tokens.item() in kept for i in range(25))
 
 
 # ── randomness ──────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,30 @@ def config(folder: Path, **changes: Any) -> EngineConfig:
     return EngineConfig(str(folder), device="cpu", max_num_seqs=8, num_blocks=200, num_threads=1, **changes)
 
 
-def with_engine(folder: Path, test: Callable[[EngineProcess], Awaitable[None]]) -> None:
+@pytest.fixture(scope="module")
+def loop() -> Iterator[asyncio.Runner]:
+    with asyncio.Runner() as runner:
+        yield runner
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, loop: asyncio.Runner) -> Iterator[EngineProcess]:
+    """A start costs seconds, so tests share an engine that may die as often as they like."""
+    engine = EngineProcess(config(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supervisor, "MAX_RESTARTS", 100)
+        loop.run(engine.start())
+        yield engine
+        loop.run(engine.stop())
+
+
+@pytest.fixture
+def engine(shared: EngineProcess, loop: asyncio.Runner) -> EngineProcess:
+    loop.run(asyncio.wait_for(until_ready(shared), 60))
+    return shared
+
+
+def with_own_engine(folder: Path, test: Callable[[EngineProcess], Awaitable[None]]) -> None:
     async def main() -> None:
         engine = EngineProcess(config(folder))
         await engine.start()
@@ -62,18 +85,20 @@ async def kill_under(engine: EngineProcess, work: asyncio.Task[list[int]], how: 
     os.kill(engine.pid, how)
 
 
-def test_an_engine_in_its_own_process_serves_requests_side_by_side(folder: Path) -> None:
-    async def test(engine: EngineProcess) -> None:
+def test_an_engine_in_its_own_process_serves_requests_side_by_side(engine: EngineProcess, loop: asyncio.Runner) -> None:
+    async def test() -> None:
         assert engine.info.logits_width == 128
         several = await asyncio.gather(*[tokens(engine, f"r{i}", [5, 6, 7, 8 + i % 2]) for i in range(8)])
         assert several[0] == several[2] and all(len(found) == 8 for found in several)
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
-def test_a_killed_engine_fails_what_was_in_flight_and_serves_the_same_tokens_again(folder: Path) -> None:
-    async def test(engine: EngineProcess) -> None:
-        before = await tokens(engine, "before")
+def test_a_killed_engine_fails_what_was_in_flight_and_serves_the_same_tokens_again(
+    engine: EngineProcess, loop: asyncio.Runner
+) -> None:
+    async def test() -> None:
+        restarts, before = engine.health().restarts, await tokens(engine, "before")
         victim = asyncio.create_task(tokens(engine, "victim", count=500))
         await kill_under(engine, victim)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
@@ -81,17 +106,19 @@ def test_a_killed_engine_fails_what_was_in_flight_and_serves_the_same_tokens_aga
         with pytest.raises(EngineDeadError):
             await tokens(engine, "early")
         await until_ready(engine)
-        assert engine.health().restarts == 1
+        assert engine.health().restarts == restarts + 1
         assert await tokens(engine, "after") == before
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
-def test_a_frozen_engine_is_noticed_and_replaced(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_frozen_engine_is_noticed_and_replaced(
+    engine: EngineProcess, loop: asyncio.Runner, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(supervisor, "HEARTBEAT_LIMIT_SECONDS", 2.0)
 
-    async def test(engine: EngineProcess) -> None:
-        victim = asyncio.create_task(tokens(engine, "victim", count=500))
+    async def test() -> None:
+        victim = asyncio.create_task(tokens(engine, "victim", [7, 7, 7], count=500))
         await kill_under(engine, victim, signal.SIGSTOP)
         with pytest.raises(EngineDeadError, match="heartbeat"):
             await victim
@@ -99,11 +126,11 @@ def test_a_frozen_engine_is_noticed_and_replaced(folder: Path, monkeypatch: pyte
         await until_ready(engine)
         assert len(await tokens(engine, "after")) == 8
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
-def test_a_request_present_at_two_deaths_is_refused_and_others_are_not(folder: Path) -> None:
-    async def test(engine: EngineProcess) -> None:
+def test_a_request_present_at_two_deaths_is_refused_and_others_are_not(engine: EngineProcess, loop: asyncio.Runner) -> None:
+    async def test() -> None:
         for turn in range(2):
             victim = asyncio.create_task(tokens(engine, f"victim{turn}", [9, 9, 9], count=500))
             await kill_under(engine, victim)
@@ -114,7 +141,7 @@ def test_a_request_present_at_two_deaths_is_refused_and_others_are_not(folder: P
             await tokens(engine, "again", [9, 9, 9], count=500)
         assert len(await tokens(engine, "innocent")) == 8
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
 def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -125,35 +152,37 @@ def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(folder: Path, mon
             await until_ready(engine)
             assert engine.pid is not None
             os.kill(engine.pid, signal.SIGKILL)
-            await asyncio.sleep(0.6)
+            while engine.health().state == "ready":
+                await asyncio.sleep(0.05)
         cause = await asyncio.wait_for(engine.gave_up(), 20)
         assert "died 2 times" in cause and "SIGKILL" in cause
         assert engine.health().state == "dead"
 
-    with_engine(folder, test)
+    with_own_engine(folder, test)
 
 
-def test_leaving_a_stream_early_aborts_it_and_frees_its_blocks(folder: Path) -> None:
-    async def test(engine: EngineProcess) -> None:
+def test_leaving_a_stream_early_aborts_it_and_frees_its_blocks(engine: EngineProcess, loop: asyncio.Runner) -> None:
+    async def test() -> None:
+        aborted = engine.stats().finished.get("abort", 0)
         stream = engine.generate(EngineRequest("left", CANARY, SamplingParams(max_tokens=500, ignore_eos=True)))
         async for _ in stream:
             break
         await stream.aclose()
         began = time.monotonic()
-        while engine.stats().finished.get("abort") != 1 or engine.stats().blocks_held:
+        while engine.stats().finished.get("abort", 0) != aborted + 1 or engine.stats().blocks_held:
             assert time.monotonic() - began < 20
             await asyncio.sleep(0.05)
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
-def test_a_refusal_by_the_engine_arrives_as_its_own_error(folder: Path) -> None:
-    async def test(engine: EngineProcess) -> None:
+def test_a_refusal_by_the_engine_arrives_as_its_own_error(engine: EngineProcess, loop: asyncio.Runner) -> None:
+    async def test() -> None:
         with pytest.raises(InvalidRequestError, match="between 0 and 127, got 4000"):
             await tokens(engine, "bad", [4000])
         assert len(await tokens(engine, "good")) == 8
 
-    with_engine(folder, test)
+    loop.run(asyncio.wait_for(test(), 100))
 
 
 def test_a_folder_that_cannot_be_served_is_a_named_error_and_leaves_no_process(tmp_path: Path) -> None:
@@ -176,5 +205,5 @@ def test_the_private_directory_is_closed_to_others_and_goes_away(folder: Path) -
         seen.append(Path(engine._directory))
         assert seen[0].stat().st_mode & 0o777 == 0o700
 
-    with_engine(folder, test)
+    with_own_engine(folder, test)
     assert not seen[0].exists()

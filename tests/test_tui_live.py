@@ -28,7 +28,8 @@ from workstation.tui.app import LEAVE, STOP, Dashboard
 from workstation.tui.client import Client
 from workstation.tui.screens import Choice, Question
 
-TALK = {"model": "demo", "max_tokens": 2000, "ignore_eos": True, "stream": True,
+# Long enough for a slow screen to see it run.
+TALK = {"model": "demo", "max_tokens": 4000, "ignore_eos": True, "stream": True,
         "messages": [{"role": "user", "content": "Copy this: " + "the quick brown fox " * 20}]}
 
 
@@ -36,7 +37,7 @@ TALK = {"model": "demo", "max_tokens": 2000, "ignore_eos": True, "stream": True,
 def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[bytes], RunningServer]]:
     log = tmp_path_factory.mktemp("live") / "log"
     command = [sys.executable, "-m", "workstation.cli.main", "serve", "demo", "--port", "0", "--device", "cpu",
-               "--num-threads", "1", "--kv-cache-memory-bytes", "64M"]
+               "--num-threads", "1", "--kv-cache-memory-bytes", "256M"]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WS_")}
     with log.open("wb") as file:
         process = Popen(command, stdout=file, stderr=file, env=environment)
@@ -95,19 +96,19 @@ def metric(text: str, name: str) -> int:
 def test_the_numbers_on_screen_are_those_of_stats_and_of_metrics(demo: tuple[Popen[bytes], RunningServer]) -> None:
     async def test(app: Dashboard, pilot: Pilot[str], client: httpx.AsyncClient) -> None:
         await until(pilot, lambda: all(row["state"] == "decode" for row in app.newest.requests) if app.newest else False)
-        await asyncio.sleep(0.6)  # a heartbeat: /metrics is the engine's last word, at most half a second old
-        metrics, stats = (await client.get("/metrics")).text, (await client.get("/stats")).json()
-        assert metric(metrics, "ws:num_requests_running") == stats["batch"]["running"] == 3
+        metrics = ""
+        while not metrics or metric(metrics, "ws:num_requests_running") != 3:  # /metrics is the engine's last heartbeat
+            await pilot.pause(0.05)
+            metrics = (await client.get("/metrics")).text
+        stats = (await client.get("/stats")).json()
         await pilot.press("space")
-        await pilot.pause(0.2)
-        frame, text = app.newest, text_of(app)
-        assert frame is not None
-        data = frame.data
-        assert "3 running 0 waiting" in text and f"rows 3/{data['model']['max_num_seqs']}" in text
-        total = metric(metrics, "ws:cache_config_info") and stats["blocks"]["total"]
-        assert data["blocks"]["total"] == total and f"{total:,} × 16 tokens" in text
-        for row in data["requests"]:
-            assert row["client"] in text and row["id"][-8:] in text
+        await until(pilot, lambda: app.frozen and "FROZEN" in text_of(app))
+        assert app.newest is not None
+        data, total = app.newest.data, metric(metrics, "ws:cache_config_info") and stats["blocks"]["total"]
+        assert stats["batch"]["running"] == data["batch"]["running"] == 3 and data["blocks"]["total"] == total
+        wanted = ["3 running 0 waiting", f"rows 3/{data['model']['max_num_seqs']}", f"{total:,} × 16 tokens"]
+        wanted += [word for row in data["requests"] for word in (row["client"], row["id"][-8:])]
+        await until(pilot, lambda: all(word in text_of(app) for word in wanted))  # a busy machine draws a frame late
         assert {row["id"] for row in stats["requests"]} == set(app.canvas.table.ids)
 
     under_load(demo[1].base_url, 3, test)

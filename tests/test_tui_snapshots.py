@@ -11,7 +11,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import pytest
-from test_tui import Machine, client, row, said, screen_text
+from dashboards import NOW, client, machine_in, said, screen_text
 from textual.pilot import Pilot
 
 from workstation.tui.app import Dashboard
@@ -19,42 +19,6 @@ from workstation.tui.app import Dashboard
 FOLDER = Path(__file__).parent / "snapshots"
 SIZES = [(80, 24), (120, 40), (200, 60)]
 STATES = ["loading", "ready", "full", "down", "no-gpu"]
-NOW = 1_000_000_000.0
-GPU = {"name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 128 << 30, "utilization": 0.97, "power_watts": 612.0,
-       "power_limit_watts": 700.0, "temperature_celsius": 64.0, "joules_per_token": 0.39, "memory_utilization": 0.81,
-       "fan": None, "clock_mhz": 1755, "memory_clock_mhz": 3201, "throttle": "", "pcie_read": 2.1e8, "pcie_write": 1.0e8,
-       "own_bytes": None, "uuid": "GPU-1"}  # fmt: skip
-
-
-def machine_in(state: str) -> Machine:
-    """A server in a state, at a moment that never passes."""
-    machine = Machine()
-    machine.changes = {"time": NOW - 3}
-    made = machine.frame()
-    if state == "loading":
-        machine.states, machine.rows = b"", []
-        loading = {"done_bytes": 41 << 30, "total_bytes": 68 << 30, "seconds_left": 12.4}
-        server = {**made["server"], "state": "starting", "uptime": 19.0, "loading": loading}
-        machine.changes |= {"server": server, "requests": [],
-                            "blocks": {**made["blocks"], "total": 0, "free": 0, "held": 0, "shared": 0, "cached": 0,
-                                       "cells": {"count": 0, "width": 1, "owned": "", "shared": "", "cached": ""}}}
-    if state in ("ready", "full", "down"):
-        plan = {"graphs": 1 << 30, "workspace": 2 << 30, "logits": 1 << 29}
-        model = {**made["model"], "name": "llama-70b-fp8", "dtype": "bfloat16", "kv_cache_dtype": "fp8", "plan": plan,
-                 "device_name": "NVIDIA H200", "weight_bytes": 68 << 30, "kv_bytes": 54 << 30}
-        cards = [{"index": 0, "name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 128 << 30, "utilization": 0.97,
-                  "own": True}]
-        machine.changes |= {"gpu": GPU, "model": model, "cards": cards}
-    if state == "full":
-        machine.states = bytes([1] * 150 + [2] * 50)
-        machine.rows = [row(f"req-{number:08d}", 40.0 - number, label=f"client-{number}", generated=100 * number)
-                        for number in range(30)]
-        machine.rows += [row(f"req-9{number:07d}", 15.0, state="waiting", scheduled=0.0, first_token=0.0, generated=0, blocks=0)
-                         for number in range(4)]
-        batch = {**made["batch"], "running": 30, "waiting": 4, "preempted": 2}
-        machine.changes |= {"batch": batch}
-        machine.held = {"blocks_free": 0, "blocks_cached": 0, "blocks_held": 200, "kv_tokens_held": 3190}
-    return machine
 
 
 @contextmanager

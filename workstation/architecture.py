@@ -54,6 +54,7 @@ class ModelShape:
         dtype: the checkpoint's dtype name.  quantization: the checkpoint's own description, None for plain weights.
         unread_fields: names in config.json that we neither know nor use.
         eos_token_ids, bos_token_id: from config.json (generation_config.json overrides).
+        headless: the model was saved without a head and makes embeddings only; the embedding stands in for one.
     """
 
     architecture: str
@@ -80,6 +81,7 @@ class ModelShape:
     bos_token_id: int | None
     quantization: dict[str, Any] | None = None
     unread_fields: tuple[str, ...] = ()
+    headless: bool = False
 
     @property
     def layers_per_block(self) -> int:
@@ -115,7 +117,8 @@ _HARMLESS = frozenset({
     "_attn_implementation_autoset", "_name_or_path", "architectures", "attention_dropout", "auto_map", "bad_words_ids",
     "begin_suppress_tokens", "chunk_size_feed_forward", "cross_attention_hidden_size", "decoder_start_token_id",
     "diversity_penalty", "do_sample", "dtype", "early_stopping", "embd_pdrop", "encoder_no_repeat_ngram_size",
-    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id",
+    "exponential_decay_length_penalty", "finetuning_task", "forced_bos_token_id", "forced_eos_token_id", "is_matryoshka",
+    "matryoshka_dimensions",
     "hidden_dropout", "id2label", "initializer_range", "is_decoder", "label2id", "length_penalty", "max_length",
     "min_length", "mlp_dropout", "model_max_length", "model_type", "no_repeat_ngram_size", "num_beam_groups",
     "num_beams", "num_return_sequences", "output_attentions", "output_hidden_states", "output_scores", "pad_token_id",
@@ -154,15 +157,16 @@ def read_shape(source: str | os.PathLike[str] | dict[str, Any]) -> ModelShape:
     _refuse_remote_code(values)
     config = Fields(values)
     architecture = _architecture(config)
-    sizes = _sizes(config, architecture)
+    headless, sizes = _is_headless(config, architecture), _sizes(config, architecture)
     rope = read_rope(config, sizes["head_dim"])
     kinds, window = _layer_kinds(config, architecture, sizes["num_layers"], rope.max_position)
     shape = ModelShape(
         architecture=architecture, **sizes, **_biases(config, architecture),
         norm_eps=config.number("rms_norm_eps", 1e-12, 1.0, 1e-6),
         rope=RopeShape(rope.kind, rope.theta, sizes["head_dim"], rope.options), max_position=rope.max_position,
-        tie_embeddings=config.boolean("tie_word_embeddings", False), qk_norm=architecture == "qwen3",
-        window=window, layer_kinds=kinds, kv_groups=partition_layers(kinds, window), dtype=_dtype(config, folder),
+        headless=headless, tie_embeddings=config.boolean("tie_word_embeddings", False) or headless,
+        qk_norm=architecture == "qwen3", window=window, layer_kinds=kinds,
+        kv_groups=partition_layers(kinds, window), dtype=_dtype(config, folder),
         **_special_tokens(config, architecture, sizes["vocab_size"]), quantization=_quantization(config, folder),
     )
     return replace(shape, unread_fields=_unread_fields(config))
@@ -208,9 +212,14 @@ def _architecture(config: Fields) -> str:
     supported = f"one of {', '.join(SUPPORTED)}"
     if kind not in SUPPORTED:
         raise config.refuse("model_type" if kind else "architectures", f"{supported} (the supported architectures)")
-    if listed and SUPPORTED[kind] not in listed:
+    if listed and SUPPORTED[kind] not in listed and not _is_headless(config, kind):
         raise config.refuse("architectures", f"{SUPPORTED[kind]} for model_type {kind!r}")
     return kind
+
+
+def _is_headless(config: Fields, kind: str) -> bool:
+    """An embedding model without a head of its own, such as MistralModel."""
+    return SUPPORTED[kind].replace("ForCausalLM", "Model") in (config.raw("architectures") or [])
 
 
 def _sizes(config: Fields, architecture: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ class EngineConfig:
     kv_cache_memory_bytes: int | None = None
     num_blocks: int | None = None
     block_size: int = 16
-    quantization: Literal["fp8", "int8", "int4"] | None = None
+    quantization: Literal["fp8", "int8", "int4", "int4-g64", "int4-g32", "nf4"] | None = None
     kv_cache_dtype: KVCacheDType = "auto"
     enable_prefix_caching: bool = True
     enable_chunked_prefill: bool = True

@@ -15,7 +15,7 @@ from workstation.architecture import ModelShape, read_shape
 from workstation.catalog import ModelEntry, demo_folder
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import parse_json_object
-from workstation.quant.at_load import QUANTIZATIONS
+from workstation.quant.at_load import CHOICES, SMALLER_GROUPS
 from workstation.quant.code_layers import code_part
 from workstation.quant.codes import NV_SIZE, CodePacking, CodeScheme
 from workstation.quant.detect import FORMATS, weight_forms
@@ -26,9 +26,9 @@ from workstation.safetensors_header import TensorEntry, read_checkpoint
 DENSE_BYTES = 2  # 32-bit checkpoints are served in bfloat16 on a GPU
 # How a checkpoint's own method is called here, when it is not served.
 _FOUR_BIT = {"awq": "int4", "gptq": "int4", "compressed-tensors": "int4", "mxfp4": "mxfp4", "modelopt": "nvfp4"}
-AT_LOAD = ("16-bit", *QUANTIZATIONS)  # what `ws serve` makes of a 16-bit checkpoint
+AT_LOAD = ("16-bit", *CHOICES)  # what `ws serve` makes of a 16-bit checkpoint
 _NAMES = {Form.FP8_CHANNEL: "fp8", Form.FP8_BLOCK: "fp8"}
-_WIDENED = ("int4", "int8", "nf4", "nvfp4")  # forms of which products of many rows widen a part at a time
+_WIDENED = ("int4", *SMALLER_GROUPS, "int8", "nf4", "nvfp4")  # forms of which products of many rows widen a part at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +75,8 @@ class EstimatedModel:
         for form in self.others:
             if form.name == quantization:
                 return form
+            if form.name == "int4" and quantization in SMALLER_GROUPS:
+                return _usual(self.shape, quantization)
         raise ConfigError(f"--quantization must be one of {', '.join(form.name for form in self.others)}, "
                           f"got {quantization!r}", param="quantization")
 
@@ -186,13 +188,13 @@ def _usual(shape: ModelShape, name: str) -> Weights:
 def form_bytes(shape: ModelShape, name: str) -> int:
     """Bytes of all weights in a form.
 
-    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 and int8 with a float32 scale a row, int4 with a
-    16-bit scale a group of 128, nf4 with a float32 scale a group of 64; nvfp4, which checkpoints come in, with an FP8 scale
-    a group of 16. Raises ConfigError for another name.
+    16-bit, and what `--quantization` makes, as `ws serve` keeps them: fp8 with a float32 scale a row, int8 with a 16-bit one,
+    int4 with a 16-bit scale a group, nf4 with a float32 scale a group of 64; nvfp4, which checkpoints come in, with an FP8
+    scale a group of 16. Raises ConfigError for another name.
     """
     if name == "16-bit":
         return weight_bytes(shape, DENSE_BYTES)
-    if name in QUANTIZATIONS:
+    if name in CHOICES:
         return weight_bytes(shape, DENSE_BYTES, weight_forms(replace(shape, quantization=None), None, name))
     if name != "nvfp4":
         raise ConfigError(f"the bytes of {name} weights cannot be told from a shape", param="quantization")

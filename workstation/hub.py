@@ -21,10 +21,11 @@ from workstation.model_folder import parse_json_object
 from workstation.safetensors_header import TensorEntry
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+POOLING_FILE = "*_Pooling/config.json"  # of sentence-transformers
 SMALL_FILES = (
     "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model",
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja",
-    "chat_template.json", "tekken.json", "*.safetensors.index.json",
+    "chat_template.json", "tekken.json", "*.safetensors.index.json", "modules.json",
 )  # fmt: skip
 # Room that stays free on the disk beside the download.
 DISK_MARGIN_BYTES = 1 << 30
@@ -121,6 +122,7 @@ def wanted_files(names: list[str], *, weights: bool = True) -> list[str]:
     chosen = [name for name in root if any(fnmatchcase(name, pattern) for pattern in SMALL_FILES)]
     if "config.json" not in root:
         raise ModelFolderError("the repository has no config.json, so it is not a Hugging Face model", param="model")
+    chosen += [name for name in names if fnmatchcase(name, POOLING_FILE) and name.count("/") == 1]
     if not weights:
         return chosen
     tensors = [name for name in root if name.endswith(".safetensors")]

@@ -39,28 +39,33 @@ def model_folder(folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def file_in_folder(folder: Path, name: str) -> Path:
-    """The real path of a regular file directly inside `folder`.
+def file_in_folder(folder: Path, name: str, *, below: str = "") -> Path:
+    """The real path of a regular file directly inside `folder`, or inside its sub-folder `below`.
 
     Args:
-        folder: as returned by `model_folder`.  name: a plain file name, often read from another file.
+        folder: as returned by `model_folder`.  name, below: plain names, often read from another file.
 
     Raises ModelFolderError naming the file: path parts, absolute names, NUL, over-long names, links that leave the
     folder (Hugging Face's `blobs` excepted), FIFOs, devices, folders, and missing files.
     """
-    plain = name not in ("", ".", "..") and not any(sign in name for sign in ("/", "\\", "\0"))
-    if not plain or len(name.encode(errors="replace")) > MAX_NAME_BYTES:
-        raise ModelFolderError(f"file name {shown(name)} in {folder} must be a plain name without path parts")
+    if not _is_plain(name) or (below and not _is_plain(below)):
+        raise ModelFolderError(f"file name {shown(name)} in {folder / below} must be a plain name without path parts")
+    inside = folder / below
     try:
-        real = (folder / name).resolve(strict=True)
+        real = (inside / name).resolve(strict=True)
         mode = real.stat().st_mode
     except (OSError, RuntimeError, ValueError) as error:
-        raise ModelFolderError(f"{name} is missing from {folder}, or its link is broken") from error
-    if real.parent not in (folder, _blobs_of(folder)):
-        raise ModelFolderError(f"{name} in {folder} is a link that leaves the folder; copy the file into it")
+        raise ModelFolderError(f"{name} is missing from {inside}, or its link is broken") from error
+    if real.parent not in (inside, _blobs_of(folder)):
+        raise ModelFolderError(f"{name} in {inside} is a link that leaves the folder; copy the file into it")
     if not stat.S_ISREG(mode):
-        raise ModelFolderError(f"{name} in {folder} is not a regular file")
+        raise ModelFolderError(f"{name} in {inside} is not a regular file")
     return real
+
+
+def _is_plain(name: str) -> bool:
+    short = len(name.encode(errors="replace")) <= MAX_NAME_BYTES
+    return short and name not in ("", ".", "..") and not any(sign in name for sign in ("/", "\\", "\0"))
 
 
 def _blobs_of(folder: Path) -> Path | None:
@@ -72,9 +77,9 @@ def has_file(folder: Path, name: str) -> bool:
     return os.path.lexists(folder / name)
 
 
-def read_json_object(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES) -> dict[str, Any]:
-    """A JSON object from a file of the folder; strict as `parse_json_object` is."""
-    path = file_in_folder(folder, name)
+def read_json_object(folder: Path, name: str, *, max_bytes: int = MAX_JSON_BYTES, below: str = "") -> dict[str, Any]:
+    """A JSON object from a file of the folder, or of its sub-folder `below`; strict as `parse_json_object` is."""
+    path = file_in_folder(folder, name, below=below)
     with path.open("rb") as file:
         data = file.read(max_bytes + 1)
     return parse_json_object(data, name, max_bytes=max_bytes)

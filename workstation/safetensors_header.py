@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import os
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from workstation.model_folder import (
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
+BARE_EMBEDDING = "embed_tokens.weight"
 MAX_HEADER_BYTES = 100_000_000
 MAX_TENSORS = 100_000
 MAX_RANK = 8
@@ -130,10 +131,17 @@ def read_checkpoint(folder: str | os.PathLike[str]) -> dict[str, TensorEntry]:
     root = model_folder(folder)
     if has_file(root, SINGLE_FILE):
         entries = read_header(file_in_folder(root, SINGLE_FILE), SINGLE_FILE)
-        return {entry.name: entry for entry in entries}
+        return _with_prefix({entry.name: entry for entry in entries})
     if not has_file(root, INDEX_FILE):
         raise _no_safetensors(root)
-    return _read_shards(root)
+    return _with_prefix(_read_shards(root))
+
+
+def _with_prefix(found: dict[str, TensorEntry]) -> dict[str, TensorEntry]:
+    """Checkpoints of a model without its head (embedding models) leave `model.` out of every name."""
+    if BARE_EMBEDDING not in found:
+        return found
+    return {f"model.{name}": replace(entry, name=f"model.{name}") for name, entry in found.items()}
 
 
 def _read_shards(root: Path) -> dict[str, TensorEntry]:

@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 from workstation.demo.tasks import SKILLS, Task, generate
-from workstation.demo.template import prompt_text
+from workstation.demo.template import document, prompt_text
 
 MAX_NEW_TOKENS = 200  # the longest held-out answer has about 160
 Generate = Callable[[list[list[int]]], list[str]]
@@ -45,6 +45,19 @@ def held_out(skill: str, n: int, seed: int = 0) -> list[Task]:
     """`n` tasks of a skill from the side that training never drew from; fixed by the seed. KeyError for an unknown skill."""
     rng = Random(f"{skill}:{seed}")
     return [generate(skill, rng, "held_out") for _ in range(n)]
+
+
+def held_out_documents(
+    encode: Callable[[str], list[int]], n: int, seed: int = 0, skills: Sequence[str] = tuple(SKILLS),
+) -> list[tuple[list[int], int]]:
+    """The tasks `evaluate` would draw with their right answers: (token ids, index of the answer's first token)."""
+    found = []
+    for skill in skills:
+        for task in held_out(skill, n, seed):
+            prompt = prompt_text(task)
+            start = encode(prompt)
+            found.append((start + encode(document(task).removeprefix(prompt)), len(start)))
+    return found
 
 
 def score(tasks: Sequence[Task], texts: Sequence[str], misses: int = 5) -> dict[str, SkillScore]:

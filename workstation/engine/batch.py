@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from workstation.engine.request import TokenLogprobs
 from workstation.engine.sequence import Sequence
 
@@ -22,6 +25,10 @@ class Chunk:
     count: int
     pending: bool
     table_updates: list[tuple[int, int, int]]
+
+    @property
+    def ends_prompt(self) -> bool:
+        return self.start < self.seq.request.prompt_len <= self.start + self.count
 
 
 @dataclass(slots=True)
@@ -62,9 +69,12 @@ class StepResult:
         tokens: sampled ids.  finite: False where the logits held NaN or +Inf.
         logprobs: an entry where the sample asked for them, else None.
         prompt_logprobs: by chunk number, one entry a prompt token whose successor is a prompt token.
+        pooled: by chunk number, [H] float32: the sum of the hidden states of a chunk whose mean is wanted, or the last one of a
+            prompt whose last one is.
     """
 
     tokens: list[int]
     finite: list[bool]
     logprobs: list[TokenLogprobs | None]
     prompt_logprobs: dict[int, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: dict[int, npt.NDArray[np.float32]] = field(default_factory=dict)

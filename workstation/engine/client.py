@@ -131,6 +131,7 @@ def _joined(first: TokenEvent | WorkstationError, second: TokenEvent) -> TokenEv
     if first.logprobs is not None or second.logprobs is not None:
         second.logprobs = (first.logprobs or []) + (second.logprobs or [])
     second.prompt_logprobs = first.prompt_logprobs or second.prompt_logprobs
+    second.times = second.times or first.times
     second.num_cached_tokens = max(first.num_cached_tokens, second.num_cached_tokens)
     second.plain = False
     return second

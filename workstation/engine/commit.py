@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from workstation.engine.batch import Batch, Chunk, StepResult
 from workstation.engine.beam import BeamGroup
 from workstation.engine.request import FinishReason, TokenEvent, TokenLogprobs
@@ -24,6 +27,8 @@ class Committer:
         events: list[TokenEvent] = []
         for number, rows in result.prompt_logprobs.items():
             self._collect_prompt_logprobs(batch.chunks[number], rows)
+        for number, hidden in result.pooled.items():
+            events += self._pool(batch.chunks[number], hidden)
         appended = 0
         for sample, token, finite, logprobs in zip(batch.samples, result.tokens, result.finite, result.logprobs, strict=True):
             seq = sample.seq
@@ -80,7 +85,7 @@ class Committer:
         if not request.started:
             request.started = True
             request.times.first_token = self._scheduler.clock()
-            event.prompt_logprobs = request.prompt_logprobs
+            event.prompt_logprobs, event.times = request.prompt_logprobs, request.times
         if logprobs is not None:
             event.logprobs = [logprobs]
         if ends:
@@ -105,11 +110,11 @@ class Committer:
         return "length" if outputs >= request.max_tokens else None
 
     def _fail(self, seq: Sequence) -> list[TokenEvent]:
-        """Logits that are not finite: no token of this request can be trusted, and none of its blocks."""
+        """Logits or hidden states that are not finite: no token of this request can be trusted, and none of its blocks."""
         for sibling in self._scheduler.live(seq.request):
             self._scheduler.kv.withdraw(sibling)
         return self.abort(seq.request.request_id, "error",
-                          "the model produced logits that are not finite (NaN or infinity); the request was ended")
+                          "the model produced values that are not finite (NaN or infinity); the request was ended")
 
     def _collect_prompt_logprobs(self, chunk: Chunk, rows: list[TokenLogprobs]) -> None:
         request = chunk.seq.request
@@ -117,6 +122,26 @@ class Committer:
             request.prompt_logprobs = [None]
         # Entry i belongs to prompt token i; a prompt computed again after a preemption adds nothing twice.
         request.prompt_logprobs += rows[len(request.prompt_logprobs) - (chunk.start + 1):]
+
+    def _pool(self, chunk: Chunk, hidden: npt.NDArray[np.float32]) -> list[TokenEvent]:
+        """Take what a step gave of a request with pooling; its event when that was all."""
+        seq, request = chunk.seq, chunk.seq.request
+        if request.request.pooling == "mean":
+            earlier = request.hidden_sum if chunk.start and request.hidden_sum is not None else 0.0
+            request.hidden_sum = earlier + hidden.astype(np.float64)
+            hidden = (request.hidden_sum / request.prompt_len).astype(np.float32)
+        if not chunk.ends_prompt:
+            return []
+        seq.pending = 0
+        if seq.finished is not None:
+            return []
+        if not np.isfinite(hidden).all():
+            return self._fail(seq)
+        request.times.first_token = self._scheduler.clock()
+        event = TokenEvent(request.request_id, finish_reason="stop", num_cached_tokens=request.num_cached_tokens,
+                           num_preemptions=request.num_preemptions, embedding=hidden.astype("<f4").tobytes())
+        event.finished, event.times = self._scheduler.finish(seq, "stop"), request.times
+        return [event]
 
     # ── beams ───────────────────────────────────────────────────────────────────────────────────────────────────────
 

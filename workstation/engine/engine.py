@@ -5,18 +5,20 @@ from __future__ import annotations
 import logging
 import time
 from array import array
+from bisect import bisect_left
 
 import numpy as np
 import torch
 
 from workstation.engine.batch import Batch
 from workstation.engine.commit import Committer
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.request import STEP_TOKEN_BOUNDS, EngineInfo, EngineRequest, EngineStats, TokenEvent
 from workstation.engine.runner import ModelRunner, Step
 from workstation.engine.sampling_state import check_candidates
 from workstation.engine.scheduler import Scheduler
 from workstation.engine.snapshot import Look, Picture, take_picture
 from workstation.errors import InvalidRequestError
+from workstation.model.transformer import Decoder
 
 log = logging.getLogger("ws.engine")
 
@@ -31,6 +33,16 @@ class Engine:
         self._committer = Committer(scheduler)
         self._overlap = overlap
         self._in_flight: Step | None = None
+
+    @property
+    def model(self) -> Decoder:
+        """The loaded weights, for measurements beside the loop."""
+        return self._runner.model
+
+    @property
+    def kv_dtype(self) -> torch.dtype:
+        """Of the KV pool's elements."""
+        return self._runner.pool.dtype
 
     @property
     def has_work(self) -> bool:
@@ -105,6 +117,8 @@ class Engine:
         stats.steps += 1
         stats.step_tokens, stats.step_prompt_tokens = tokens, prompt_tokens
         stats.computed_prompt_tokens += prompt_tokens
+        stats.steps_by_tokens[bisect_left(STEP_TOKEN_BOUNDS, tokens)] += 1
+        stats.tokens_of_steps += tokens
 
 
 def _first_outside(ids: list[int], width: int) -> int | None:

@@ -20,7 +20,7 @@ from collections.abc import Sequence as Tokens
 
 from workstation.architecture import KVGroup
 from workstation.engine.blocks import NULL_BLOCK, BlockPool, chain_digest
-from workstation.engine.request import SamplingParams
+from workstation.engine.request import EngineRequest
 from workstation.engine.sequence import Sequence
 
 
@@ -54,20 +54,22 @@ class KVManager:
 
     # ── prefix cache ────────────────────────────────────────────────────────────────────────────────────────────────
 
-    def _reads_cache(self, params: SamplingParams) -> bool:
-        """Prompt logprobs need every prompt token's logits, so they bypass hits."""
-        return self.caching and not params.skip_reading_prefix_cache and params.prompt_logprobs is None
+    def _reads_cache(self, request: EngineRequest) -> bool:
+        """Prompt logprobs and a mean need something of every prompt token, so they bypass hits."""
+        params = request.params
+        needs_all = params.prompt_logprobs is not None or request.pooling == "mean"
+        return self.caching and not params.skip_reading_prefix_cache and not needs_all
 
-    def shares(self, params: SamplingParams) -> bool:
+    def shares(self, request: EngineRequest) -> bool:
         """Whether sequences of a request that were preempted find each other's blocks again, however long they are."""
-        return self._reads_cache(params) and not any(group.window for group in self.groups)
+        return self._reads_cache(request) and not any(group.window for group in self.groups)
 
     def attach_prefix(self, seq: Sequence) -> int:
         """Take the longest published prefix of a started sequence; returns its tokens, always less than all of them.
 
         The last token is computed even on a full hit: its logits are needed.
         """
-        if not self._reads_cache(seq.request.request.params):
+        if not self._reads_cache(seq.request.request):
             return 0
         limit = (len(seq.tokens) - 1) // self.pool.block_size
         self._extend_digests(seq, limit)

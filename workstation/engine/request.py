@@ -9,6 +9,7 @@ from typing import Any, Literal
 from workstation.errors import InvalidRequestError
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+Pooling = Literal["last", "mean"]
 
 MAX_N = 64
 MAX_LOGPROBS = 20
@@ -17,6 +18,7 @@ MAX_STOP_BYTES = 4096
 MAX_TOKEN_LIST = 1024
 MAX_SEED = 2**63 - 1
 GREEDY_TEMPERATURE = 1e-5
+STEP_TOKEN_BOUNDS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 
 
 def _refuse(name: str, value: object, limit: str) -> InvalidRequestError:
@@ -228,6 +230,8 @@ class EngineRequest:
         eos_token_ids: from generation_config.json; they end a sequence unless params.ignore_eos.
         priority: lower runs earlier under the priority policy.  cache_salt: prefix blocks are shared inside one salt only.
         arrival: time.monotonic() in seconds.  label, route: who asked and where, for the dashboard.
+        pooling: nothing is sampled; the last token's final hidden state, or the mean of all tokens', is the answer. Of params,
+            n must be 1 and max_tokens is not read.
     """
 
     request_id: str
@@ -240,6 +244,7 @@ class EngineRequest:
     arrival: float = 0.0
     label: str = ""
     route: str = ""
+    pooling: Pooling | None = None
 
 
 @dataclass(slots=True)
@@ -280,6 +285,7 @@ class TokenEvent:
         num_cached_tokens: prompt tokens read from the prefix cache.  error: a sentence, with finish_reason "error".
         cumulative_logprob: of the whole sample, set for beams.
         plain: one token, and nothing the request's earlier events did not say: all that has to travel is the token.
+        embedding: [H] float32 in little-endian bytes, on the only event of a request with pooling.
     """
 
     request_id: str
@@ -296,6 +302,7 @@ class TokenEvent:
     times: RequestTimes | None = None
     num_preemptions: int = 0
     plain: bool = False
+    embedding: bytes | None = None
 
 
 @dataclass(slots=True)
@@ -311,6 +318,7 @@ class EngineInfo:
     device_uuid: str = ""
     max_model_len: int = 0
     logits_width: int = 0
+    hidden_size: int = 0
     num_blocks: int = 0
     block_size: int = 16
     max_num_seqs: int = 0
@@ -324,7 +332,10 @@ class EngineInfo:
 
 @dataclass(slots=True)
 class EngineStats:
-    """One picture of a live engine; counters run since its start."""
+    """One picture of a live engine; counters run since its start.
+
+    steps_by_tokens: steps of up to so many tokens, by STEP_TOKEN_BOUNDS, and of more.  tokens_of_steps: of all steps.
+    """
 
     time: float = 0.0
     running: int = 0
@@ -347,9 +358,11 @@ class EngineStats:
     step_tokens: int = 0
     step_prompt_tokens: int = 0
     kv_tokens_held: int = 0
+    steps_by_tokens: list[int] = field(default_factory=lambda: [0] * (len(STEP_TOKEN_BOUNDS) + 1))
+    tokens_of_steps: int = 0
 
 
 __all__ = [
-    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "RequestTimes",
+    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "Pooling", "RequestTimes",
     "SamplingParams", "TokenEvent", "TokenLogprobs",
 ]

@@ -42,6 +42,14 @@ class _PromptRows:
 
 
 @dataclass(slots=True)
+class _Pooled:
+    """Hidden states of some chunks, [P, H] float32, on the way to the host."""
+
+    chunks: list[int]
+    hidden: torch.Tensor
+
+
+@dataclass(slots=True)
 class Step:
     """A launched step. `ready` is None on the CPU, where launch has done the work already."""
 
@@ -51,6 +59,7 @@ class Step:
     logprobs: SampleLogprobs | None = None
     beams: dict[int, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     prompts: list[_PromptRows] = field(default_factory=list)
+    pooled: _Pooled | None = None
     ready: Any = None
 
 
@@ -99,19 +108,22 @@ class ModelRunner:
         self._own_rows(batch.samples)
         self._copy(batch.copies)
         self._inputs.update_tables(batch)
-        step = pack(batch)
-        shape = self._graphs.choose(step)
+        packed = pack(batch)
+        shape = self._graphs.choose(packed)
         if shape is not None and _suits_graphs(batch, every=shape.chunks == 0):
-            logits, rows, positions = self._graphs.replay(shape, step, self._inputs.samples(batch))
+            logits, rows, positions = self._graphs.replay(shape, packed, self._inputs.samples(batch))
             return self._download(self._sample(batch, logits, rows, positions, []) if batch.samples else self._unsampled(batch))
-        tensors = self._inputs.build(batch, step)
+        tensors = self._inputs.build(batch, packed)
         hidden = self.model.forward(tensors.model, self._kv)
         prompts = self._prompt_logprobs(batch, hidden)
-        if not batch.samples:
-            return self._download(self._unsampled(batch, prompts))
-        room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
-        logits = self.model.logits(_wanted(hidden, tensors.model), room)
-        return self._download(self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts))
+        if batch.samples:
+            room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
+            logits = self.model.logits(_wanted(hidden, tensors.model), room)
+            step = self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts)
+        else:
+            step = self._unsampled(batch, prompts)
+        step.pooled = _pooled(batch, hidden)
+        return self._download(step)
 
     def forget(self, batch: Batch) -> None:
         """After `launch` ran out of memory: drop what it left half done, and give the device's spare memory back."""
@@ -131,7 +143,9 @@ class ModelRunner:
             _read_logprobs(step, step.logprobs, tokens, logprobs)
         for place, (values, ids) in step.beams.items():
             logprobs[place] = TokenLogprobs([tokens[place], *ids[0].tolist()], [0.0, *values[0].tolist()], 1)
-        return StepResult(tokens, finite, logprobs, {item.chunk: _prompt_rows(item, step.batch) for item in step.prompts})
+        prompts = {item.chunk: _prompt_rows(item, step.batch) for item in step.prompts}
+        pooled = dict(zip(step.pooled.chunks, step.pooled.hidden.numpy(), strict=True)) if step.pooled is not None else {}
+        return StepResult(tokens, finite, logprobs, prompts, pooled)
 
     # ── rows ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -212,6 +226,8 @@ class ModelRunner:
         step.beams = {place: (to_host(values), to_host(ids)) for place, (values, ids) in step.beams.items()}
         for item in step.prompts:
             item.parts = [tuple(map(to_host, part)) for part in item.parts]
+        if step.pooled is not None:
+            step.pooled.hidden = to_host(step.pooled.hidden)
         step.ready = record_event()
         return step
 
@@ -222,10 +238,25 @@ def _wanted(hidden: torch.Tensor, inputs: InputTensors) -> torch.Tensor:
 
 
 def _suits_graphs(batch: Batch, *, every: bool) -> bool:
-    """No chunk is sampled twice (with `every`: each once, in order), and nobody asks for its prompt's logprobs."""
+    """No chunk is sampled twice (with `every`: each once, in order), and nobody asks for more than logits."""
     chunks = [sample.chunk for sample in batch.samples]
     once = chunks == list(range(len(batch.chunks))) if every else len(set(chunks)) == len(chunks)
-    return once and all(chunk.seq.request.request.params.prompt_logprobs is None for chunk in batch.chunks)
+    return once and not any(chunk.seq.request.reads_hidden for chunk in batch.chunks)
+
+
+def _pooled(batch: Batch, hidden: torch.Tensor) -> _Pooled | None:
+    """What requests with pooling want of hidden [T, H]: see `StepResult.pooled`."""
+    numbers, rows, first = [], [], 0
+    for number, chunk in enumerate(batch.chunks):
+        pooling = chunk.seq.request.request.pooling
+        if pooling == "mean":
+            numbers.append(number)
+            rows.append(hidden[first:first + chunk.count].sum(0, dtype=torch.float32))
+        elif pooling == "last" and chunk.ends_prompt:
+            numbers.append(number)
+            rows.append(hidden[first + chunk.count - 1].float())
+        first += chunk.count
+    return _Pooled(numbers, torch.stack(rows)) if rows else None
 
 
 def _prompt_targets(chunk: Chunk) -> list[int]:

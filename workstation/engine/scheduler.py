@@ -71,6 +71,8 @@ class Scheduler:
         prompt_len = len(request.prompt_token_ids)
         room = self.limits.max_len - prompt_len
         wanted = request.beam.max_tokens if request.beam else request.params.max_tokens
+        if request.pooling:
+            room = wanted = 1  # in place of its token, its hidden state
         stops = set(request.params.stop_token_ids)
         if not (request.params.ignore_eos or (request.beam is not None and request.beam.ignore_eos)):
             stops |= set(request.eos_token_ids)
@@ -194,6 +196,8 @@ class Scheduler:
                 self.kv.free(sample.seq)
                 sample.seq.born = False
         for seq in planned:
+            if seq.request.request.pooling:
+                seq.pending = 0
             self.kv.withdraw(seq)  # blocks are offered when they are planned
             self._preempt(seq)
         return max(planned, key=_order).request
@@ -214,6 +218,9 @@ class Scheduler:
             batch.num_prompt_tokens += min(start + count, prompt_len) - start
         self.kv.publish(seq)
         if seq.num_computed < len(seq.tokens) + seq.pending:
+            return
+        if seq.request.request.pooling:
+            seq.pending = 1  # its answer is under way, and there is nothing left to plan
             return
         self._sample(seq, number, batch)
         if len(seq.request.sequences) > 1:
@@ -330,7 +337,7 @@ class Scheduler:
     def finish(self, seq: Sequence, reason: FinishReason) -> bool:
         """End a sequence and free what it holds; True when it was its request's last."""
         self.stats.finished[reason] = self.stats.finished.get(reason, 0) + 1
-        if reason in ("stop", "length"):
+        if reason in ("stop", "length") and not seq.request.request.pooling:
             self._forecast.ended(len(seq.tokens) - seq.request.prompt_len)
         return self.drop(seq, reason)
 
@@ -357,7 +364,8 @@ class Scheduler:
 
     def snapshot(self) -> EngineStats:
         """Counters and gauges, now, in an object of their own."""
-        stats = replace(self.stats, finished=dict(self.stats.finished))
+        stats = replace(self.stats, finished=dict(self.stats.finished),
+                        steps_by_tokens=list(self.stats.steps_by_tokens))
         stats.time = self.clock()
         stats.running, stats.waiting = len(self.running), len(self.waiting)
         stats.blocks_free, stats.blocks_cached = self.pool.num_free, self.pool.num_cached

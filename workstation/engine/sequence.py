@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from workstation.engine.request import EngineRequest, FinishReason, RequestTimes, TokenLogprobs
 
 
@@ -66,6 +69,7 @@ class RequestState:
         sequences: all samples ever made (beams replace theirs).  num_live: samples that have not finished.
         needs_host_tokens: beam search and multi-token bad words look at tokens before the next step.
         prompt_logprobs: collected chunk by chunk; entry 0 is None.  started: its first token has been told.
+        hidden_sum: [H] float64, of a mean's tokens so far.  reads_hidden: somebody wants more of its steps than logits.
     """
 
     request: EngineRequest
@@ -81,10 +85,13 @@ class RequestState:
     times: RequestTimes = field(default_factory=RequestTimes)
     num_preemptions: int = 0
     num_forks: int = 0
+    hidden_sum: npt.NDArray[np.float64] | None = None
     prompt_len: int = field(init=False)
+    reads_hidden: bool = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_len = len(self.request.prompt_token_ids)
+        self.reads_hidden = self.request.pooling is not None or self.request.params.prompt_logprobs is not None
 
     @property
     def request_id(self) -> str:

@@ -123,9 +123,9 @@ def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: tor
     return EngineInfo(
         model=config.model, architecture=shape.architecture, dtype=_name(dtype),
         kv_cache_dtype="fp8" if kv_dtype == FP8 else _name(kv_dtype), device=str(device), device_name=name,
-        max_model_len=plan.max_model_len, logits_width=shape.vocab_size, num_blocks=plan.num_blocks - 1,
-        block_size=config.block_size, max_num_seqs=config.max_num_seqs, max_num_batched_tokens=plan.max_num_batched_tokens,
-        weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict(),
+        max_model_len=plan.max_model_len, logits_width=shape.vocab_size, hidden_size=shape.hidden_size,
+        num_blocks=plan.num_blocks - 1, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
+        max_num_batched_tokens=plan.max_num_batched_tokens, weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict(),
         device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "")
 
 

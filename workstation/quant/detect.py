@@ -17,7 +17,7 @@ from workstation.config_fields import Fields
 from workstation.errors import ConfigError, ModelFolderError
 from workstation.model_folder import shown
 from workstation.quant import awq, bitsandbytes, compressed_tensors, fbgemm, gptq, hf_fp8, modelopt
-from workstation.quant.at_load import QUANTIZATIONS, forms_at_load
+from workstation.quant.at_load import CHOICES, forms_at_load
 from workstation.quant.code_layers import CodeLayers, code_part
 from workstation.quant.codes import CODE_TENSORS, CodePacking, CodeScheme
 from workstation.quant.description import WHERE, AnyScheme, Description, Scheme
@@ -65,14 +65,14 @@ def weight_forms(
 
     Args:
         stored: the checkpoint's headers; None when there is none (dummy weights), and the description alone decides.
-        quantization: one of QUANTIZATIONS quantises the layers of a 16- or 32-bit checkpoint while loading, the head and
+        quantization: one of CHOICES quantises the layers of a 16- or 32-bit checkpoint while loading, the head and
             the embedding excepted; a checkpoint that is quantised already stays as it is.
 
     Raises ConfigError for another `quantization`, ModelFolderError for a description that is not served or that the
     tensors contradict.
     """
-    if quantization not in (None, *QUANTIZATIONS):
-        raise ConfigError(f"quantization must be {', '.join(QUANTIZATIONS)} or absent, got {shown(quantization)}; "
+    if quantization not in (None, *CHOICES):
+        raise ConfigError(f"quantization must be {', '.join(CHOICES)} or absent, got {shown(quantization)}; "
                           "a checkpoint's own format is found without it", param="quantization")
     description = describe(shape)
     if description is None:

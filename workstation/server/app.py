@@ -17,7 +17,7 @@ from starlette.routing import Route
 from workstation import __version__
 from workstation.engine.client import EngineClient
 from workstation.errors import InvalidRequestError, WorkstationError
-from workstation.server import errors, wire
+from workstation.server import errors, openapi, wire
 from workstation.server.anthropic import schema as anthropic
 from workstation.server.anthropic.incoming import count_tokens, prepare_messages
 from workstation.server.anthropic.outgoing import MessageStream, answer_message
@@ -28,6 +28,7 @@ from workstation.server.card import Card
 from workstation.server.chat import prepare_chat
 from workstation.server.chat_answer import answer_chat, stream_chat
 from workstation.server.completions import answer_completion, prepare_completion, stream_completion
+from workstation.server.embeddings import answer_embeddings, prepare_embeddings
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation
 from workstation.server.guard import Guard
@@ -55,6 +56,7 @@ from workstation.server.schemas import (
     ChatRequest,
     CompletionRequest,
     DetokenizeRequest,
+    EmbeddingRequest,
     TokenizeRequest,
 )
 from workstation.server.stats_desk import StatsDesk
@@ -73,7 +75,7 @@ class Api:
         self.service = Service(engine, model, options)
         self.gate = Gate(engine)
         card = Card(engine)
-        self.metrics = Metrics(engine, model.name, self.service.window, card)
+        self.metrics = Metrics(engine, model.name, self.service.window, card, prefix=options.metrics_prefix)
         self.history = PrefixHistory(engine.info.block_size)
         desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
         self.stats = StatsRoutes(desk, Gate(engine), options, book)
@@ -152,6 +154,16 @@ class Api:
             return self.stream(stream_infill(generation))
         return await self.whole(request, answer_infill(generation), generation.job)
 
+    async def embeddings(self, request: Request) -> Response:
+        def prepare(payload: dict[str, Any]) -> tuple[Job, EmbeddingRequest]:
+            body = validate(payload, EmbeddingRequest)
+            return self._labelled(request, prepare_embeddings(self.service, body, own_name(request))), body
+
+        self._check_open()
+        job, body = await self._prepared(request, prepare)
+        self._check_open()
+        return await self.whole(request, answer_embeddings(self.service, self.metrics, job, body), job)
+
     async def messages(self, request: Request) -> Response:
         def prepare(payload: dict[str, Any]) -> Job:
             body = validate(payload, MessagesRequest, harmless=anthropic.HARMLESS, refused=anthropic.REFUSED)
@@ -173,16 +185,23 @@ class Api:
     async def generation(self, request: Request, prepare: Callable[[dict[str, Any]], Job]) -> Generation:
         """A request's body, checked and ready to run. Raises what can be refused."""
         self._check_open()
+        if not self.service.model.generates:
+            raise InvalidRequestError(f"{self.service.model.name} was saved without a head and makes embeddings only; use "
+                                      "/v1/embeddings", param="model")
         job = await self._prepared(request, lambda payload: self._admitted(request, prepare(payload)))
         self._check_open()
         return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
 
     def _admitted(self, request: Request, job: Job) -> Job:
         """The job with what the dashboard wants to know: who asked, where, and why the prefix cache will miss."""
+        self._labelled(request, job)
+        self.history.admit(job, history_key(request, job.requests[0].label))
+        return job
+
+    def _labelled(self, request: Request, job: Job) -> Job:
         for item in job.requests:
             item.label = item.label or guessed_name(request)
             item.route = route_name(request.url.path)
-        self.history.admit(job, history_key(request, job.requests[0].label))
         return job
 
     def stream(self, events: AsyncGenerator[bytes, None], voice: Voice | None = None) -> Response:
@@ -237,6 +256,9 @@ class Api:
     async def version(self, request: Request) -> Response:
         return _json(wire.encode({"version": __version__}))
 
+    async def openapi(self, request: Request) -> Response:
+        return _json(await self._in_thread(openapi.document))
+
     async def prometheus(self, request: Request) -> Response:
         return Response(self.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
@@ -284,6 +306,7 @@ def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Resp
     openai: list[tuple[str, str, Callable[[Request], Awaitable[Response]]]] = [
         ("POST", "/chat/completions", api.chat), ("POST", "/completions", api.completions),
         ("POST", "/responses", api.responses.create), ("GET", "/models", api.models), ("POST", "/fim/completions", api.fim),
+        ("POST", "/embeddings", api.embeddings),
     ]
     return [
         *openai, *((method, f"/v1{path}", handler) for method, path, handler in openai),  # base URLs with /v1 and without
@@ -297,6 +320,7 @@ def _routes(api: Api) -> list[tuple[str, str, Callable[[Request], Awaitable[Resp
         ("GET", "/v1/models/{name:path}", api.one_model),
         ("POST", "/tokenize", api.tokenize), ("POST", "/detokenize", api.detokenize),
         ("GET", "/health", api.health), ("GET", "/version", api.version), ("GET", "/metrics", api.prometheus),
+        ("GET", "/openapi.json", api.openapi),
         *api.stats.table(),
     ]
 

@@ -37,7 +37,8 @@ async def answer_chat(generation: Generation) -> bytes:
         for choice in generation.choices
     ]
     answer = _answer(generation, "chat.completion", choices)
-    answer.usage = generation.usage()
+    answer.usage, answer.timings = generation.usage(), generation.timings()
+    answer.metrics = generation.request_metrics()
     prompt_logprobs = generation.prompt_logprobs[0]
     if job.prompt_logprobs:
         answer.prompt_logprobs = writer.prompt(prompt_logprobs) if prompt_logprobs is not None else None
@@ -77,7 +78,8 @@ async def stream_chat(generation: Generation) -> AsyncGenerator[bytes, None]:
                 yield out
     if generation.job.usage_at_end:
         last = _answer(generation, "chat.completion.chunk", [])
-        last.usage = generation.usage()
+        last.usage, last.timings = generation.usage(), generation.timings()
+        last.metrics = generation.request_metrics()
         yield wire.sse(last)
     yield wire.DONE
 
@@ -155,7 +157,10 @@ class _Chunks:
         choices[0].token_ids = ids if ids is not None else UNSET
         if delta.finish_reason is not None:
             choices[-1].finish_reason, choices[-1].stop_reason = delta.finish_reason, delta.stop_reason
-        return [self._chunk(choice) for choice in choices]
+        chunks = [self._chunk(choice) for choice in choices]
+        if self._generation.done and not self._job.usage_at_end:
+            chunks[-1].timings = self._generation.timings()
+        return chunks
 
     def _first_chunk(self, index: int, *, first: bool) -> wire.Answer:
         job, prompt_logprobs = self._job, self._generation.prompt_logprobs[0]
@@ -173,4 +178,6 @@ class _Chunks:
             chunk.usage = self._generation.usage()
         elif self._job.usage_at_end:
             chunk.usage = None
+        if self._job.timings_always:
+            chunk.timings = self._generation.timings()
         return chunk

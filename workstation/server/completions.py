@@ -57,6 +57,7 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str, *,
                usage_always=usage_always, logprobs=logprobs is not None, echo=bool(body.echo),
                echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
                return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
+               timings_always=bool(body.timings_per_token), request_metrics=service.options.request_metrics,
                hide_output=hide_output)
 
 
@@ -76,31 +77,10 @@ def _middle_prompts(service: Service, body: CompletionRequest, extra: Sequence[t
 
 def prompt_lists(service: Service, body: CompletionRequest) -> list[list[int]]:
     """Ids of every prompt: a string, a list of strings, a list of ids, or a list of lists of ids."""
-    prompt = body.prompt
-    if isinstance(prompt, str):
-        items: list[Any] = [prompt]
-    elif isinstance(prompt, list) and prompt and isinstance(prompt[0], (str, list)):
-        items = prompt
-        other = next((item for item in items if type(item) is not type(prompt[0])), None)
-        if other is not None:
-            raise InvalidRequestError(f"prompt mixes kinds: it begins with {show(prompt[0])} and holds {show(other)}",
-                                      param="prompt")
-    elif isinstance(prompt, list) and prompt:
-        items = [prompt]
-    else:
-        raise InvalidRequestError("prompt must be a non-empty string, list of strings, list of token ids, or list of lists of "
-                                  f"token ids, got {show(prompt)}", param="prompt")
+    items = prepare.prompt_items(body.prompt, "prompt")
     prepare.check_fan_out(service, max(body.n or 1, 1), len(items))
-    return [_prompt(service, body, item) for item in items]
-
-
-def _prompt(service: Service, body: CompletionRequest, item: str | list[Any]) -> list[int]:
-    if isinstance(item, str):
-        service.check_text(len(item), "prompt")
-        add_special = body.add_special_tokens is not False
-        ids = service.model.tokenizer.encode(item, add_special_tokens=add_special)
-        return service.check_ids(ids, "prompt")
-    return service.check_ids(item, "prompt")
+    add_special = body.add_special_tokens is not False
+    return [prepare.prompt_ids(service, item, "prompt", add_special=add_special) for item in items]
 
 
 def _logprobs(body: CompletionRequest) -> tuple[int | None, int | None]:
@@ -205,7 +185,8 @@ async def answer_completion(generation: Generation) -> bytes:
         writer.finish(out, choice.prompt_index)
         choices.append(out)
     answer = _answer(generation, choices)
-    answer.usage = generation.usage()
+    answer.usage, answer.timings = generation.usage(), generation.timings()
+    answer.metrics = generation.request_metrics()
     return wire.encode(answer)
 
 
@@ -216,6 +197,8 @@ def _chunk(generation: Generation, choice: wire.CompletionChoice) -> wire.Answer
         chunk.usage = generation.usage()
     elif generation.job.usage_at_end:
         chunk.usage = None
+    if generation.job.timings_always:
+        chunk.timings = generation.timings()
     return chunk
 
 
@@ -252,7 +235,10 @@ class _Chunks:
             self._writer.finish(choice, prompt_index)
         if job.varies_in_text_alone and delta.finish_reason is None:
             self._frames[index] = wire.Frame(_chunk(self._generation, wire.CompletionChoice(index, "")), "text")
-        return wire.sse(_chunk(self._generation, choice))
+        chunk = _chunk(self._generation, choice)
+        if self._generation.done and not job.usage_at_end:
+            chunk.timings = self._generation.timings()
+        return wire.sse(chunk)
 
     def _choice(self, delta: Delta, first: bool) -> wire.CompletionChoice:
         hidden = self._job.hide_output
@@ -274,6 +260,7 @@ async def stream_completion(generation: Generation) -> AsyncGenerator[bytes, Non
                 yield event
     if generation.job.usage_at_end:
         last = _answer(generation, [])
-        last.usage = generation.usage()
+        last.usage, last.timings = generation.usage(), generation.timings()
+        last.metrics = generation.request_metrics()
         yield wire.sse(last)
     yield wire.DONE

@@ -79,8 +79,8 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
     return Job(public_id, model, int(time.time()), requests, params.n, stream=bool(body.stream),
                usage_at_end=shape.usage_at_end, usage_always=shape.usage_always, logprobs=shape.logprobs is not None,
                prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=bool(body.return_token_ids),
-               tokens_as_ids=bool(body.return_tokens_as_token_ids), messages=message_digests(dialogue.messages),
-               parsing=parsing)
+               tokens_as_ids=bool(body.return_tokens_as_token_ids), timings_always=bool(body.timings_per_token),
+               request_metrics=service.options.request_metrics, messages=message_digests(dialogue.messages), parsing=parsing)
 
 
 def renamed(error: InvalidRequestError, names: dict[str, str]) -> InvalidRequestError:

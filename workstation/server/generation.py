@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
-from msgspec import UNSET
+from msgspec import UNSET, UnsetType
 
 from workstation.engine.client import EngineClient, Inbox
 from workstation.engine.request import EngineRequest, TokenEvent, TokenLogprobs
@@ -18,7 +18,7 @@ from workstation.parsers.parts import CallEnd, Part
 from workstation.server.job import Job
 from workstation.server.metrics import Metrics
 from workstation.server.parsing import Parsing
-from workstation.server.wire import TokenDetails, Usage
+from workstation.server.wire import RequestMetrics, Timings, TokenDetails, Usage
 from workstation.text.detokenizer import Detokenizer
 from workstation.text.tokenizer import Tokenizer
 
@@ -133,6 +133,7 @@ class Generation:
     prompt_logprobs: list[list[TokenLogprobs | None] | None] = field(default_factory=list)
     cached_tokens: int = 0
     first_events: list[float] = field(default_factory=list)  # a request's first, time.monotonic(); 0.0 is "not yet"
+    started: float = 0.0  # when the first of the requests was first scheduled, time.monotonic()
 
     def __post_init__(self) -> None:
         samples = self.job.samples
@@ -148,6 +149,31 @@ class Generation:
         diverged = self.job.divergence or UNSET
         return Usage(prompt, output, prompt + output, TokenDetails(self.cached_tokens, diverged))
 
+    @property
+    def done(self) -> bool:
+        return all(choice.finish_reason is not None for choice in self.choices)
+
+    def timings(self) -> Timings:
+        """What llama.cpp's clients show as speed; of several prompts and samples the spans that hold them all."""
+        usage, firsts = self.usage(), [first for first in self.first_events if first]
+        computed = usage.prompt_tokens - self.cached_tokens
+        prompt_ms = 1e3 * max(max(firsts) - self.started, 0.0) if firsts else 0.0
+        output_ms = 1e3 * max(max(choice.last_event for choice in self.choices) - min(firsts), 0.0) if firsts else 0.0
+        return Timings(self.cached_tokens, computed, *_pace(computed, prompt_ms), usage.completion_tokens,
+                       *_pace(usage.completion_tokens, output_ms))
+
+    def request_metrics(self) -> RequestMetrics | UnsetType | None:
+        """vLLM's figures, where they are asked for; None where several sequences share them."""
+        if not self.job.request_metrics:
+            return UNSET
+        if len(self.choices) != 1 or not self.first_events[0]:
+            return None
+        timings, tokens = self.timings(), self.choices[0].num_tokens
+        first, rest = timings.prompt_ms, timings.predicted_ms
+        queued = 1e3 * max(self.started - self.job.requests[0].arrival, 0.0)
+        return RequestMetrics(first, rest, round(queued, 3), round(rest / (tokens - 1), 3) if tokens > 1 else None,
+                              _pace(tokens, first + rest)[2])
+
     async def deltas(self) -> AsyncGenerator[Delta, None]:
         """Every change of every choice, in the order of the engine's events.
 
@@ -158,7 +184,7 @@ class Generation:
         """
         outcome = "abort"
         try:
-            async with _closing(self._events()) as events:
+            async with closing_events(self._events()) as events:
                 inbox = events if isinstance(events, Inbox) else None
                 places = {request.request_id: place for place, request in enumerate(self.job.requests)}
                 async for event in events:
@@ -175,7 +201,7 @@ class Generation:
                         continue
                     if event.finish_reason is None:
                         self._end_sample(event)
-                    if all(item.finish_reason is not None for item in self.choices):
+                    if self.done:
                         outcome = "length" if all(item.finish_reason == "length" for item in self.choices) else "stop"
                         return
             outcome = "error"
@@ -186,7 +212,7 @@ class Generation:
             raise
         finally:
             tokens = sum(choice.num_tokens for choice in self.choices)
-            self.metrics.finish(self.job, outcome, tokens, self._spans())
+            self.metrics.finish(self.job, outcome, tokens, self._spans(), max(choice.num_tokens for choice in self.choices))
             log.info("%s ended: %s, %d tokens, %.1f s", self.job.public_id[-8:], outcome, tokens,
                      time.monotonic() - self.job.requests[0].arrival)
 
@@ -221,6 +247,8 @@ class Generation:
             self.first_events[prompt_index] = now
             self.metrics.first_token(self.job.requests[prompt_index], event, now)
             self.cached_tokens += event.num_cached_tokens
+            scheduled = event.times.scheduled if event.times is not None else 0.0
+            self.started = min(self.started or now, scheduled or self.job.requests[prompt_index].arrival)
         if event.finished:
             self.metrics.last_token(event)
 
@@ -231,13 +259,18 @@ class Generation:
         return _merged([self.engine.generate(request) for request in requests])
 
 
+def _pace(tokens: int, ms: float) -> tuple[float, float, float]:
+    """(milliseconds, milliseconds a token, tokens a second); 0 where there is nothing to divide by."""
+    return round(ms, 3), round(ms / tokens, 3) if tokens else 0.0, round(1e3 * tokens / ms, 2) if ms else 0.0
+
+
 async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[TokenEvent, None]:
     """Events of several requests as they come. The first failure ends all of them."""
     queue: asyncio.Queue[TokenEvent | BaseException | None] = asyncio.Queue()
 
     async def pump(events: AsyncIterator[TokenEvent]) -> None:
         try:
-            async with _closing(events):
+            async with closing_events(events):
                 async for event in events:
                     queue.put_nowait(event)
             queue.put_nowait(None)
@@ -262,7 +295,7 @@ async def _merged(streams: list[AsyncIterator[TokenEvent]]) -> AsyncGenerator[To
 
 
 @asynccontextmanager
-async def _closing(events: AsyncIterator[TokenEvent]) -> AsyncIterator[AsyncIterator[TokenEvent]]:
+async def closing_events(events: AsyncIterator[TokenEvent]) -> AsyncIterator[AsyncIterator[TokenEvent]]:
     """Leaving an engine's iterator early is what aborts the request."""
     try:
         yield events

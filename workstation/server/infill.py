@@ -121,4 +121,4 @@ def _final(generation: Generation, text: str) -> dict[str, Any]:
     return {"content": "" if generation.job.hide_output else text, "stop": True, "index": 0, "model": generation.job.model,
             "stop_type": kind, "stopping_word": choice.stop_reason if kind == "word" else "", "truncated": False,
             "tokens_predicted": usage.completion_tokens, "tokens_evaluated": usage.prompt_tokens,
-            "tokens_cached": usage.prompt_tokens_details.cached_tokens}
+            "tokens_cached": usage.prompt_tokens_details.cached_tokens, "timings": generation.timings()}

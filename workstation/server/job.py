@@ -36,7 +36,8 @@ class Job:
 
     Attributes:
         public_id: the `id` of the answer.  requests: one a prompt.  samples: choices a prompt.
-        stream, usage_at_end, usage_always: how to answer.  logprobs: whether output logprobs are shown.
+        stream, usage_at_end, usage_always, timings_always, request_metrics: how to answer.
+        logprobs: whether output logprobs are shown.
         messages: a digest a chat message.  divergence: why less of the prompt was cached than could have been, when so.
         hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
         parsing: how calls and thoughts are read out of the text; None leaves it as it is.
@@ -57,6 +58,8 @@ class Job:
     return_token_ids: bool = False
     tokens_as_ids: bool = False
     hide_output: bool = False
+    timings_always: bool = False
+    request_metrics: bool = False
     messages: tuple[bytes, ...] = ()
     divergence: Divergence | None = None
     parsing: Parsing | None = None
@@ -64,4 +67,4 @@ class Job:
     @property
     def varies_in_text_alone(self) -> bool:
         """Whether a stream's chunks between the first and the last of a choice differ in their text alone."""
-        return not (self.logprobs or self.return_token_ids or self.usage_always or self.hide_output)
+        return not (self.logprobs or self.return_token_ids or self.usage_always or self.timings_always or self.hide_output)

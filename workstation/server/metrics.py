@@ -1,20 +1,23 @@
-"""Prometheus metrics under vLLM's names with the prefix `ws:`; every label takes its values from a closed set."""
+"""Prometheus metrics under vLLM's names, with the prefix `ws:` or vLLM's own; every label's values are a closed set."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import accumulate
+from typing import Literal
 
 from prometheus_client import CollectorRegistry, Counter, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from workstation.engine.client import EngineClient
-from workstation.engine.request import EngineRequest, TokenEvent
+from workstation.engine.request import STEP_TOKEN_BOUNDS, EngineRequest, EngineStats, TokenEvent
 from workstation.errors import EngineDeadError, InvalidRequestError, OverloadedError, WorkstationError
 from workstation.server.card import Card
 from workstation.server.histogram import Histogram
 from workstation.server.job import Job
+from workstation.server.metrics_vllm import VllmExtras
 from workstation.server.stats_rates import Recent
 
 LABELS = ("model_name", "engine")
@@ -23,6 +26,8 @@ ITL_BUCKETS = (.01, .025, .05, .075, .1, .15, .2, .3, .4, .5, .75, 1, 2.5, 5, 7.
 LATENCY_BUCKETS = (.3, .5, .8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 COUNT_BUCKETS = (1, 2, 5, 10, 20)
 FINISH_REASONS = ("stop", "length", "abort", "error")
+OURS = ("engine_restarts", "engine_heartbeat_age_seconds", "joules_per_token")  # vLLM has nothing like them
+Prefix = Literal["ws", "vllm"]
 REJECTIONS = ("invalid", "overloaded", "engine_dead", "other")
 
 
@@ -33,15 +38,19 @@ def _token_buckets(window: int) -> list[float]:
 
 
 class Metrics:
-    """The server's own registry: histograms and counters of requests, and the engine's snapshot read at scrape time."""
+    """The server's own registry: histograms and counters of requests, and the engine's snapshot read at scrape time.
 
-    def __init__(self, engine: EngineClient, model_name: str, window: int, card: Card | None = None) -> None:
+    prefix: "ws" or "vllm". With the second everything that vLLM exports has vLLM's name and labels, and the rest keeps ours.
+    """
+
+    def __init__(self, engine: EngineClient, model_name: str, window: int, card: Card | None = None, *,
+                 prefix: Prefix = "ws") -> None:
         self.registry = CollectorRegistry()
         labels = (model_name, "0")
         tokens = _token_buckets(window)
 
         def histogram(name: str, text: str, buckets: Iterable[float]) -> Histogram:
-            made = Histogram(f"ws:{name}", text, (LABELS, labels), buckets)
+            made = Histogram(f"{prefix}:{name}", text, (LABELS, labels), buckets)
             self.registry.register(made)
             return made
 
@@ -55,18 +64,27 @@ class Metrics:
         self._decode = histogram("request_decode_time_seconds", "First token to last token.", LATENCY_BUCKETS)
         self._prompt = histogram("request_prompt_tokens", "Prompt tokens of a request.", tokens)
         self._output = histogram("request_generation_tokens", "Tokens generated for a request.", tokens)
+        self._longest = histogram("request_max_num_generation_tokens", "Tokens of a request's longest sample.", tokens)
         self._max_tokens = histogram("request_params_max_tokens", "max_tokens asked for.", tokens)
         self._n = histogram("request_params_n", "n asked for.", COUNT_BUCKETS)
         self._preemptions = histogram("request_num_preemptions", "Preemptions of a request.", (0, *COUNT_BUCKETS))
         self._computed = histogram("request_prefill_kv_computed_tokens", "Prompt tokens not read from the cache.", tokens)
-        success = Counter("ws:request_success", "Requests that ended, by how.", (*LABELS, "finished_reason"),
+        success = Counter(f"{prefix}:request_success", "Requests that ended, by how.", (*LABELS, "finished_reason"),
                           registry=self.registry)
         rejections = Counter("ws:admission_rejections", "Requests refused, by why.", (*LABELS, "reason"),
                              registry=self.registry)
         self._ended = {reason: success.labels(*labels, reason) for reason in FINISH_REASONS}
         self._rejected = {reason: rejections.labels(*labels, reason) for reason in REJECTIONS}
+        self._queue_full: Counter | None = None
+        if prefix == "vllm":
+            success.labels(*labels, "repetition")
+            refused = Counter("vllm:admission_rejections", "Requests refused, by why.", ("model_name", "reason"),
+                              registry=self.registry)
+            refused.labels(model_name, "max_num_queued_tokens")
+            self._queue_full = refused.labels(model_name, "max_num_queued_reqs")
+            self.registry.register(VllmExtras(engine, (LABELS, labels)))
         self.ttft, self.itl, self.e2e = Recent(), Recent(4096), Recent()  # the dashboard's spreads
-        self.registry.register(_EngineCollector(engine, labels, card or Card(engine)))
+        self.registry.register(_EngineCollector(engine, labels, card or Card(engine), prefix))
 
     def render(self) -> bytes:
         return generate_latest(self.registry)
@@ -74,6 +92,8 @@ class Metrics:
     def reject(self, error: WorkstationError) -> None:
         kinds = ((InvalidRequestError, "invalid"), (OverloadedError, "overloaded"), (EngineDeadError, "engine_dead"))
         self._rejected[next((name for kind, name in kinds if isinstance(error, kind)), "other")].inc()
+        if self._queue_full is not None and isinstance(error, OverloadedError):
+            self._queue_full.inc()
 
     def first_token(self, request: EngineRequest, event: TokenEvent, now: float) -> None:
         """Record a request's first event."""
@@ -98,11 +118,13 @@ class Metrics:
             self._prefill.observe(times.first_token - times.scheduled)
             self._decode.observe(times.finished - times.first_token)
 
-    def finish(self, job: Job, outcome: str, output_tokens: int, spans: Iterable[tuple[float, float]]) -> None:
+    def finish(self, job: Job, outcome: str, output_tokens: int, spans: Iterable[tuple[float, float]],
+               longest: int = 0) -> None:
         """Record a request's end.
 
         Args:
             outcome: one of FINISH_REASONS.  spans: when first and last event of each request came, of those that had any.
+            longest: tokens of the longest sample.
         """
         self._ended[outcome].inc()
         for request in job.requests:
@@ -117,12 +139,14 @@ class Metrics:
             if each > 1:
                 self._tpot.observe((last - first) / (each - 1))
         self._output.observe(output_tokens)
+        self._longest.observe(longest)
 
 
 class _EngineCollector(Collector):
     """The engine's newest snapshot as gauges and counters."""
 
-    def __init__(self, engine: EngineClient, labels: tuple[str, str], card: Card) -> None:
+    def __init__(self, engine: EngineClient, labels: tuple[str, str], card: Card, prefix: Prefix) -> None:
+        self._prefix = prefix
         self._engine = engine
         self._card = card
         self._labels = labels
@@ -149,11 +173,12 @@ class _EngineCollector(Collector):
         if joules is not None:
             gauges["joules_per_token"] = ("The card's energy over the tokens generated in the last ten seconds.", joules)
         for name, (text, value) in gauges.items():
-            gauge = GaugeMetricFamily(f"ws:{name}", text, labels=LABELS)
+            prefix = "ws" if name in OURS else self._prefix
+            gauge = GaugeMetricFamily(f"{prefix}:{name}", text, labels=LABELS)
             gauge.add_metric(self._labels, value)
             yield gauge
         for name, (text, value) in counters.items():
-            counter = CounterMetricFamily(f"ws:{name}", text, labels=LABELS)
+            counter = CounterMetricFamily(f"{self._prefix}:{name}", text, labels=LABELS)
             counter.add_metric(self._labels, value)
             yield counter
         states = {"free": stats.blocks_free, "cached": stats.blocks_cached, "held": stats.blocks_held}
@@ -162,7 +187,17 @@ class _EngineCollector(Collector):
         for state, count in states.items():
             blocks.add_metric((*self._labels, state), count)
         yield blocks
-        config = {"block_size": info.block_size, "num_gpu_blocks": info.num_blocks, "max_model_len": info.max_model_len}
-        fixed = GaugeMetricFamily("ws:cache_config_info", "The KV cache's fixed figures, as labels.", labels=(*LABELS, *config))
+        yield self._steps(stats)
+        config: dict[str, int | str] = {"block_size": info.block_size, "num_gpu_blocks": info.num_blocks,
+                                        "max_model_len": info.max_model_len, "cache_dtype": info.kv_cache_dtype}
+        fixed = GaugeMetricFamily(f"{self._prefix}:cache_config_info", "The KV cache's fixed figures, as labels.",
+                                  labels=(*LABELS, *config))
         fixed.add_metric((*self._labels, *map(str, config.values())), 1)
         yield fixed
+
+    def _steps(self, stats: EngineStats) -> Metric:
+        """vLLM's histogram of a step's tokens; its name ends like a counter's."""
+        family = HistogramMetricFamily(f"{self._prefix}:iteration_tokens_total", "Tokens computed in a step.", labels=LABELS)
+        counts = zip([*map(float, STEP_TOKEN_BOUNDS), "+Inf"], accumulate(stats.steps_by_tokens), strict=True)
+        family.add_metric(self._labels, [(str(bound), float(count)) for bound, count in counts], stats.tokens_of_steps)
+        return family

@@ -7,9 +7,10 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Any
+from typing import Any, Literal
 
 from workstation.parsers.detect import Formats
+from workstation.pooling_config import PoolingConfig
 from workstation.text.tokenizer import Tokenizer
 
 MIB = 1024 * 1024
@@ -33,6 +34,8 @@ class ServerOptions:
         drain_seconds: how long SIGTERM waits for requests in flight.
         max_connections: open connections; further ones get 503.
         map_claude_models: /v1/messages answers to every `claude-…` model id.
+        request_metrics: chat and completions carry vLLM's `metrics` object.
+        metrics_prefix: "ws" or "vllm", of what /metrics answers.
     """
 
     host: str = "127.0.0.1"
@@ -55,6 +58,8 @@ class ServerOptions:
     tokenizer_threads: int = 2
     access_log: bool = False
     map_claude_models: bool = True
+    request_metrics: bool = False
+    metrics_prefix: Literal["ws", "vllm"] = "ws"
 
     @property
     def loopback(self) -> bool:
@@ -82,7 +87,8 @@ class ServedModel:
         eos_token_ids: end a sample unless the request says ignore_eos.
         window: tokens of prompt + output; 0 takes the ready engine's max_model_len.
         created: Unix seconds.  root: the folder or hub id, as shown in /v1/models.
-        formats: how the model writes calls and thoughts.
+        formats: how the model writes calls and thoughts.  pooling: how embeddings are made of its hidden states.
+        generates: False for a model without a head, which makes embeddings only.
     """
 
     names: tuple[str, ...]
@@ -93,6 +99,8 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     root: str = ""
     formats: Formats = field(default_factory=Formats)
+    pooling: PoolingConfig = field(default_factory=PoolingConfig)
+    generates: bool = True
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from workstation.errors import ContextLengthError, InvalidRequestError, ModelNot
 from workstation.server.body import show
 from workstation.server.ids import fresh_id
 from workstation.server.options import ServedModel, ServerOptions
-from workstation.server.schemas import SamplingRequest
+from workstation.server.schemas import PromptRequest, SamplingRequest
 
 MAX_SALT_BYTES = 128
 MAX_LABEL_CHARS = 64
@@ -85,6 +85,29 @@ def _ids_below(width: int) -> Any:
     return list[Annotated[int, msgspec.Meta(ge=0, lt=width)]]
 
 
+def prompt_items(value: Any, param: str) -> list[Any]:
+    """A string, a list of strings, a list of ids or a list of lists of ids → a list of strings or of lists."""
+    if isinstance(value, str):
+        return [value]
+    if not isinstance(value, list) or not value:
+        raise InvalidRequestError(f"{param} must be a non-empty string, list of strings, list of token ids, or list of lists "
+                                  f"of token ids, got {show(value)}", param=param)
+    if not isinstance(value[0], (str, list)):
+        return [value]
+    other = next((item for item in value if type(item) is not type(value[0])), None)
+    if other is not None:
+        raise InvalidRequestError(f"{param} mixes kinds: it begins with {show(value[0])} and holds {show(other)}", param=param)
+    return value
+
+
+def prompt_ids(service: Service, item: str | list[Any], param: str, *, add_special: bool) -> list[int]:
+    """Checked ids of one of `prompt_items`."""
+    if isinstance(item, str):
+        service.check_text(len(item), param)
+        item = service.model.tokenizer.encode(item, add_special_tokens=add_special)
+    return service.check_ids(item, param)
+
+
 def truncated(service: Service, ids: list[int], keep: int | None, max_tokens: int | None) -> list[int]:
     """The last `keep` ids; -1 keeps what leaves room for max_tokens."""
     if keep is None:
@@ -152,7 +175,7 @@ def beam_params(body: SamplingRequest, max_tokens: int, logprobs: int | None) ->
                             ignore_eos=bool(body.ignore_eos), temperature=body.temperature or 0.0, length_penalty=penalty)
 
 
-def engine_requests(service: Service, body: SamplingRequest, public_id: str, prompts: list[list[int]],
+def engine_requests(service: Service, body: PromptRequest, public_id: str, prompts: list[list[int]],
                     params: list[SamplingParams], beams: list[BeamSearchParams | None], label: str) -> list[EngineRequest]:
     """One engine request a prompt."""
     now = time.monotonic()
@@ -172,7 +195,7 @@ def check_fan_out(service: Service, samples: int, prompts: int) -> None:
         raise InvalidRequestError(f"n × prompts is {samples * prompts}; the limit is {limit}", param=param)
 
 
-def cache_salt(body: SamplingRequest) -> str:
+def cache_salt(body: PromptRequest) -> str:
     salt = body.cache_salt
     if salt is None:
         return ""
@@ -182,7 +205,7 @@ def cache_salt(body: SamplingRequest) -> str:
     return salt
 
 
-def request_priority(service: Service, body: SamplingRequest) -> int:
+def request_priority(service: Service, body: PromptRequest) -> int:
     priority = body.priority or 0
     if not -MAX_PRIORITY <= priority <= MAX_PRIORITY:
         raise InvalidRequestError(f"priority must be between {-MAX_PRIORITY} and {MAX_PRIORITY}, got {show(priority)}",

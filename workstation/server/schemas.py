@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, FailFast
+from pydantic import BaseModel, ConfigDict, FailFast, WithJsonSchema
 from typing_extensions import TypeAliasType
 
 from workstation.errors import InvalidRequestError
@@ -16,6 +16,10 @@ from workstation.errors import InvalidRequestError
 # Named aliases, because Annotated with FailFast cannot stand in a union by itself.
 TokenList = TypeAliasType("TokenList", Annotated[list[int], FailFast()])
 StringList = TypeAliasType("StringList", Annotated[list[str], FailFast()])
+_TEXTS = [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
+_IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+# Checked by hand, for the sake of the messages; the schema is what the document says of it.
+Prompt = Annotated[Any, WithJsonSchema({"anyOf": [*_TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]})]
 ObjectList = TypeAliasType("ObjectList", Annotated[list[dict[str, Any]], FailFast()])
 
 
@@ -31,10 +35,20 @@ class StreamOptions(Strict):
     include_obfuscation: bool | None = None  # padding against eavesdroppers; we never pad, whatever it says
 
 
-class SamplingRequest(Strict):
-    """What chat and completions have in common; meanings are SamplingParams'."""
+class PromptRequest(Strict):
+    """What every route that runs a prompt takes."""
 
     model: str | None = None
+    priority: int | None = None
+    cache_salt: str | None = None
+    truncate_prompt_tokens: int | None = None
+    add_special_tokens: bool | None = None
+    user: str | None = None
+
+
+class SamplingRequest(PromptRequest):
+    """What chat and completions have in common; meanings are SamplingParams'."""
+
     n: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
@@ -59,15 +73,11 @@ class SamplingRequest(Strict):
     skip_reading_prefix_cache: bool | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    priority: int | None = None
-    cache_salt: str | None = None
     use_beam_search: bool | None = None
     length_penalty: float | None = None
-    truncate_prompt_tokens: int | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
-    add_special_tokens: bool | None = None
-    user: str | None = None
+    timings_per_token: bool | None = None
 
     def wants_usage(self) -> tuple[bool, bool]:
         """(a last usage chunk, usage in every chunk). Raises InvalidRequestError when not streaming."""
@@ -79,11 +89,19 @@ class SamplingRequest(Strict):
 
 
 class CompletionRequest(SamplingRequest):
-    prompt: Any = None
+    prompt: Prompt = None
     suffix: str | None = None
     echo: bool | None = None
     logprobs: int | None = None
     best_of: int | None = None
+
+
+class EmbeddingRequest(PromptRequest):
+    """encoding_format: float or base64.  dimensions: numbers to keep, for models made to be cut."""
+
+    input: Prompt = None
+    encoding_format: str | None = None
+    dimensions: int | None = None
 
 
 class ChatRequest(SamplingRequest):

@@ -6,8 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from workstation.engine.request import Pooling
 from workstation.generation_config import read_generation_defaults
 from workstation.parsers.detect import Formats, find_formats
+from workstation.pooling_config import read_pooling
 from workstation.server.options import ServedModel
 from workstation.text.tokenizer import Tokenizer
 
@@ -15,7 +17,7 @@ from workstation.text.tokenizer import Tokenizer
 def load_served_model(folder: str | Path, names: tuple[str, ...], *, config_eos: tuple[int, ...] = (),
                       sampling: Mapping[str, Any] | None = None, use_generation_config: bool = True,
                       chat_template: str | None = None, window: int = 0, root: str = "", tool_parser: str = "auto",
-                      reasoning_parser: str = "auto") -> ServedModel:
+                      reasoning_parser: str = "auto", pooling: Pooling | None = None, generates: bool = True) -> ServedModel:
     """Read a folder.
 
     Args:
@@ -24,6 +26,7 @@ def load_served_model(folder: str | Path, names: tuple[str, ...], *, config_eos:
         use_generation_config: False takes only eos ids from that file, no sampling defaults.
         chat_template: Jinja text that replaces the folder's.  window: 0 takes the engine's.
         tool_parser, reasoning_parser: names of formats; "auto" reads them off the chat template.
+        pooling: of embeddings; None takes the folder's.  generates: the model has a head.
 
     Raises ModelFolderError, or ConfigError for a format that is not known.
     """
@@ -33,7 +36,8 @@ def load_served_model(folder: str | Path, names: tuple[str, ...], *, config_eos:
     eos = defaults.eos_token_ids or ((own,) if own is not None else ())
     chosen = defaults.sampling if use_generation_config else dict(sampling or {})
     return ServedModel(names, tokenizer, chosen, tuple(eos), window, root=root or names[0],
-                       formats=model_formats(tokenizer, tool_parser, reasoning_parser))
+                       formats=model_formats(tokenizer, tool_parser, reasoning_parser), pooling=read_pooling(folder, pooling),
+                       generates=generates)
 
 
 def model_formats(tokenizer: Tokenizer, tools: str = "auto", think: str = "auto") -> Formats:

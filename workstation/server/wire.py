@@ -53,6 +53,35 @@ class Usage(Struct):
     prompt_tokens_details: TokenDetails
 
 
+class Timings(Struct):
+    """llama.cpp's figures. cache_n, prompt_n: prompt tokens read from the cache, and computed.  prompt_ms: from the first
+    scheduling to the first token.  predicted_n, predicted_ms: tokens generated, and the time from the first to the last.
+    """
+
+    cache_n: int
+    prompt_n: int
+    prompt_ms: float
+    prompt_per_token_ms: float
+    prompt_per_second: float
+    predicted_n: int
+    predicted_ms: float
+    predicted_per_token_ms: float
+    predicted_per_second: float
+
+
+class RequestMetrics(Struct):
+    """vLLM's per-request metrics, milliseconds from the engine's clock: scheduled → first token → last token.
+
+    tokens_per_second: over both spans.  mean_itl_ms: None for a single token.
+    """
+
+    time_to_first_token_ms: float
+    generation_time_ms: float
+    queue_time_ms: float
+    mean_itl_ms: float | None
+    tokens_per_second: float
+
+
 class TopLogprob(Struct):
     token: str
     logprob: float
@@ -165,5 +194,7 @@ class Answer(Struct):
     choices: list[Any]
     usage: Usage | UnsetType | None = UNSET
     system_fingerprint: str | UnsetType = UNSET
+    timings: Timings | UnsetType = UNSET
+    metrics: RequestMetrics | UnsetType | None = UNSET
     prompt_logprobs: list[dict[str, Any] | None] | UnsetType | None = UNSET
     prompt_token_ids: list[int] | UnsetType = UNSET

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import WithJsonSchema
 
 from workstation.server.schemas import ObjectList, Strict, StringList
+
+_INPUT = {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "object"}}]}
 
 
 class ResponsesRequest(Strict):
     """`input` is a string or a list of items; incoming.py checks them."""
 
     model: str | None = None
-    input: Any = None
+    input: Annotated[Any, WithJsonSchema(_INPUT)] = None
     instructions: str | None = None
     max_output_tokens: int | None = None
     metadata: dict[str, Any] | None = None

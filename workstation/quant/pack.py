@@ -1,0 +1,41 @@
+"""A 16- or 32-bit weight → the tensors `written` names. What loading them gives is what quantising while loading gives."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from workstation.kernels.int_weights import unpack
+from workstation.quant.forms import Part
+from workstation.quant.integers import NAMES, Groups, Packing, words
+from workstation.quant.quantise import FP8, quantise_groups, quantise_rows
+
+SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
+
+
+def quantised_tensors(module: str, weight: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
+    """The stored tensors of one layer. weight: [N, K]. A scale is not finite where a weight in its reach is not."""
+    if isinstance(part.groups, Groups):
+        return {f"{module}.{name}": tensor for name, tensor in _integers(weight, part.groups).items()}
+    quantised = torch.empty(weight.shape, dtype=FP8, device=weight.device)
+    scale = torch.empty(weight.shape[0], dtype=torch.float32, device=weight.device)
+    quantise_rows(weight, quantised, scale)
+    return {f"{module}.weight": quantised, f"{module}.weight_scale": scale[:, None].bfloat16()}
+
+
+def _integers(weight: torch.Tensor, groups: Groups) -> dict[str, torch.Tensor]:
+    rows, columns = weight.shape
+    kept = torch.empty(rows, words(groups.bits, columns), dtype=torch.int16, device=weight.device)
+    scale = torch.empty(groups.count(columns), rows, dtype=SCALES[groups.scale_dtype], device=weight.device)
+    quantise_groups(weight, kept, scale, groups.bits)
+    names = NAMES[Packing.PACKED]
+    return {names.codes: packed_rows(unpack(kept, groups.bits, columns), groups.bits), names.scale: scale.t().contiguous(),
+            "weight_shape": torch.tensor([rows, columns])}
+
+
+def packed_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:
+    """codes [N, K] uint8 → [N, ⌈K·bits/32⌉] int32, lowest bits first; a row is filled up with zeros."""
+    filled = pad(codes, (0, -codes.shape[1] % (32 // bits)))
+    if bits == 4:
+        filled = filled[:, 0::2] | filled[:, 1::2] << 4
+    return filled.contiguous().view(torch.int32)
