@@ -65,6 +65,8 @@ def allowed(matcher: Matcher, **options: bool) -> Any:
 @pytest.mark.parametrize(("fields", "good", "begun", "bad"), [
     ({"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}, '{"a": 1, "b": []}', '{"a"',
      "{}"),
+    ({"json": {"discriminator": {}, "oneOf": [{"type": "object", "properties": {"k": {"const": name}}, "required": ["k"],
+                                               "deprecated": True} for name in "ab"]}}, '{"k": "b"}', '{"k": "', '{"k": "c"}'),
     ({"json": '{"enum": ["x", 5, null]}'}, "null", '"', '"y"'), ({"json": True}, '[1, {"a": "é"}]', "[", "]"),
     ({"json": {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}},
                                                       "additionalProperties": False}}}}, '{"n": {"n": {}}}', '{"n": {', '{"m"'),
