@@ -151,7 +151,7 @@ def sources(text: str, *more: str) -> Constraint:
 
 
 def test_bombs_cost_a_process_and_neither_the_server_nor_the_grammars_after() -> None:
-    """Endless work (a translation), a stack that overflows, and plain nonsense; a good one after each, and the loop is free meanwhile."""
+    """Endless work, a stack that overflows, and plain nonsense; a good one after each, and the loop is free meanwhile."""
     endless = "\n".join(f'r{count} ::= r{count + 1} "a"' for count in range(9000)) + '\nr9000 ::= "b"\nroot ::= r0'
     deep = "start: T0\n" + "\n".join(f'T{count}: "a" T{count + 1} "b"' for count in range(9000)) + '\nT9000: "c"'
 
