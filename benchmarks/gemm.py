@@ -30,9 +30,11 @@ from workstation.kernels.gemm_compile import compile_for, fingerprint
 from workstation.kernels.gemm_launch import device_of, split_count
 from workstation.kernels.offline import resources
 from workstation.kernels.tuning import (
+    CODE_SCHEMES,
     INTEGER_BITS,
     LEAST_STEP,
     LIBRARY,
+    MOST_STEP,
     Device,
     GemmConfig,
     Problem,
@@ -50,7 +52,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 HEADS = {"8b": (128256, 4096), "70b": (128256, 8192), "0.6b": (151936, 1024)}  # 16-bit in every checkpoint format
 GATE_UP = {(28672, 4096), (57344, 8192), (6144, 1024)}  # 6144 x 4096 is a QKV, so the pair decides
 ROWS = [1, 8, 32, 128, 16, 64, 256, 2, 4]  # the most telling first, for when time runs out
-SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight"]
+SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
 TOLERANCE = 1e-2  # bfloat16 results, and FP8 sums inside the tensor cores
 KEEP_OWN = 0.98  # the library must be this much faster to be chosen
@@ -94,10 +96,12 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
     today = choose(problem, device)
     found = [today if today != LIBRARY else default_config(problem, device)]
     widest = int(max(problem.weight_bytes, problem.row_bytes))
-    for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), (128, 256), (3, 4, 5, 6)):
+    coded = problem.scheme in CODE_SCHEMES
+    steps, depths = ((256, 512), (2, 3, 4, 5, 6)) if coded else ((128, 256), (3, 4, 5, 6))
+    for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), steps, depths):
         for warps in (4, 8) if "dot" in kinds else ():
             accumulators = block_n * block_m // (warps * 32)
-            if step // widest < LEAST_STEP.get(problem.scheme, 1):
+            if not LEAST_STEP.get(problem.scheme, 1) <= step // widest <= MOST_STEP.get(problem.scheme, step):
                 continue
             if accumulators > 64 if warps == 4 else block_n < 128 and accumulators < 16:
                 continue
@@ -105,7 +109,7 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
             found += _with_splits(problem, tile, device)
     if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
         found += _hopper(problem, row_tiles)
-    if problem.m == 1 and "gemv" in kinds and problem.scheme not in INTEGER_BITS:
+    if problem.m == 1 and "gemv" in kinds and problem.scheme not in (*INTEGER_BITS, *CODE_SCHEMES):
         for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
             found += _with_splits(problem, GemmConfig("gemv", block_n, 1, block_k, 1, 4, stages), device)
     unique: dict[tuple[GemmConfig, int], GemmConfig] = {}
@@ -121,6 +125,8 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     if problem.scheme in INTEGER_BITS:
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         rings, least, most = (50, 66, 100, 205), 2, 64
+    elif problem.scheme in CODE_SCHEMES:
+        shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = []

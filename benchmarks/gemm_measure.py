@@ -11,13 +11,15 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from workstation.kernels import gemm_launch, ops
+from workstation.kernels import gemm_launch, launch_codes, ops, reference_codes
+from workstation.kernels.code_tables import E2M1, NF4, ScaleKind, kept_groups
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_compile import GROUP
 from workstation.kernels.gemm_launch import FP8, Operands
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_int import widened
 from workstation.kernels.reference_int import widen
-from workstation.kernels.tuning import INTEGER_BITS, GemmConfig, Problem
+from workstation.kernels.tuning import CODE_SCHEMES, INTEGER_BITS, GemmConfig, Problem
 
 Launch = Callable[[], object]
 
@@ -45,6 +47,8 @@ class Weights:
         size = problem.n * problem.k
         if problem.scheme in INTEGER_BITS:
             return self._integers(problem)
+        if problem.scheme in CODE_SCHEMES:
+            return self._codes(problem)
         buffer = self.wide if problem.scheme == "16bit" else self.narrow
         wanted = max(2, -(-3 * self.l2_bytes // (size * problem.weight_bytes)))
         count = min(wanted, buffer.numel() // size)
@@ -60,6 +64,27 @@ class Weights:
         scale = self.scales[: problem.n].to(torch.bfloat16).repeat(problem.k // GROUP, 1) / (1 << bits - 1)
         return [IntWeight(words[i * size : (i + 1) * size].view(problem.n, width), scale, None, bits, GROUP, problem.k)
                 for i in range(count)]  # fmt: skip
+
+    def _codes(self, problem: Problem) -> list[CodeWeight]:
+        """NF4 in groups of 64, MXFP4, or NVFP4 with a multiplier; codes as `_integers` has them."""
+        words = self.wide.view(torch.int16)
+        width = problem.k // 4
+        size = problem.n * width
+        count = min(max(2, -(-3 * self.l2_bytes // (2 * size))), words.numel() // size)
+        numbers = self.scales[: problem.n]
+        group, kind, values = {"nf4": (64, ScaleKind.F32, NF4), "mxfp4": (32, ScaleKind.E8M0, E2M1),
+                               "nvfp4": (16, ScaleKind.E4M3, E2M1)}[problem.scheme]  # fmt: skip
+        groups = kept_groups(group, problem.k)
+        if kind is ScaleKind.F32:
+            scale = numbers.repeat(groups, 1)
+        else:
+            low, high = (124, 128) if kind is ScaleKind.E8M0 else (0x30, 0x40)
+            stored = torch.randint(low, high, (groups // 4, problem.n, 4), dtype=torch.uint8, device="cuda")
+            scale = stored.view(torch.int32)[..., 0]
+        factor = numbers if kind is ScaleKind.E4M3 else None
+        table = torch.tensor(values, device="cuda")
+        return [CodeWeight(words[i * size : (i + 1) * size].view(problem.n, width), scale, factor, table, values, kind, group,
+                           problem.k) for i in range(count)]  # fmt: skip
 
 
 @dataclass
@@ -96,7 +121,9 @@ def _expected(operands: Operands, problem: Problem) -> torch.Tensor:
     """float32 products without TF32, a slice of the channels at a time."""
     weight = operands.weight
     starts = range(0, problem.n, 1 << 14)
-    if isinstance(weight, IntWeight):
+    if isinstance(weight, CodeWeight):
+        slices = [reference_codes.widen(weight.part(at, min(at + (1 << 14), problem.n)), torch.float32) for at in starts]
+    elif isinstance(weight, IntWeight):
         slices = [widen(weight.part(at, min(at + (1 << 14), problem.n)), torch.float32) for at in starts]
     else:
         slices = [weight[at : at + (1 << 14)].float() for at in starts]
@@ -156,6 +183,9 @@ def time_library(bench: Bench, repeats: int) -> float | None:
     def product(operands: Operands) -> torch.Tensor:
         if isinstance(operands.weight, IntWeight):
             y = widened(operands.x, operands.weight, None, None)
+            return ops.silu_mul(y) if bench.silu else y
+        if isinstance(operands.weight, CodeWeight):
+            y = widened(operands.x, operands.weight, None, None, launch_codes.widen_call)
             return ops.silu_mul(y) if bench.silu else y
         inputs = (operands.x, operands.weight, operands.weight_scale, operands.x_scale)
         y = gemm_launch.library_linear(*inputs, None, None, torch.bfloat16)

@@ -7,8 +7,8 @@ A register holds the words of two neighbouring columns, and so eight codes; ever
     tables  `prmt` takes four bytes out of eight, so two of them and a third that chooses look up four codes in a table of 16
             bytes; once for the lower and once for the upper halves of the floats, which two more put together
 
-That is 2.6 and 3.3 instructions a weight with the multiplication by the scale, on the pipe that is narrow on Hopper (64 lanes)
-1.2 and 2.8 of them.
+That is 2.1 and 2.8 instructions a weight, of which 1.2 and 2.8 run on the pipe that has half the lanes on Hopper. A scale costs
+one multiplication more for two weights, or two.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -21,7 +21,7 @@ import struct
 import triton
 import triton.language as tl
 
-from workstation.kernels.code_tables import E2M1, Table
+from workstation.kernels.code_tables import Table
 
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
@@ -62,13 +62,16 @@ _SCALED = """{{
 _SCALED_TWICE = """{{
 .reg .b32 zero, part; mov.b32 zero, 0x80008000; fma.rn.{type} part, $1, $3, zero; fma.rn.{type} $0, $1, $2, part;
 }}"""
-_ONE_BFLOAT16, _ONE_FLOAT16 = (tl.constexpr(_SCALED.format(type=name)) for name in ("bf16x2", "f16x2"))
-_TWO_BFLOAT16, _TWO_FLOAT16 = (tl.constexpr(_SCALED_TWICE.format(type=name)) for name in ("bf16x2", "f16x2"))
+ONE_BFLOAT16, ONE_FLOAT16 = (tl.constexpr(_SCALED.format(type=name)) for name in ("bf16x2", "f16x2"))
+TWO_BFLOAT16, TWO_FLOAT16 = (tl.constexpr(_SCALED_TWICE.format(type=name)) for name in ("bf16x2", "f16x2"))
 
 
-def decoder(values: Table, target: str) -> str:
-    """The assembly that turns words into planes of `target`, "bf16" or "fp16"; a table's values are rounded to it."""
-    if values == E2M1:
+def decoder(values: Table | None, target: str) -> str:
+    """The assembly that turns words into planes of `target`, "bf16" or "fp16".
+
+    values: a table's, which are rounded to it; None: e2m1's, a power of two smaller.
+    """
+    if values is None:
         return _E2M1_BFLOAT16 if target == "bf16" else _E2M1_FLOAT16
     bits = [_bits(value, target) for value in values]
     tables = {f"{name}{i}": _bytes(bits[4 * i : 4 * i + 4], shift) for name, shift in (("l", 0), ("h", 8)) for i in range(4)}
@@ -142,12 +145,12 @@ def scaled(plane, factor, rest, target: tl.constexpr):
         return (plane * factor).to(target)
     elif rest is None:
         if target == tl.bfloat16:
-            return tl.inline_asm_elementwise(_ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=tl.bfloat16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=tl.bfloat16, is_pure=True, pack=2)
         else:
-            return tl.inline_asm_elementwise(_ONE_FLOAT16, "=r,r,r", [plane, factor], dtype=tl.float16, is_pure=True, pack=2)
+            return tl.inline_asm_elementwise(ONE_FLOAT16, "=r,r,r", [plane, factor], dtype=tl.float16, is_pure=True, pack=2)
     elif target == tl.bfloat16:
         both = [plane, factor, rest]
-        return tl.inline_asm_elementwise(_TWO_BFLOAT16, "=r,r,r,r", both, dtype=tl.bfloat16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(TWO_BFLOAT16, "=r,r,r,r", both, dtype=tl.bfloat16, is_pure=True, pack=2)
     else:
         both = [plane, factor, rest]
-        return tl.inline_asm_elementwise(_TWO_FLOAT16, "=r,r,r,r", both, dtype=tl.float16, is_pure=True, pack=2)
+        return tl.inline_asm_elementwise(TWO_FLOAT16, "=r,r,r,r", both, dtype=tl.float16, is_pure=True, pack=2)

@@ -48,53 +48,28 @@ def _scales(scale, column, stride, channel, SIZE: tl.constexpr, KIND: tl.constex
 
 
 @triton.jit
-def _factor(scales, INDEX: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr, target: tl.constexpr):
-    """The factors of plane INDEX, of its first or second 16 columns, as a vector of two numbers that are added."""
+def _weights(plane, scales, INDEX: tl.constexpr, HALF: tl.constexpr, SIZE: tl.constexpr, KIND: tl.constexpr,
+             target: tl.constexpr):  # fmt: skip
+    """A tile of plane INDEX, or of its first or second 16 columns, times the scales of its groups."""
     if KIND == E8M0:
-        return exponents(scales[0], INDEX, target), None
+        return scaled(plane, exponents(scales[0], INDEX, target)[:, None], None, target)
     elif KIND == E4M3:
-        return small_floats(scales[INDEX // 2], 2 * (INDEX % 2) + HALF, target), None
+        return scaled(plane, small_floats(scales[INDEX // 2], 2 * (INDEX % 2) + HALF, target)[:, None], None, target)
     else:
         wide = scales[INDEX * 32 // SIZE if SIZE < 128 else 0]
         if INTERPRETED:
-            return wide, None
+            return scaled(plane, wide[:, None], None, target)
         else:
             near = wide.to(target)
-            return near, (wide - near.to(tl.float32)).to(target)
+            return scaled(plane, near[:, None], (wide - near.to(tl.float32)).to(target)[:, None], target)
 
 
 @triton.jit
-def _spread(low, high, later):
-    """[rows, columns] out of two vectors: `high` where `later`."""
-    if low is None:
-        return None
+def _codes(at, word, stride, EVEN_K: tl.constexpr, EVICT: tl.constexpr):
+    if EVEN_K:
+        return tl.load(at, eviction_policy=EVICT)
     else:
-        return tl.where(later[None, :], high[:, None], low[:, None])
-
-
-@triton.jit
-def _plane_factor(near, far, INDEX: tl.constexpr, word, SIZE: tl.constexpr, KIND: tl.constexpr, CHUNKS: tl.constexpr,
-                  target: tl.constexpr):  # fmt: skip
-    """The factors of a plane of one or two chunks, [rows, 1] or [rows, columns]. near, far: the chunks' scales."""
-    if CHUNKS == 1:
-        first, rest = _factor(near, INDEX, 0, SIZE, KIND, target)
-        if KIND == E4M3:
-            second, _ = _factor(near, INDEX, 1, SIZE, KIND, target)
-            return _spread(first, second, word >= 16), None
-        elif rest is None:
-            return first[:, None], None
-        else:
-            return first[:, None], rest[:, None]
-    else:
-        first, rest = _factor(near, INDEX, 0, SIZE, KIND, target)
-        second, second_rest = _factor(far, INDEX, 0, SIZE, KIND, target)
-        if KIND == E4M3:
-            first_high, _ = _factor(near, INDEX, 1, SIZE, KIND, target)
-            second_high, _ = _factor(far, INDEX, 1, SIZE, KIND, target)
-            low = _spread(first, first_high, word >= 16)
-            return tl.where((word >= 32)[None, :], _spread(second, second_high, word >= 48), low), None
-        else:
-            return _spread(first, second, word >= 32), _spread(rest, second_rest, word >= 32)
+        return tl.load(at, mask=(word < stride)[None, :], other=0, eviction_policy=EVICT)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -135,7 +110,7 @@ def codes_gemm_kernel(
     SIZE: columns of a group, a multiple of 32, or 16 for e4m3.  DECODE: from `code_decode.decoder`.  SMALLER: it makes weights
     smaller, by REST once they are scaled.
     """
-    CHUNKS: tl.constexpr = BLOCK_K // 128
+    PART: tl.constexpr = 16 if KIND == E4M3 else 32  # words that are multiplied at a time: of each plane they are in one group
     target: tl.constexpr = x.dtype.element_ty
     row_tiles = tl.cdiv(m, BLOCK_M)
     split = tl.program_id(1)
@@ -143,8 +118,7 @@ def codes_gemm_kernel(
     row = tl.program_id(0) % row_tiles * BLOCK_M + tl.arange(0, BLOCK_M)
     begin = split * chunk
     end = tl.minimum(begin + chunk, k)
-    step = tl.arange(0, BLOCK_K // 4)
-    column = step // 32 * 128 + step % 32  # of a word's first code
+    word = tl.arange(0, PART)
     # Channels behind the last are computed from a copy of it and not stored: no mask on the stream of weights.
     kept = tl.minimum(channel, n - 1)
     rows = words + kept.to(tl.int64) * w_stride
@@ -155,48 +129,38 @@ def codes_gemm_kernel(
             prefetch(rows + n.to(tl.int64) * w_stride, begin // 4, w_stride - 1, BLOCK_K // 4, STAGES)
     await_previous(PDL)
     allow_next(PDL)
-    words_at = rows[:, None] + (begin // 4 + step)[None, :]
-    x_at = x + row[None, :].to(tl.int64) * x_stride + (begin + column)[:, None]
+    words_at = rows[:, None] + (begin // 4 + word)[None, :]
+    x_at = x + row[None, :].to(tl.int64) * x_stride + (begin + word)[:, None]
     acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     if SILU:
         up_at = words_at + n.to(tl.int64) * w_stride
         up_acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     for at in tl.range(begin, end, BLOCK_K, num_stages=STAGES):
-        # Behind the last chunk that is kept scales meet zeros of x.
-        first, second = tl.minimum(at, (k - 1) // 128 * 128), tl.minimum(at + 128, (k - 1) // 128 * 128)
-        near = _scales(scale, first, scale_stride, kept, SIZE, KIND)
-        far = near
-        if CHUNKS == 2:
-            far = _scales(scale, second, scale_stride, kept, SIZE, KIND)
-        if EVEN_K:
-            codes = tl.load(words_at, eviction_policy=EVICT)
-        else:
-            stored = at // 4 + step < w_stride
-            codes = tl.load(words_at, mask=stored[None, :], other=0, eviction_policy=EVICT)
-        values = planes(codes, table, DECODE, target)
-        if SILU:
-            up_near = _scales(scale, first, scale_stride, kept + n, SIZE, KIND)
-            up_far = up_near
-            if CHUNKS == 2:
-                up_far = _scales(scale, second, scale_stride, kept + n, SIZE, KIND)
-            if EVEN_K:
-                codes = tl.load(up_at, eviction_policy=EVICT)
-            else:
-                codes = tl.load(up_at, mask=stored[None, :], other=0, eviction_policy=EVICT)
-            up_values = planes(codes, table, DECODE, target)
-            up_at += BLOCK_K // 4
-        for i in tl.static_range(4):
-            if EVEN_K:
-                rhs = tl.load(x_at + 32 * i, mask=real[None, :], other=0.0, eviction_policy="evict_last")
-            else:
-                known = (at + 32 * i + column < end)[:, None] & real[None, :]
-                rhs = tl.load(x_at + 32 * i, mask=known, other=0.0, eviction_policy="evict_last")
-            times, rest = _plane_factor(near, far, i, step, SIZE, KIND, CHUNKS, target)
-            acc = tl.dot(scaled(values[i], times, rest, target), rhs, acc, input_precision="ieee")
+        for part in tl.static_range(BLOCK_K // 4 // PART):
+            # Behind the last chunk that is kept scales meet zeros of x.
+            first = tl.minimum(at + part * PART // 32 * 128, (k - 1) // 128 * 128)
+            scales = _scales(scale, first, scale_stride, kept, SIZE, KIND)
+            codes = _codes(words_at + part * PART, at // 4 + part * PART + word, w_stride, EVEN_K, EVICT)
+            values = planes(codes, table, DECODE, target)
             if SILU:
-                times, rest = _plane_factor(up_near, up_far, i, step, SIZE, KIND, CHUNKS, target)
-                up_acc = tl.dot(scaled(up_values[i], times, rest, target), rhs, up_acc, input_precision="ieee")
+                up_scales = _scales(scale, first, scale_stride, kept + n, SIZE, KIND)
+                codes = _codes(up_at + part * PART, at // 4 + part * PART + word, w_stride, EVEN_K, EVICT)
+                up_values = planes(codes, table, DECODE, target)
+            for i in tl.static_range(4):
+                column = part * PART // 32 * 128 + 32 * i + part * PART % 32
+                if EVEN_K:
+                    rhs = tl.load(x_at + column, mask=real[None, :], other=0.0, eviction_policy="evict_last")
+                else:
+                    known = (at + column + word < end)[:, None] & real[None, :]
+                    rhs = tl.load(x_at + column, mask=known, other=0.0, eviction_policy="evict_last")
+                lhs = _weights(values[i], scales, i, part * PART % 32 // 16, SIZE, KIND, target)
+                acc = tl.dot(lhs, rhs, acc, input_precision="ieee")
+                if SILU:
+                    lhs = _weights(up_values[i], up_scales, i, part * PART % 32 // 16, SIZE, KIND, target)
+                    up_acc = tl.dot(lhs, rhs, up_acc, input_precision="ieee")
         words_at += BLOCK_K // 4
+        if SILU:
+            up_at += BLOCK_K // 4
         x_at += BLOCK_K
     acc = _whole(acc, factor, kept, DIVIDES, SMALLER)
     acc = finish(acc, None, None, bias, channel, row, n, m, split)

@@ -11,15 +11,15 @@ import triton
 
 from workstation.kernels import gemm_codes, gemm_launch
 from workstation.kernels.code_decode import decoder
-from workstation.kernels.code_tables import CHUNK, E2M1, ScaleKind
+from workstation.kernels.code_tables import CHUNK, ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_int import widened
-from workstation.kernels.tuning import LEAST_STEP, MAX_ROWS, MOST_STEP, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MAX_ROWS, MOST_STEP, GemmConfig, Output, Problem, Scheme
 
 WIDENED_ROWS = 32
-_KINDS = {ScaleKind.F32: gemm_codes.F32, ScaleKind.E8M0: gemm_codes.E8M0, ScaleKind.E4M3: gemm_codes.E4M3}
+KINDS = {ScaleKind.F32: gemm_codes.F32, ScaleKind.E8M0: gemm_codes.E8M0, ScaleKind.E4M3: gemm_codes.E4M3}
 _SCHEMES: dict[ScaleKind, Scheme] = {ScaleKind.F32: "nf4", ScaleKind.E8M0: "mxfp4", ScaleKind.E4M3: "nvfp4"}
 
 
@@ -51,8 +51,14 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
         return None
     if x.is_cuda and x.dtype == torch.float32:
         return None
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device)
+    rings = _rings(weight, output)
+    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config)
+
+
+def _rings(weight: CodeWeight, output: Output) -> bool:
+    """Whether `gemm_codes_hopper.py` can read the weight."""
+    return weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
 
 
 def _reads(weight: CodeWeight) -> bool:
@@ -62,37 +68,52 @@ def _reads(weight: CodeWeight) -> bool:
 
 
 @cache
-def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device) -> GemmConfig:
-    return gemm_launch.chosen(Problem(scheme, output, m, n, k), device)
+def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, device: torch.device, rings: bool) -> GemmConfig:
+    return gemm_launch.chosen(Problem(scheme, output, m, n, k), device, rings=rings)
 
 
 def fitted(config: GemmConfig) -> GemmConfig:
     """The configuration with a step of one or two chunks of the layout."""
+    if config.kind == "hopper":
+        return config
     return replace(config, block_k=min(max(config.block_k, LEAST_STEP["nf4"]), MOST_STEP["nf4"]))
 
 
 def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k: int, *, silu: bool) -> Call:
-    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; dtypes may stand for tensors."""
+    """The kernel for a weight of n channels (2n with silu), writing out [splits, m, n]; `hopper` sums its splits: [m, n].
+
+    Dtypes may stand for tensors.
+    """
     weight: CodeWeight = operands.weight
+    if config.kind == "hopper":
+        from workstation.kernels.launch_codes_hopper import hopper_codes_call  # Gluon, for one kind of GPU only
+
+        return Call(*hopper_codes_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)
     x_stride = operands.x.stride(0) if kept else k
     w_stride = weight.words.stride(0) if kept else triton.cdiv(k, CHUNK) * 32
     scale_stride = weight.scale.stride(0) if kept else n
     row_tiles = triton.cdiv(m, config.block_m)
-    dtype = operands.x.dtype if kept else operands.x
+    dtype: torch.dtype = operands.x.dtype if kept else operands.x
     options: dict[str, Any] = {"num_warps": config.warps, "num_stages": config.stages, "SILU": silu, "PDL": config.pdl}
     options |= {"BLOCK_N": config.block_n, "BLOCK_M": config.block_m, "BLOCK_K": config.block_k, "STAGES": config.stages}
     options |= {"EVEN_K": k % config.block_k == 0, "EVICT": "evict_first" if row_tiles == 1 else ""}
-    options |= {"SIZE": weight.size, "KIND": _KINDS[weight.kind].value, "DIVIDES": weight.divides}
-    options["DECODE"] = decoder(weight.values, "fp16" if dtype == torch.float16 else "bf16")
-    options["SMALLER"] = weight.values == E2M1
+    options |= {"SIZE": weight.size, "KIND": KINDS[weight.kind].value, "DIVIDES": weight.divides}
+    options |= decoding(weight, dtype)
     if config.pdl:
         options["launch_pdl"] = True
     arguments = (operands.x, weight.words, out, weight.scale, weight.factor, weight.table, operands.bias, m, n, k, chunk,
                  x_stride, w_stride, scale_stride)  # fmt: skip
     grid = (triton.cdiv(n, config.block_n) * row_tiles, triton.cdiv(k, chunk))
     return Call(gemm_codes.codes_gemm_kernel, grid, arguments, options)
+
+
+def decoding(weight: CodeWeight, dtype: torch.dtype) -> dict[str, Any]:
+    """Which decoder a kernel for activations of `dtype` runs, and whether its values come out smaller."""
+    plain = weight.kind is ScaleKind.F32
+    target = "fp16" if dtype == torch.float16 else "bf16"
+    return {"DECODE": decoder(weight.values if plain else None, target), "SMALLER": not plain}
 
 
 def widen_call(weight: CodeWeight, out: Any) -> Call:
@@ -102,5 +123,5 @@ def widen_call(weight: CodeWeight, out: Any) -> Call:
     grid = (triton.cdiv(weight.rows, WIDENED_ROWS) if kept else 1, triton.cdiv(weight.columns, CHUNK))
     arguments = (weight.words, out, weight.scale, weight.factor, weight.table, weight.rows if kept else WIDENED_ROWS,
                  weight.columns, *strides)  # fmt: skip
-    options = {"SIZE": weight.size, "KIND": _KINDS[weight.kind].value, "DIVIDES": weight.divides, "ROWS": WIDENED_ROWS}
+    options = {"SIZE": weight.size, "KIND": KINDS[weight.kind].value, "DIVIDES": weight.divides, "ROWS": WIDENED_ROWS}
     return Call(gemm_codes.widen_codes_kernel, grid, arguments, {**options, "num_warps": 4})

@@ -127,7 +127,9 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
         return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
-    stage = int(config.block_k * (tiles * config.block_n * problem.weight_bytes + columns * problem.row_bytes))
+    # Scales of codes come by the same way, at most as many bytes as fp32 ones of 64 columns or bytes of 16.
+    weight_bytes = problem.weight_bytes + (1 / 16 if problem.scheme in CODE_SCHEMES else 0)
+    stage = int(config.block_k * (tiles * config.block_n * weight_bytes + columns * problem.row_bytes))
     buffers = config.stages if config.kind == "gemv" or capability // 10 in READS_SHARED else config.stages - 1
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 

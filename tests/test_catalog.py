@@ -93,7 +93,7 @@ def test_the_own_file_is_found_in_the_config_home(tmp_path: Path) -> None:
         ('[a]\nmodel = "o/a"\nserve = 3', "serve must be a table"),
         ('[a]\nmodel = "o/a"\nshape = { hiden_size = 8 }', "did you mean 'hidden_size'"),
         ('[a]\nmodel = "o/a"\nshape = "large"', "shape must be a table"),
-        ('[a]\nmodel = "o/a"\nquantization = "fp9"', "quantization must be one of fp8, int4, mxfp4, nvfp4"),
+        ('[a]\nmodel = "o/a"\nquantization = "fp9"', "quantization must be one of fp8, int4, mxfp4, nf4, nvfp4"),
         ('model = "o/a"', "must be a table"),
         ('[qwen3-0.6b]\nmodel = "o/a"', "written in quotes"),
         ('["a b"]\nmodel = "o/a"', "a name is 1 to 64"),

@@ -10,7 +10,7 @@ import json
 
 import pytest
 from products import some_of
-from test_tuning import A100, B200, DEVICES, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
+from test_tuning import A100, B200, DEVICES, EVERY_SCHEME, H200, L40S, OUTPUTS, PRO_6000, ROWS, SCHEMES, WEIGHTS
 
 from workstation.kernels import tuning
 from workstation.kernels.gemm_compile import compile_for, fingerprint
@@ -33,7 +33,7 @@ Product = tuple[Problem, GemmConfig, Device]
 def computed(device: Device) -> list[Product]:
     """One product for each kernel that the computed configurations need on a device."""
     found = {}
-    for scheme, output, m, (n, k) in itertools.product(SCHEMES, OUTPUTS, ROWS, WEIGHTS):
+    for scheme, output, m, (n, k) in itertools.product(EVERY_SCHEME, OUTPUTS, ROWS, WEIGHTS):
         if scheme == "fp8" and device.capability < tuning.FP8_CAPABILITY:
             continue  # goes to the library: no FP8 products there
         problem = Problem(scheme, output, m, n, k)

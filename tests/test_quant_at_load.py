@@ -1,4 +1,4 @@
-"""16-bit folders that become integers while they are loaded: the search for scales, the memory, the engine over them."""
+"""16-bit folders that become integers or codes while they are loaded: the search for scales, the memory, the engine."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from tiny import write_tiny
 from workstation.architecture import read_shape
 from workstation.catalog import demo_folder
 from workstation.engine.request import SamplingParams
+from workstation.kernels import reference_codes
 from workstation.kernels.int_weights import IntWeight, unpack
 from workstation.kernels.reference_int import widen
+from workstation.model.linear_codes import CodeLinear
 from workstation.model.linear_int import IntLinear
 from workstation.model.loader import checked_entries, read_forms
 from workstation.model.targets import Scratch
@@ -116,6 +118,24 @@ def test_groups_are_as_wide_as_divides_the_columns(tmp_path: Path, caplog: pytes
     assert isinstance(layer.gate_up, IntLinear) and layer.gate_up.weight.size == 64
     assert isinstance(layer.attention.o, IntLinear) and layer.attention.o.weight.size == 32
     assert not isinstance(layer.down, IntLinear) and "328 columns stay as they are" in caplog.text
+    layer = load(folder, quantization="nf4").layers[0]
+    assert isinstance(layer.attention.o, CodeLinear) and layer.attention.o.weight.size == 32
+    assert not isinstance(layer.down, CodeLinear)
+
+
+def test_nf4_takes_the_nearest_value_of_each_block_of_64(tmp_path: Path) -> None:
+    folder = write_tiny(tmp_path, "qwen2", **SIZES)
+    weights, decoder = load_file(folder / SINGLE), load(folder, quantization="nf4")
+    down = decoder.layers[1].down
+    assert isinstance(down, CodeLinear) and down.weight.size == 64
+    plain = weights["model.layers.1.mlp.down_proj.weight"].float().view(-1, 64)
+    absmax = plain.abs().amax(1)
+    table = torch.tensor(down.weight.values)
+    nearest = table[((plain / absmax[:, None])[..., None] - table).abs().argmin(-1)]
+    found = reference_codes.widen(down.weight, torch.float32)
+    assert torch.equal(found, (nearest * absmax[:, None]).view(found.shape))
+    assert decoder.weight_bytes - decoder.cos_sin.nbytes == weight_bytes(decoder.shape, 4, decoder.forms)
+    assert torch.equal(decoder.embedding, weights["model.embed_tokens.weight"].float())
 
 
 @pytest.mark.parametrize("quantization", ["int4", "int8"])
@@ -129,7 +149,7 @@ def test_the_buffer_for_quantising_is_one_tensor(quantization: str, tmp_path: Pa
     assert decoder.weight_bytes < checkpoint_bytes(folder)
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("quantization", ["int4", "int8", "nf4"])
 def test_a_weight_that_is_not_finite_cannot_be_quantised(quantization: str, tmp_path: Path) -> None:
     for value in (torch.inf, torch.nan):
         folder = write_tiny(tmp_path, **SIZES)
@@ -146,8 +166,9 @@ def test_an_integer_checkpoint_stays_as_it_is_whatever_is_asked_for(tmp_path: Pa
 def test_logits_move_little_with_eight_bits_and_more_with_four(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, **SIZES)
     exact = logits(load(folder))
-    eight, four = (float((logits(load(folder, quantization=name)) - exact).abs().mean()) for name in ("int8", "int4"))
-    assert 0 < eight < 0.1 * four and four < 1
+    names = ("int8", "int4", "nf4")
+    eight, four, nf4 = (float((logits(load(folder, quantization=name)) - exact).abs().mean()) for name in names)
+    assert 0 < eight < 0.1 * min(four, nf4) and max(four, nf4) < 1
 
 
 def test_the_demo_models_weights_lose_less_than_by_plain_rounding() -> None:
@@ -160,7 +181,7 @@ def test_the_demo_models_weights_lose_less_than_by_plain_rounding() -> None:
     assert max(gains) < 0.8
 
 
-@pytest.mark.parametrize("quantization", ["int4", "int8"])
+@pytest.mark.parametrize("quantization", ["int4", "int8", "nf4"])
 def test_the_engine_plans_for_integers_and_quantises_while_loading(quantization: str, tmp_path: Path) -> None:
     folder = write_tiny(tmp_path, **SIZES)
     whole, small = make_engine(folder), make_engine(folder, quantization=quantization)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import code_vectors
 import pytest
 import torch
 from quant_models import large, load, logits, rewrite, transformers_logits
@@ -29,6 +30,7 @@ from workstation.model.tensor_names import code_targets
 from workstation.quant.code_layers import CodeLayers
 from workstation.quant.codes import CodePacking, Codes, CodeScheme
 from workstation.quant.forms import Form, FusedLinear, Segment, scratch_bytes, weight_bytes
+from workstation.quant.quantise_codes import quantise_codes
 from workstation.safetensors_header import read_checkpoint
 
 EVERY = pytest.mark.parametrize("name", CODE_FORMATS)
@@ -104,13 +106,13 @@ def test_weights_are_bit_for_bit_those_of_a_naive_decoder(name: str, written: Wr
             assert torch.equal(wide(linear), expected), (number, block)
 
 
-@EVERY
+@pytest.mark.parametrize("name", ["nf4_nested", "fp4", "mxfp4", "nvfp4", "modelopt"])
 def test_logits_are_those_of_the_dequantised_twin_in_transformers(name: str, written: Written) -> None:
     folder, plain = written(name)
     assert (logits(load(folder)) - transformers_logits(plain)).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("name", ["nf4_nested", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["nf4_nested", "nvfp4"])
 def test_in_bfloat16_the_error_is_that_of_the_dequantised_twin_in_transformers(name: str, written: Written) -> None:
     folder, plain = written(name)
     exact, theirs = transformers_logits(plain), transformers_logits(plain, torch.bfloat16)
@@ -125,6 +127,16 @@ def one_row(codes: int, **more: torch.Tensor) -> dict[str, torch.Tensor]:
     state = json.dumps({"quant_type": "nf4", "blocksize": 64, "dtype": "float16", "shape": [1, 64]}).encode()
     return {"weight": stored, "weight.absmax": torch.ones(1), "weight.quant_map": torch.tensor(NF4),
             "weight.quant_state.bitsandbytes__nf4": torch.frombuffer(bytearray(state), dtype=torch.uint8), **more}
+
+
+@pytest.mark.parametrize("name", ["nf4", "nf4_float32"])
+def test_quantising_gives_the_codes_and_scales_that_bitsandbytes_gives(name: str, tmp_path: Path) -> None:
+    tensors = {key.removeprefix(f"{name}/"): value for key, value in VECTORS.items() if key.startswith(f"{name}/")}
+    _, (rows, columns) = tensors.pop("meaning"), tensors.pop("shape").tolist()
+    theirs = loaded(tmp_path, tensors, SCHEMES["nf4"], rows, columns)
+    ours = theirs._replace(words=torch.zeros_like(theirs.words), scale=torch.zeros_like(theirs.scale))
+    quantise_codes(code_vectors.weight(rows, columns), ours)
+    assert torch.equal(ours.words, theirs.words) and torch.equal(ours.scale, theirs.scale)
 
 
 def test_bitsandbytes_keeps_the_first_code_of_a_byte_in_its_upper_half(tmp_path: Path) -> None:

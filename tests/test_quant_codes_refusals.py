@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -84,10 +85,25 @@ BROKEN: dict[str, tuple[str, Callable[[Weights], object], list[str]]] = {
 }  # fmt: skip
 
 
+@pytest.fixture(scope="module")
+def written(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A format's folder of one layer, made once."""
+    made: dict[str, Path] = {}
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name], _ = write_codes(tmp_path_factory.mktemp(name), name, num_hidden_layers=1)
+        return made[name]
+
+    return folder
+
+
 @pytest.mark.parametrize("case", BROKEN)
-def test_a_tensor_that_contradicts_the_description_is_named(case: str, tmp_path: Path) -> None:
+def test_a_tensor_that_contradicts_the_description_is_named(
+    case: str, written: Callable[[str], Path], tmp_path: Path,
+) -> None:
     name, change, expected = BROKEN[case]
-    folder, _ = write_codes(tmp_path, name, num_hidden_layers=1)
+    folder = shutil.copytree(written(name), tmp_path / "broken")
     message = refusal(rewrite(folder, change))
     assert all(word in message for word in expected), message
 
@@ -101,9 +117,9 @@ def test_a_tensor_that_contradicts_the_description_is_named(case: str, tmp_path:
     ("nf4", bnb("fp4"), [STATE, "bnb_4bit_quant_type"]),
 ])  # fmt: skip
 def test_tensors_of_another_format_than_described_are_refused(
-    name: str, described: dict[str, Any], words: list[str], tmp_path: Path,
+    name: str, described: dict[str, Any], words: list[str], written: Callable[[str], Path], tmp_path: Path,
 ) -> None:
-    folder, _ = write_codes(tmp_path, name, num_hidden_layers=1)
+    folder = shutil.copytree(written(name), tmp_path / "described")
     edit_config(folder, quantization_config=described)
     message = refusal(folder)
     assert all(word in message for word in words), message

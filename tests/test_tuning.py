@@ -20,6 +20,7 @@ B200 = Device("NVIDIA B200", 148, 227 * KIB, 100)
 PRO_6000 = Device("NVIDIA RTX PRO 6000 Blackwell Workstation Edition", 188, 99 * KIB, 120)
 DEVICES = [A100, L40S, L4, H200, B200, PRO_6000]
 SCHEMES: list[Scheme] = ["16bit", "fp8", "fp8_weight", "int4", "int8_weight"]
+EVERY_SCHEME = [*SCHEMES, *tuning.CODE_SCHEMES]
 OUTPUTS: list[Output] = ["linear", "silu_mul"]
 WEIGHTS = [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336), (57344, 8192), (8192, 28672), (128256, 4096)]
 WEIGHTS += [(4096, 1024), (1024, 2048), (1024, 3072), (32, 16), (96, 80)]
@@ -62,7 +63,7 @@ def test_the_library_gets_many_rows(tuned_gpu: Device) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", EVERY_SCHEME)
 @pytest.mark.parametrize("output", OUTPUTS)
 def test_a_computed_configuration_fits_any_device(device: Device, scheme: Scheme, output: Output) -> None:
     for m, (n, k) in itertools.product(ROWS, WEIGHTS):
@@ -102,7 +103,7 @@ def test_an_h100_takes_what_was_measured_on_an_h200() -> None:
 
 def test_without_gluon_nothing_measured_or_computed_is_a_ring() -> None:
     for m, (n, k) in itertools.product((1, 8, 64), WEIGHTS):
-        for scheme in SCHEMES:
+        for scheme in EVERY_SCHEME:
             assert choose(Problem(scheme, "linear", m, n, k), H200, rings=False).kind != "hopper"
 
 

@@ -35,7 +35,7 @@ BUNDLED = "bundled:"
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEYS = ["model", "revision", "quantization", "context", "shape", "tools", "licence", "sampling", "serve", "notes",
          "needs"]  # fmt: skip
-_QUANTIZATIONS = ("fp8", "int4", "mxfp4", "nvfp4")
+_QUANTIZATIONS = ("fp8", "int4", "mxfp4", "nf4", "nvfp4")
 # The fields of a config.json that decide how many bytes a model takes; others do not belong into a catalogue.
 SHAPE_FIELDS = (
     "model_type", "num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from workstation.server.schemas import ObjectList, Strict, StringList
+from workstation.server.schemas import AnthropicMessages, ObjectList, Strict, StringList
 
 
 class CountRequest(Strict):
     """What decides the prompt."""
 
     model: str | None = None
-    messages: ObjectList
+    messages: AnthropicMessages
     system: str | ObjectList | None = None
     tools: ObjectList | None = None
     tool_choice: dict[str, Any] | None = None

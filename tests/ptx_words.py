@@ -1,0 +1,46 @@
+"""Runs the few PTX instructions of the decoders on arrays of 32-bit words: what they compute, without a GPU."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+import numpy as np
+
+Words = np.ndarray
+
+
+def _prmt(a: Words, b: Words, selector: Words) -> Words:
+    """Bytes of b:a picked by the selector's lowest four nibbles; none of them may ask for a sign (bit 3)."""
+    a, b, selector = np.broadcast_arrays(a, b, selector)
+    pool = np.stack([word >> np.uint32(8 * i) & np.uint32(255) for word in (a, b) for i in range(4)])
+    found = np.zeros(a.shape, dtype=np.uint32)
+    for place in range(4):
+        index = selector >> np.uint32(4 * place) & np.uint32(15)
+        assert (index < 8).all()
+        found |= np.take_along_axis(pool, index[None].astype(np.int64), 0)[0] << np.uint32(8 * place)
+    return found
+
+
+def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
+    assert int(table) == 0xEA
+    return a & b | c
+
+
+OPERATIONS: dict[str, Callable[..., Words]] = {
+    "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "shl.b32": lambda a, b: a << b, "shr.b32": lambda a, b: a >> b,
+    "mul.lo.u32": lambda a, b: a * b, "prmt.b32": _prmt, "lop3.b32": _lop3,
+}
+
+
+def run(assembly: str, outputs: int, **inputs: Words) -> list[Words]:
+    """The registers $0 … after the assembly. inputs: by name without the dollar, as `_4`."""
+    state = {name.replace("_", "$"): value for name, value in inputs.items()}
+    for line in re.split(r"[;{}\n]+", assembly):
+        words = line.strip().replace(",", " ").split()
+        if not words or words[0] == ".reg":
+            continue
+        operation, target, *sources = words
+        values = [state[word] if word in state else np.uint32(int(word, 0)) for word in sources]
+        state[target] = OPERATIONS[operation](*values)
+    return [state[f"${i}"] for i in range(outputs)]

@@ -1,0 +1,175 @@
+"""Products with 4-bit codes: decoders word by word, kernels interpreted, compiled for other GPUs, and on one that is here."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from code_checks import FORMS, check_door, check_product, check_widening, make_case, make_weight
+from ptx_words import run
+from test_tuning import A100, B200, H200, L40S, PRO_6000
+
+from workstation.kernels import ops
+from workstation.kernels.code_decode import decoder
+from workstation.kernels.code_tables import E2M1, FP4, NF4, Table
+from workstation.kernels.code_weights import pack, unpack
+from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
+from workstation.kernels.launch_codes import fitted, widen_call
+from workstation.kernels.launch_hopper import is_hopper
+from workstation.kernels.offline import resources
+from workstation.kernels.reference_codes import widen
+from workstation.kernels.tuning import CODE_SCHEMES, Device, GemmConfig, Output, Problem, Scheme, default_config, shared_bytes
+
+ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
+TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture(autouse=True)
+def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9 warns until multiply-add fusion, which we want, is asked for by name."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("table", [NF4, FP4, E2M1], ids=["nf4", "fp4", "e2m1"])
+def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str) -> None:
+    """All words of one column beside words of its neighbour in another order. e2m1 comes out a power of two smaller."""
+    left = np.arange(1 << 16, dtype=np.uint32)
+    right = left * np.uint32(40503) & np.uint32(0xFFFF)
+    shift = 0 if table != E2M1 else {"bf16": 126, "fp16": 14}[target]
+    values = torch.tensor(table, dtype=torch.float64).mul(2.0**-shift).to(TYPES[target])
+    for index, plane in enumerate(run(decoder(None if table == E2M1 else table, target), 4, _4=left | right << np.uint32(16))):
+        for column, half in ((left, plane & np.uint32(0xFFFF)), (right, plane >> np.uint32(16))):
+            expected = values[torch.from_numpy((column >> np.uint32(4 * index) & np.uint32(15)).astype(np.int64))]
+            assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
+
+
+def test_products_with_codes_hold_in_the_interpreter() -> None:
+    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_codes.py"]
+    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("columns", [128, 320, 48])
+def test_codes_lie_in_words_of_columns_thirty_two_apart(columns: int) -> None:
+    codes = torch.randint(0, 16, (6, columns), dtype=torch.uint8)
+    assert torch.equal(unpack(pack(codes), columns), codes)
+    padded = torch.nn.functional.pad(codes, (0, -columns % 128))
+    expected = sum(padded[:, 32 * i].int() << 4 * i for i in range(4))
+    assert torch.equal(pack(codes)[:, 0].int() & 0xFFFF, expected)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_part_of_the_rows_is_a_weight_of_its_own(form: str) -> None:
+    weight = make_weight(8, 256, form)
+    assert torch.equal(widen(weight.part(2, 7), torch.float32), widen(weight, torch.float32)[2:7])
+
+
+def check_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
+    problem = Problem(scheme, output, m, 28672 if output == "silu_mul" else 6144, 4096)
+    config = fitted(default_config(problem, device))
+    needed = resources(compile_for(problem, config, device.capability))
+    assert needed.shared <= shared_bytes(problem, config, device.capability) <= device.shared_bytes
+    assert needed.stack == 0
+
+
+def test_a_computed_configuration_compiles_and_fits() -> None:
+    check_fits(PRO_6000, "mxfp4", "linear", 1)
+
+
+@pytest.mark.long
+@ARCHITECTURES
+@pytest.mark.parametrize("scheme", CODE_SCHEMES)
+@pytest.mark.parametrize(("output", "m"), [("linear", 1), ("linear", 64), ("linear", 256), ("silu_mul", 16), ("silu_mul", 256)])
+def test_every_kind_of_codes_compiles_and_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
+    check_fits(device, scheme, output, m)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", CODE_SCHEMES)
+def test_widening_compiles_and_stores_sixteen_bytes_at_a_time(scheme: Scheme) -> None:
+    for device in (A100, H200):
+        kernel = compile_call(widen_call(code_types(scheme, 4096), torch.bfloat16), device.capability)
+        assert resources(kernel).stack == 0 and "st.global.v4" in kernel.asm["ptx"]
+
+
+def test_hopper_multiplies_table_values_in_wgmma_from_registers() -> None:
+    """Codes reach registers as words, by ldmatrix; values never pass through shared memory."""
+    problem = Problem("nf4", "linear", 8, 6144, 4096)
+    assembly = compile_for(problem, default_config(problem, H200), H200.capability).asm["ptx"]
+    assert "wgmma.mma_async.sync.aligned.m64n16k16" in assembly and "mma.sync" not in assembly
+    loop = assembly[assembly.index("cp.async.wait_group"):assembly.rindex("wgmma.mma_async")]
+    assert "ldmatrix" in loop and "st.shared" not in loop
+
+
+def test_a_misshapen_operand_is_refused_by_name() -> None:
+    x, weight, bias = make_case(3, 32, 128, "nf4", torch.float32)
+    with pytest.raises(ValueError, match=r"x .*\[T, K\]"):
+        ops.linear_codes(x[:, :64], weight)
+    with pytest.raises(ValueError, match=r"scale .*\[G, N\]"):
+        ops.linear_codes(x, weight._replace(scale=weight.scale.t()))
+    with pytest.raises(ValueError, match=r"bias .*\[N\]"):
+        ops.linear_codes(x, weight, bias[:5])
+    with pytest.raises(ValueError, match=r"out .*\[T, N\]"):
+        ops.linear_codes(x, weight, None, torch.empty(3, 5))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_compiled_products_of_any_shape(form: str, dtype: torch.dtype) -> None:
+    for m in (1, 33, 256):
+        case: Any = make_case(m, 1056, 4096, form, dtype, "cuda")
+        block_m = min(64, max(16, 1 << (m - 1).bit_length()))
+        for splits, step in ((1, 128), (3, 256)):
+            check_product(case, GemmConfig("dot", 64, block_m, step, splits, 4, 3, pdl=m == 33), dtype)
+
+
+def ring(scheme: Scheme, output: Output, block_m: int) -> tuple[Problem, GemmConfig]:
+    n = 28672 if output == "silu_mul" else 6144
+    return Problem(scheme, output, block_m, n, 4096), GemmConfig("hopper", 64, block_m, 256, 1, 4, 3, True)
+
+
+def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
+    problem, config = ring(scheme, output, block_m)
+    needed = resources(compile_for(problem, config, H200.capability))
+    assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes and needed.stack == 0
+
+
+def test_a_ring_of_codes_compiles_and_fits() -> None:
+    check_ring_fits("nvfp4", "linear", 16)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("scheme", CODE_SCHEMES)
+@pytest.mark.parametrize(("output", "block_m"), [("linear", 8), ("linear", 64), ("silu_mul", 16), ("silu_mul", 64)])
+def test_every_ring_of_codes_compiles_and_fits(scheme: Scheme, output: Output, block_m: int) -> None:
+    check_ring_fits(scheme, output, block_m)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", FORMS)
+def test_rings_multiply_codes_of_any_shape(form: str, dtype: torch.dtype) -> None:
+    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
+        case = make_case(m, 1152, 4096, form, dtype, "cuda")
+        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
+            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, 256 * panels, splits, 4, 2, True), dtype)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [1, 100, 300])
+def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
+    for form in FORMS:
+        case = make_case(m, 1056, 4096, form, torch.bfloat16, "cuda")
+        check_door(case)
+        check_widening(case[1], torch.bfloat16)
