@@ -52,7 +52,7 @@ LATER_SETTINGS: tuple[Setting, ...] = (
     _later("max_logprobs", "int", 20, "20 is the limit"),
     _later("logprobs_mode", "text", "raw_logprobs", "logprobs are the model's own"),
     _later("logits_processors", "list", (), "ws runs no code from outside"),
-    _later("structured_outputs_config", "text", None, "structured output has not landed"),
+    _later("structured_outputs_config", "text", None, "structured output has no settings"),
     _later("enable_lora", "bool", False, _LORA),
     _later("lora_modules", "list", (), _LORA),
     _later("max_loras", "int", None, _LORA),

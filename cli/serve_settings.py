@@ -96,7 +96,7 @@ REMOVED_FLAGS: tuple[RemovedFlag, ...] = (
     RemovedFlag("disable_log_requests", "requests are not logged", harmless=True, takes_value=False),
     RemovedFlag("preemption_mode", "preemption always recomputes", harmless=True),
     RemovedFlag("max_seq_len_to_capture", "graphs do not depend on the length of a sequence", harmless=True),
-    RemovedFlag("guided_decoding_backend", "structured output has not landed"),
+    RemovedFlag("guided_decoding_backend", "grammars are llguidance's, whatever the flag says", harmless=True),
     RemovedFlag("enable_reasoning", "thoughts are told apart from answers without it", harmless=True, takes_value=False),
     RemovedFlag("rope_scaling", "RoPE is read from the model's config.json; change it there"),
     RemovedFlag("rope_theta", "RoPE is read from the model's config.json; change it there"),

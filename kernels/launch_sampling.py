@@ -1,4 +1,4 @@
-"""Grids and scratch of the sampling kernels. Called through `ops.py`, which has checked the shapes."""
+"""Grids and scratch of the sampling kernels. Called through `ops_sampling.py`, which has checked the shapes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,14 @@ from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.sampling import BINS, sample_kernel
 from workstation.kernels.sampling_filter import filter_kernel, gather_kernel
+from workstation.kernels.token_mask import token_mask_kernel
 
 LEAST_CHUNK = 1024  # tokens; one warp reads them in 16-byte loads, and its reductions need no barrier
 MOST_CHUNKS = 256  # a row: what one warp adds up at the end
 SCAN_PROGRAMS = 32  # a multiprocessor: as many as it holds of any kind
 GATHER_PROGRAMS, GATHER_WARPS = 8, 4
 TILE, FILTER_WARPS = 4096, 16  # values one program looks at in a turn, where the time of a whole row matters
+MASK_BLOCK = 2048  # logits a program masks
 HEAD = 8  # the head of a row is at most an 8th of it
 SHIFTS = {torch.float32: 0, torch.bfloat16: 16, torch.float16: 13}  # mantissa bits that float32 has and the type has not
 
@@ -134,6 +136,17 @@ def filter_call(
         "TILES_PAD": triton.next_power_of_2(triton.cdiv(width, TILE)), "num_warps": FILTER_WARPS,
     }  # fmt: skip
     return Call(filter_kernel, (count,), arguments, options)
+
+
+def mask_tokens(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
+    if logits.shape[0]:
+        mask_call(logits, bits, index).launch()
+
+
+def mask_call(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> Call:
+    count, width = logits.shape
+    grid = (count, triton.cdiv(width, MASK_BLOCK))
+    return Call(token_mask_kernel, grid, (logits, bits, index, width, logits.stride(0), bits.shape[1]), {"BLOCK": MASK_BLOCK})
 
 
 def prepare(dtype: torch.dtype, table: torch.Tensor, room: Room) -> None:

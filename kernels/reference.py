@@ -17,7 +17,7 @@ from workstation.kernels.paging import FP8, KVScales, StepInputs, codes
 from workstation.kernels.reference_attention import attention, flat_rows, row_strides
 from workstation.kernels.reference_fp8 import to_codes
 
-__all__ = ["add_rms_norm", "attention", "copy_blocks", "rms_norm", "rope_and_cache", "silu_mul", "step_inputs"]
+__all__ = ["add_rms_norm", "attention", "copy_blocks", "mask_tokens", "rms_norm", "rope_and_cache", "silu_mul", "step_inputs"]
 
 # Up to here two passes of layer_norm's one kernel are cheaper than the seven small calls behind torch's rms_norm.
 MIRRORED_NORM_ELEMENTS = 2048
@@ -191,3 +191,12 @@ def _rows_of_step(slots: torch.Tensor, kv_layer: torch.Tensor) -> _Rows:
     rows = _Rows(slots.clone(), geometry, key, key + per_side, kept)
     _last_rows = (rows, *_last_rows[: ROWS_REMEMBERED - 1])
     return rows
+
+
+def mask_tokens(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
+    rows = (index >= 0).nonzero().flatten()
+    masks = bits.index_select(0, index.index_select(0, rows).long())
+    allowed = (masks.unsqueeze(-1) >> torch.arange(32, dtype=torch.int32)).bitwise_and_(1).flatten(1).bool()
+    allowed = F.pad(allowed, (0, logits.shape[1] - allowed.shape[1]))  # or cut
+    x = logits.index_select(0, rows)
+    logits.index_copy_(0, rows, x.masked_fill_(~(allowed | x.isnan() | x.isposinf()), float("-inf")))

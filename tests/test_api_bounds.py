@@ -37,6 +37,10 @@ LISTS = [
     "tools",
     "chat_template_kwargs",
     "stream_options",
+    "response_format",
+    "structured_outputs",
+    "guided_json",
+    "guided_choice",
 ]
 OTHERS = [
     "model",
@@ -56,6 +60,10 @@ OTHERS = [
     "continue_final_message",
     "messages",
     "prompt",
+    "guided_regex",
+    "guided_grammar",
+    "guided_whitespace_pattern",
+    "guided_decoding_backend",
 ]
 RAW = [
     "-1",

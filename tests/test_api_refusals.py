@@ -21,9 +21,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("response_format", {"type": "json_object"}),
-        ("structured_outputs", {"regex": "a"}),
-        ("guided_json", {}),
+        ("guided_decoding_backend", "outlines"),
         ("functions", [{}]),
         ("audio", {}),
         ("modalities", ["audio"]),

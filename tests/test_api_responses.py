@@ -274,7 +274,7 @@ def test_tool_choice_has_this_dialects_words(model: ServedModel, choice: Any, en
     ({"instructions": 5}, "instructions"), ({"max_output_tokens": 0}, "max_output_tokens"),
     ({"max_output_tokens": 5000}, "completion"), ({"previous_response_id": "nope"}, "previous_response_id"),
     ({"tools": [{"type": "function"}]}, "tools[0].name"), ({"tool_choice": "any"}, "tool_choice"),
-    ({"tool_choice": {"type": "web_search"}}, "tool_choice"), ({"text": {"format": {"type": "json_object"}}}, "text.format"),
+    ({"tool_choice": {"type": "web_search"}}, "tool_choice"), ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
     ({"reasoning": {"effort": 5}}, "reasoning.effort"), ({"background": True}, "background"),
     ({"truncation": "auto"}, "truncation"),
     ({"temperature": 200}, "temperature"), ({"top_p": 0}, "top_p"), ({"foo": 1}, "foo"),

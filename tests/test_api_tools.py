@@ -121,10 +121,13 @@ def test_a_demanded_call_is_begun_for_the_model(model: ServedModel, choice: Any,
     assert (found, reason) == ([("add", '{"a": 2}')], "tool_calls")
 
 
-def test_a_demanded_call_closes_a_thought_that_the_prompt_opened(model: ServedModel) -> None:
-    engine = FakeEngine(reply=saying(model, "x"))
-    chat(model, "", engine=engine, tools=TOOLS, tool_choice="required", chat_template_kwargs={"enable_thinking": True})
-    assert model.tokenizer.decode(engine.seen[0].prompt_token_ids).endswith('<think>\n</think>\n\n<tool_call>\n{"name": "')
+def test_a_demanded_call_comes_after_a_thought_that_the_prompt_opened(model: ServedModel) -> None:
+    engine = FakeEngine(reply=saying(model, 'Hm.\n</think>\n\n<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'))
+    reply = chat(model, "", engine=engine, tools=TOOLS, tool_choice="required", chat_template_kwargs={"enable_thinking": True})
+    message = reply.json()["choices"][0]["message"]
+    assert (message["reasoning"], message["tool_calls"][0]["function"]["name"]) == ("Hm.", "now")
+    assert model.tokenizer.decode(engine.seen[0].prompt_token_ids).endswith("<think>\n")
+    assert engine.seen[0].grammar is not None and engine.seen[0].grammar.matched == 0
 
 
 def test_a_thought_that_the_prompt_opened_is_a_thought(model: ServedModel) -> None:

@@ -1,12 +1,16 @@
-"""What an agent does, on the real demo model in a real process: call a tool, get its result, answer; in each dialect."""
+"""What an agent does, on the real demo model in a real process, in each dialect: call a tool, get its result, answer, to a
+schema too."""
 
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from openai import BadRequestError, OpenAI
 from servers import serving_demo
@@ -145,6 +149,112 @@ def test_a_call_is_rendered_again_token_for_token(openai_client: OpenAI) -> None
 def test_the_demo_fills_in_the_middle(openai_client: OpenAI) -> None:
     answer = openai_client.completions.create(model="demo", prompt="def add(a, b):\n    return ", suffix="\n", max_tokens=16)
     assert answer.choices[0].text == "a + b"
+
+
+# ── answers to a schema ─────────────────────────────────────────────────────────────────────────────────────────────
+
+SCHEMA: dict[str, Any] = {"type": "object", "properties": {
+    "name": {"type": "string", "maxLength": 24}, "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    "mood": {"enum": ["good", "bad"]}, "tags": {"type": "array", "items": {"type": "string", "maxLength": 6}, "maxItems": 2}},
+    "required": ["name", "age", "mood"], "additionalProperties": False}
+FORMAT = {"type": "json_schema", "name": "person", "strict": True, "schema": SCHEMA}
+ROUTES: dict[str, dict[str, Any]] = {
+    "chat/completions": {"response_format": {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA}}},
+    "completions": {"structured_outputs": {"json": SCHEMA}}, "responses": {"text": {"format": FORMAT}},
+    "messages": {"output_config": {"format": {"type": "json_schema", "schema": SCHEMA}}},
+}
+NAMES = ("Anna", "Bo", "Mei Ling", "José", "Zed")
+
+
+def check(text: str) -> None:
+    value = json.loads(text)
+    assert {"name", "age", "mood"} <= set(value) <= set(SCHEMA["properties"])
+    assert isinstance(value["name"], str) and len(value["name"]) <= 24
+    assert type(value["age"]) is int and 0 <= value["age"] <= 120
+    assert value["mood"] in ("good", "bad")
+    assert len(value.get("tags", [])) <= 2 and all(isinstance(tag, str) and len(tag) <= 6 for tag in value.get("tags", []))
+
+
+def answer(client: httpx.Client, route: str, number: int) -> str:
+    """What the model says on a route, at temperature 1."""
+    question = f"Give me {NAMES[number % len(NAMES)]}, {number}, as JSON."
+    said = [{"role": "user", "content": question}]
+    ask = {"completions": {"prompt": question}, "responses": {"input": question}}.get(route, {"messages": said})
+    limit = "max_output_tokens" if route == "responses" else "max_tokens"
+    reply = client.post(f"/v1/{route}", json={**ask, limit: 400, "temperature": 1.0, **ROUTES[route]})
+    assert reply.status_code == 200, reply.text
+    body = reply.json()
+    if route == "chat/completions":
+        text = body["choices"][0]["message"]["content"]
+    elif route == "completions":
+        text = body["choices"][0]["text"]
+    elif route == "responses":
+        text = next(item for item in body["output"] if item["type"] == "message")["content"][0]["text"]
+    else:
+        text = next(block for block in body["content"] if block["type"] == "text")["text"]
+    return str(text)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_answers_to_a_schema(served: tuple[str, Path], route: str) -> None:
+    with httpx.Client(base_url=served[0], timeout=60) as client, ThreadPoolExecutor(4) as pool:
+        for text in pool.map(lambda number: answer(client, route, number), range(3)):
+            check(text)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_100_of_100_answers_on_each_route_are_valid(served: tuple[str, Path]) -> None:
+    with httpx.Client(base_url=served[0], timeout=600) as client, ThreadPoolExecutor(16) as pool:
+        for route in ROUTES:
+            for text in pool.map(lambda number, route=route: answer(client, route, number), range(100)):  # type: ignore[misc]
+                check(text)
+
+
+def test_the_real_client_streams_a_schema_and_calls_a_strict_tool(openai_client: OpenAI) -> None:
+    messages: list[Any] = [{"role": "user", "content": "What is the weather in Berlin?"}]
+    tools: list[Any] = [{"type": "function", "function": {"name": "get_weather", "strict": True, "parameters": {
+        "type": "object", "properties": {"city": {"type": "string", "maxLength": 20}, "days": {"enum": [3, 5]}},
+        "required": ["city", "days"], "additionalProperties": False}}}]
+    for choice in ("auto", "required"):
+        made = openai_client.chat.completions.create(model="demo", messages=messages, tools=tools, tool_choice=choice)  # type: ignore[call-overload]
+        call = made.choices[0].message.tool_calls[0]
+        assert made.choices[0].finish_reason == "tool_calls"
+        arguments = json.loads(call.function.arguments)
+        assert set(arguments) == {"city", "days"} and arguments["days"] in (3, 5)
+    format_: Any = {"type": "json_schema", "json_schema": {"name": "person", "schema": SCHEMA, "strict": True}}
+    with openai_client.chat.completions.stream(model="demo", messages=messages, response_format=format_) as events:
+        check(events.get_final_completion().choices[0].message.content or "")
+
+
+def test_a_stream_goes_on_while_bombs_are_refused(served: tuple[str, Path]) -> None:
+    bombs = ["start: T\nT: " + " & ".join(f"/(?s:.*)a{{{count}}}b(?s:.*)/" for count in range(1, 30)),
+             "start: T0\n" + "\n".join(f'T{count}: "a" T{count + 1} "b"' for count in range(9000)) + '\nT9000: "c"']
+    came: list[float] = []
+
+    def listen() -> None:
+        body = {"prompt": "1, 2, 3,", "max_tokens": 2000, "ignore_eos": True, "stream": True}
+        with httpx.stream("POST", f"{served[0]}/v1/completions", json=body, timeout=60) as reply:
+            for line in reply.iter_lines():
+                if line.startswith("data: {"):
+                    came.append(time.monotonic())
+                if ended:
+                    return
+
+    ended: list[bool] = []
+    with ThreadPoolExecutor(1) as pool:
+        listening = pool.submit(listen)
+        for bomb in bombs:
+            began = time.monotonic()
+            reply = httpx.post(f"{served[0]}/v1/completions", json={"prompt": "a", "guided_grammar": bomb}, timeout=60)
+            took = time.monotonic() - began
+            assert reply.status_code == 400 and reply.json()["error"]["param"] == "guided_grammar"
+            assert "cannot be compiled" in reply.json()["error"]["message"]
+            if took > 1.0:
+                assert sum(began < moment < began + took for moment in came) > 5
+        ended.append(True)
+        listening.result()
+    assert httpx.get(f"{served[0]}/health").json()["restarts"] == 0
 
 
 def test_no_request_of_a_real_client_met_a_server_error(served: tuple[str, Path]) -> None:

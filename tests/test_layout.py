@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 # The torch-free base: every file beside the folders, except the offline LLM.
 BASE = {path.stem for path in (ROOT / "workstation").glob("*.py")} - {"__init__", "llm"}
-TORCH_FREE = BASE | {"server", "text", "parsers", "tui", "cli"}
+TORCH_FREE = BASE | {"server", "text", "parsers", "grammar", "tui", "cli"}
 # Who may import whom, by the first name under `workstation`; everybody may use the base and itself.
 ARROWS: dict[str, set[str]] = {
     "kernels": set(),
@@ -21,12 +21,13 @@ ARROWS: dict[str, set[str]] = {
     "quant": {"kernels"},
     "estimate_model": {"quant"},
     "model": {"quant", "kernels"},
-    "engine": {"model", "quant", "kernels"},
+    "engine": {"model", "quant", "kernels", "grammar"},
     "text": set(),
     "parsers": set(),
-    "server": {"engine", "text", "parsers"},
+    "grammar": {"text", "parsers"},
+    "server": {"engine", "text", "parsers", "grammar"},
     "demo": {"llm", "text"},
-    "llm": {"engine", "text", "model"},
+    "llm": {"engine", "text", "model", "grammar"},
     "cli": {"server", "engine", "text", "parsers", "tui", "llm", "demo", "model"},
 }
 KNOW_NOTHING_OF_OURS = {"kernels", "tui"}

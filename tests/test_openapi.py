@@ -4,24 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import pytest
-from fakes import FakeEngine, api_client, served_model, write_byte_level_folder
+from fakes import FakeEngine, api_client, served_model
+from test_api_infill import FIM, with_tokens
 
+from workstation.engine.request import SamplingParams
+from workstation.errors import InvalidRequestError
 from workstation.server.app import create_app
-from workstation.server.openapi import OPENAI, OPERATIONS, document
+from workstation.server.openapi import LIMITS, OPEN_BELOW, OPENAI, OPERATIONS, document
 from workstation.server.options import ServedModel, ServerOptions
 
 CASES = 250  # of each mode
+GENERATING = ("/v1/chat", "/v1/completions", "/v1/messages", "/v1/embeddings", "/v1/responses", "/infill", "/v1/fim")
 LEFT_OUT = {("get", "/stats/stream"), *OPENAI}  # an answer without an end; the same routes without /v1
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> ServedModel:
-    return served_model(write_byte_level_folder(tmp_path_factory.mktemp("openapi")))
+    return served_model(with_tokens(tmp_path_factory.mktemp("openapi"), FIM))
 
 
 def read(model: ServedModel, options: ServerOptions | None = None) -> httpx.Response:
@@ -58,6 +63,21 @@ def test_bodies_list_the_fields_that_are_taken_and_refuse_others() -> None:
         assert schema["additionalProperties"] is False
 
 
+@pytest.mark.parametrize("name", sorted(set(LIMITS) - {"max_tokens", "logprobs", "top_logprobs"}))  # the routes read these
+def test_limits_in_the_document_are_those_that_are_checked(name: str) -> None:
+    low, high = LIMITS[name]
+    other = {"min_tokens": {"max_tokens": None}}.get(name, {})
+    for value in (low, high):
+        if value == low and name in OPEN_BELOW:
+            with pytest.raises(InvalidRequestError):
+                SamplingParams(**{name: value})
+        else:
+            SamplingParams(**{name: value, **other})
+    for value in (low - 1, high + 1):
+        with pytest.raises(InvalidRequestError):
+            SamplingParams(**{name: value, **other})
+
+
 def test_every_reference_leads_somewhere_and_every_hole_is_a_parameter() -> None:
     made = json.loads(document())
     assert {ref.rpartition("/")[2] for ref in refs(made)} <= set(made["components"]["schemas"])
@@ -80,6 +100,7 @@ class Attack:
     def __init__(self, model: ServedModel, method: str, path: str) -> None:
         self.engine = FakeEngine()
         self.sent = 0
+        self.answers: Counter[int] = Counter()
         self._kinds = OPERATIONS[method, path].kinds
         self._loop = asyncio.new_event_loop()
         self._client = api_client(create_app(self.engine, model))
@@ -92,6 +113,8 @@ class Attack:
         self.sent += 1
         raw = case.as_transport_kwargs(base_url="http://localhost:8000")
         sent = {name: raw[name] for name in ("method", "url", "headers", "params", "json", "cookies") if name in raw}
+        if isinstance(sent.get("json"), dict) and isinstance(sent["json"].get("model"), str):
+            sent["json"] = {**sent["json"], "model": "fake"}  # or nearly all would end at a name that nobody serves
         if isinstance(raw.get("data"), (bytes, str)):
             sent["content"] = raw["data"]
         try:
@@ -99,6 +122,7 @@ class Attack:
         except (httpx.InvalidURL, httpx.LocalProtocolError, UnicodeEncodeError):
             return  # no client can send this
         self.engine.seen.clear()
+        self.answers[answer.status_code] += 1
         self._check(answer)
 
     def _check(self, answer: httpx.Response) -> None:
@@ -136,3 +160,5 @@ def test_nothing_sent_by_the_document_or_against_it_breaks_a_route(
         attack.close()
     assert not attack.engine.active
     assert attack.sent >= CASES or OPERATIONS[method, path].body is None
+    if mode == "positive" and path.startswith(GENERATING):
+        assert attack.answers[200] > CASES // 20, attack.answers  # some get past every check, to the engine and back

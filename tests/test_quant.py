@@ -238,7 +238,7 @@ GROUP = "config_groups.group_0"
     ("ct_channel", "config_groups", [1], ["config_groups"]),
     ("ct_channel", GROUP, "x", ["group_0", "object"]),
     ("ct_channel", f"{GROUP}.weights", None, ["group_0: weights"]),
-    ("ct_channel", f"{GROUP}.weights.type", "int", ["group_0: input_activations", "integer weights"]),
+    ("ct_channel", f"{GROUP}.weights.type", "int", ["group_0.input_activations: type", "integer weights"]),
     ("ct_channel", f"{GROUP}.weights.type", "complex", ["group_0.weights: type", "'complex'"]),
     ("ct_channel", f"{GROUP}.weights.num_bits", 6, ["num_bits", "8", "6"]),
     ("ct_channel", f"{GROUP}.weights.symmetric", False, ["symmetric"]),

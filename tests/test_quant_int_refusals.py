@@ -104,7 +104,7 @@ def test_a_description_that_is_not_served_names_field_and_value(description: dic
 def test_integer_activations_are_refused() -> None:
     description = json.loads(json.dumps(ct(8, 0)))
     description["config_groups"]["group_0"]["input_activations"] = {"num_bits": 8, "type": "int", "strategy": "token"}
-    with pytest.raises(ModelFolderError, match="input_activations must be null with integer weights"):
+    with pytest.raises(ModelFolderError, match="input_activations must be null in the format pack-quantized"):
         large(description)
 
 

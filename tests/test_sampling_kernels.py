@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 import torch
 from products import some_of
-from sampling_checks import check_draws, kernels, logits_of, state_of, twin
+from sampling_checks import check_draws, check_token_mask, kernels, logits_of, state_of, twin
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.engine.sampler import Sampler
-from workstation.kernels import launch_sampling, ops
+from workstation.kernels import launch_sampling, ops_sampling
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.offline import resources, targeting
 from workstation.kernels.tuning import Device
@@ -31,12 +31,25 @@ def test_sampling_kernels_hold_in_the_interpreter() -> None:
 
 
 def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
-    room = ops.sampling_room(40, torch.device("cpu"))
+    room = ops_sampling.sampling_room(40, torch.device("cpu"))
     nothing = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="logits"):
-        ops.sample(torch.zeros(1, 41), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+        ops_sampling.sample(torch.zeros(1, 41), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
     with pytest.raises(ValueError, match="rows"):
-        ops.sample(torch.zeros(2, 40), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+        ops_sampling.sample(torch.zeros(2, 40), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+
+
+@pytest.mark.parametrize(("width", "words"), [(37, 2), (100, 3), (300, 12)])
+def test_a_masks_twin_leaves_the_allowed_tokens_and_what_is_broken(width: int, words: int) -> None:
+    check_token_mask(width, words, torch.float32, "cpu")
+
+
+def test_masks_of_another_type_or_count_are_refused() -> None:
+    logits, bits, index = torch.zeros(2, 40), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
+    with pytest.raises(ValueError, match="bits"):
+        ops_sampling.mask_tokens(logits, bits.long(), index)
+    with pytest.raises(ValueError, match="index"):
+        ops_sampling.mask_tokens(logits, bits, index[:1])
 
 
 # ── compiled ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -73,6 +86,20 @@ def test_the_kernels_compile_for_every_kind_of_gpu_and_do_not_spill(
         assert ("griddepcontrol.wait" in assembly) == (pdl and name in ("plain", "scan"))
 
 
+@pytest.mark.parametrize("device", [A100, H200, PRO_6000], ids=lambda device: device.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_mask_kernel_compiles_and_reads_16_bytes_at_a_time(
+    monkeypatch: pytest.MonkeyPatch, device: Device, dtype: torch.dtype
+) -> None:
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+    index = torch.zeros(2, dtype=torch.int32)
+    call = launch_sampling.mask_call(torch.zeros(2, 128256, dtype=dtype), torch.zeros(2, 4008, dtype=torch.int32), index)
+    with targeting(device.capability):
+        compiled = call.kernel.warmup(*call.arguments, grid=call.grid, **call.options)
+    assert resources(compiled).stack == 0
+    assert ".v4.b32" in compiled.asm["ptx"]
+
+
 def test_a_single_row_is_spread_over_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_sampling, "_multiprocessors", lambda device: 132)
     assert calls(128256, torch.bfloat16, pdl=False)["plain"].grid == (126, 2)
@@ -100,6 +127,13 @@ def test_real_vocabularies_are_sampled_as_by_the_twin(width: int, rows: int, dty
         check_draws(state, rules, logits, tokens, position)
         equal += int((tokens == twin(state, logits, position)[0]).sum())
     assert equal >= 2 * rows * 0.95 - 1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_masks_hold_on_a_gpu(dtype: torch.dtype) -> None:
+    for width, words in ((37, 2), (2500, 79)):
+        check_token_mask(width, words, dtype, "cuda")
 
 
 @pytest.mark.gpu
@@ -149,10 +183,10 @@ def test_a_captured_graph_samples_what_stands_in_its_inputs(rules: list[dict[str
 @pytest.mark.gpu
 def test_programmatic_launches_behind_a_product_sample_its_results() -> None:
     state = state_of(RULES, 4096, "cuda")
-    room, rows = ops.sampling_room(4096, torch.device("cuda")), torch.arange(len(RULES), device="cuda")
+    room, rows = ops_sampling.sampling_room(4096, torch.device("cuda")), torch.arange(len(RULES), device="cuda")
     weight = torch.randn(4096, 256, dtype=torch.bfloat16, device="cuda")
     for position in range(20):
         x = torch.randn(len(RULES), 256, dtype=torch.bfloat16, device="cuda")
         logits = x @ weight.t()
-        tokens, _ = ops.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True)
+        tokens, _ = ops_sampling.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True)
         assert torch.equal(tokens, kernels(state, logits, position)[0])

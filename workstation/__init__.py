@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "__version__"]
+__all__ = ["LLM", "BeamSearchParams", "SamplingParams", "StructuredOutputsParams", "__version__"]
 
 if TYPE_CHECKING:
-    from workstation.engine.request import BeamSearchParams, SamplingParams
+    from workstation.engine.request import BeamSearchParams, SamplingParams, StructuredOutputsParams
     from workstation.llm import LLM
 
 
@@ -17,7 +17,7 @@ def __getattr__(name: str) -> Any:
         from workstation.llm import LLM
 
         return LLM
-    if name in ("SamplingParams", "BeamSearchParams"):
+    if name in ("SamplingParams", "BeamSearchParams", "StructuredOutputsParams"):
         from workstation.engine import request
 
         return getattr(request, name)

@@ -15,10 +15,19 @@ from workstation.architecture import read_shape
 from workstation.catalog import load_catalogue
 from workstation.collector import calm_collector
 from workstation.config import EngineConfig
-from workstation.engine.request import BeamSearchParams, EngineRequest, EngineStats, SamplingParams, TokenEvent, TokenLogprobs
+from workstation.engine.request import (
+    BeamSearchParams,
+    EngineRequest,
+    EngineStats,
+    Grammar,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from workstation.engine.start import build_engine
 from workstation.errors import ConfigError, EngineError, InvalidRequestError
 from workstation.generation_config import read_generation_defaults
+from workstation.grammar.answer import Wanted, grammars
 from workstation.hub import resolve_model
 from workstation.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from workstation.text.detokenizer import Detokenizer
@@ -202,9 +211,15 @@ class LLM:
             params = params.clone(bad_word_ids=self.get_tokenizer().bad_word_ids(params.bad_words))
         if params.stop and (self._tokenizer is None or not params.detokenize):
             raise InvalidRequestError("stop strings need detokenised text; use stop_token_ids", param="stop")
+        grammar = None
+        if params.structured_outputs is not None:
+            kind = params.structured_outputs.kind
+            grammar = Grammar(grammars(Wanted(params.structured_outputs, kind))[0])
+            self.engine.grammars.compile(grammar)
+            params = params.clone(structured_outputs=None)
         self._count += 1
         return EngineRequest(str(self._count - 1), ids, params, list(self._defaults.eos_token_ids), priority=priority,
-                             arrival=time.monotonic())
+                             arrival=time.monotonic(), grammar=grammar)
 
     def _run(self, requests: list[EngineRequest], texts: list[str | None], progress: bool) -> list[RequestOutput]:
         outputs: dict[str, RequestOutput] = {}

@@ -37,6 +37,8 @@ class Committer:
                 continue
             if not finite:
                 events += self._fail(seq)
+            elif seq.matcher is not None and seq.matcher.fault is not None:
+                events += self.abort(seq.request.request_id, "error", f"the grammar cannot be followed: {seq.matcher.fault}")
             elif seq.request.request.beam is not None:
                 events += self._beam(seq, logprobs)
             else:
@@ -69,6 +71,8 @@ class Committer:
     def _append(self, seq: Sequence, token: int, logprobs: TokenLogprobs | None) -> TokenEvent:
         request, tokens = seq.request, seq.tokens
         tokens.append(token)
+        if seq.matcher is not None:
+            seq.matcher.accept(token)
         length = len(tokens)
         if length >= seq.publish_at:
             self._scheduler.kv.publish(seq)
@@ -107,14 +111,18 @@ class Committer:
         outputs = len(seq.tokens) - request.prompt_len
         if token in request.stop_ids and outputs > request.request.params.min_tokens:
             return "stop"
+        if seq.matcher is not None and token in request.request.eos_token_ids:
+            return "stop"  # the end of the grammar, which allows nothing else
         return "length" if outputs >= request.max_tokens else None
 
     def _fail(self, seq: Sequence) -> list[TokenEvent]:
         """Logits or hidden states that are not finite: no token of this request can be trusted, and none of its blocks."""
         for sibling in self._scheduler.live(seq.request):
             self._scheduler.kv.withdraw(sibling)
-        return self.abort(seq.request.request_id, "error",
-                          "the model produced values that are not finite (NaN or infinity); the request was ended")
+        why = "the model produced values that are not finite (NaN or infinity)"
+        if seq.matcher is not None:
+            why += ", or the request's grammar and its bans or allow-list leave no token"
+        return self.abort(seq.request.request_id, "error", f"{why}; the request was ended")
 
     def _collect_prompt_logprobs(self, chunk: Chunk, rows: list[TokenLogprobs]) -> None:
         request = chunk.seq.request

@@ -119,6 +119,8 @@ class EngineLoop:
                 events = self._engine.step()
                 if events:
                     self._send(wire.step(events))
+                for request_id, error in self._engine.refused():
+                    self._refuse(request_id, error)
             else:
                 self._heart.step_began = 0.0
             now = time.monotonic()
@@ -150,7 +152,10 @@ class EngineLoop:
         try:
             self._engine.submit(message.request)
         except WorkstationError as error:
-            self._send(wire.Refused(message.request.request_id, type(error).__name__, error.message, error.param))
+            self._refuse(message.request.request_id, error)
+
+    def _refuse(self, request_id: str, error: WorkstationError) -> None:
+        self._send(wire.Refused(request_id, type(error).__name__, error.message, error.param))
 
 
 def die_with_parent(parent: int) -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from workstation.errors import InvalidRequestError
+from workstation.grammar.params import StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["last", "mean"]
@@ -65,6 +66,7 @@ class SamplingParams:
         temperature: below 1e-5 means greedy. top_k: 0 or -1 keeps all. logprobs: extra top entries, -1 is refused.
         max_tokens: None means "what the context leaves". seed: None draws from the engine's own seed.
         bad_words: filled into `bad_word_ids` (token sequences) by the text layer, which owns the tokenizer.
+        structured_outputs: likewise made into the request's grammar; the engine reads that alone.
     """
 
     n: int = 1
@@ -92,6 +94,7 @@ class SamplingParams:
     logit_bias: dict[int, float] = field(default_factory=dict)
     allowed_token_ids: list[int] | None = None
     skip_reading_prefix_cache: bool = False
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __post_init__(self) -> None:
         self.normalise()
@@ -148,6 +151,8 @@ class SamplingParams:
             raise InvalidRequestError(f"bad_words holds {len(self.bad_word_ids)} sequences; the limit is "
                                       f"{MAX_TOKEN_LIST}", param="bad_words")
         self.bad_word_ids = [_token_list("bad_word_ids", word) for word in self.bad_word_ids]
+        if not isinstance(self.structured_outputs, (StructuredOutputsParams, type(None))):
+            raise _refuse("structured_outputs", self.structured_outputs, "StructuredOutputsParams or None")
 
     def _validate_strings(self, name: str) -> None:
         value = getattr(self, name)
@@ -221,6 +226,18 @@ class BeamSearchParams:
 
 
 @dataclass(slots=True)
+class Grammar:
+    """What the tokens of an answer must spell, each sample for itself.
+
+    Attributes:
+        source: a grammar for llguidance.  matched: so many of the prompt's last tokens are the grammar's first.
+    """
+
+    source: str
+    matched: int = 0
+
+
+@dataclass(slots=True)
 class EngineRequest:
     """One prompt on its way into the engine.
 
@@ -230,6 +247,8 @@ class EngineRequest:
         eos_token_ids: from generation_config.json; they end a sequence unless params.ignore_eos.
         priority: lower runs earlier under the priority policy.  cache_salt: prefix blocks are shared inside one salt only.
         arrival: time.monotonic() in seconds.  label, route: who asked and where, for the dashboard.
+        grammar: every sample spells it and ends where it ends. Its end is an EOS token, whatever `ignore_eos` and `min_tokens`
+            say; those hold the end back only while the grammar can go on.
         pooling: nothing is sampled; the last token's final hidden state, or the mean of all tokens', is the answer. Of params,
             n must be 1 and max_tokens is not read.
     """
@@ -244,6 +263,7 @@ class EngineRequest:
     arrival: float = 0.0
     label: str = ""
     route: str = ""
+    grammar: Grammar | None = None
     pooling: Pooling | None = None
 
 
@@ -363,6 +383,6 @@ class EngineStats:
 
 
 __all__ = [
-    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "Pooling", "RequestTimes",
-    "SamplingParams", "TokenEvent", "TokenLogprobs",
+    "BeamSearchParams", "EngineInfo", "EngineRequest", "EngineStats", "FinishReason", "Grammar", "Pooling", "RequestTimes",
+    "SamplingParams", "StructuredOutputsParams", "TokenEvent", "TokenLogprobs",
 ]

@@ -6,7 +6,7 @@ waits for. On a GPU the download is a copy into pinned memory, guarded by an eve
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,7 @@ from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
 from workstation.engine.graphs import StepGraphs, graph_shapes
 from workstation.engine.inputs import InputBuilder, pack
+from workstation.engine.masks import TokenMasks
 from workstation.engine.request import SamplingParams, TokenLogprobs
 from workstation.engine.rows import Rows
 from workstation.engine.sampler import SampleLogprobs, Sampler, prompt_logprobs, top_logprobs
@@ -30,6 +31,7 @@ from workstation.model.transformer import Decoder
 
 PROMPT_LOGPROB_ROWS = 256
 _GREEDY = SamplingParams(temperature=0.0)
+Masks = Callable[[], TokenMasks | None]
 
 
 @dataclass(slots=True)
@@ -100,8 +102,10 @@ class ModelRunner:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
 
     @torch.inference_mode()
-    def launch(self, batch: Batch) -> Step:
+    def launch(self, batch: Batch, masks: Masks | None = None) -> Step:
         """Start a step; its results are fetched by `collect`.
+
+        masks: asked when the forward pass is under way, for what its samples may be; it may wait for the step before.
 
         Raises torch.OutOfMemoryError: nothing of the step counts; call `forget`.
         """
@@ -112,14 +116,15 @@ class ModelRunner:
         shape = self._graphs.choose(packed)
         if shape is not None and _suits_graphs(batch, every=shape.chunks == 0):
             logits, rows, positions = self._graphs.replay(shape, packed, self._inputs.samples(batch))
-            return self._download(self._sample(batch, logits, rows, positions, []) if batch.samples else self._unsampled(batch))
+            step = self._sample(batch, logits, rows, positions, [], masks) if batch.samples else self._unsampled(batch)
+            return self._download(step)
         tensors = self._inputs.build(batch, packed)
         hidden = self.model.forward(tensors.model, self._kv)
         prompts = self._prompt_logprobs(batch, hidden)
         if batch.samples:
             room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
             logits = self.model.logits(_wanted(hidden, tensors.model), room)
-            step = self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts)
+            step = self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts, masks)
         else:
             step = self._unsampled(batch, prompts)
         step.pooled = _pooled(batch, hidden)
@@ -158,8 +163,9 @@ class ModelRunner:
                 self._owners[sample.row] = seq
                 prompt_len = seq.request.prompt_len
                 params = request.params if request.beam is None else _GREEDY
+                stops = seq.request.stop_ids if seq.matcher is None else request.params.stop_token_ids  # a mask holds EOS
                 self._state.set_row(sample.row, params, seq.seed, seq.index, request.prompt_token_ids,
-                                    seq.tokens[prompt_len:], sorted(seq.request.stop_ids))
+                                    seq.tokens[prompt_len:], sorted(stops))
             if seq.request.needs_host_tokens and request.beam is None:
                 self._state.set_banned(sample.row, banned_next(request.params.bad_word_ids,
                                                                seq.tokens[seq.request.prompt_len:]))
@@ -182,10 +188,11 @@ class ModelRunner:
     # ── sampling ────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _sample(self, batch: Batch, logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor,
-                prompts: list[_PromptRows]) -> Step:
+                prompts: list[_PromptRows], masks: Masks | None) -> Step:
         samples = batch.samples
         steps = [sample.position - sample.seq.request.prompt_len for sample in samples]
-        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps, self._rows.last_token)
+        output = self._sampler.sample(logits, [sample.row for sample in samples], rows, positions, steps, self._rows.last_token,
+                                      masks() if masks is not None else None)
         step = Step(batch, output.tokens, output.finite, output.logprobs, prompts=prompts)
         for place, sample in enumerate(samples):
             beam = sample.seq.request.request.beam

@@ -1,11 +1,11 @@
 """Logits + rows → tokens, on the device, without waiting for it.
 
-The order is vLLM's: allowed ids, bans (bad words, min_tokens), bias, penalties; then greedy rows take the argmax and
-the others go through temperature, min_p, top_k, top_p (over what top_k left) and one inverse-CDF draw whose uniform
+The order is vLLM's: a grammar's mask, allowed ids, bans (bad words, min_tokens), bias, penalties; then greedy rows take the
+argmax and the others go through temperature, min_p, top_k, top_p (over what top_k left) and one inverse-CDF draw whose uniform
 depends on (seed, sample index, position) alone. So a row's sample is the same alone and in any company.
 
-On a GPU `ops.sample` does all but the adjustments, on logits of the model's dtype: one launch, or three when a row has top_k or
-top_p. On a CPU the same is done by `sampling_math`.
+On a GPU `ops_sampling.sample` does all but the adjustments, on logits of the model's dtype: one launch, or three when a row has
+top_k or top_p. On a CPU the same is done by `sampling_math`.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from workstation.engine import sampling_math
+from workstation.engine.masks import TokenMasks
 from workstation.engine.sampling_plan import StepPlan, build_plan
 from workstation.engine.sampling_state import (
     FREQUENCY,
@@ -31,7 +32,7 @@ from workstation.engine.sampling_state import (
     TOP_P,
     SamplingState,
 )
-from workstation.kernels import ops
+from workstation.kernels import ops_sampling
 from workstation.memory import SAMPLING_ROWS
 
 if TYPE_CHECKING:
@@ -86,48 +87,56 @@ class Sampler:
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile the kernels for logits of this dtype; without it the first steps wait for them. No-op on a CPU."""
         if self.state.device.type == "cuda":
-            ops.prepare_sampling(dtype, self.state.table, self._room)
+            ops_sampling.prepare_sampling(dtype, self.state.table, self._room)
+            self._prepare_masks(dtype)
+
+    def _prepare_masks(self, dtype: torch.dtype) -> None:
+        logits = torch.zeros(1, self.state.vocab_size, dtype=dtype, device=self.state.device)
+        words = torch.zeros(1, -(-self.state.vocab_size // 32), dtype=torch.int32, device=self.state.device)
+        ops_sampling.mask_tokens(logits, words, words[:, 0].contiguous())
 
     @torch.no_grad()
     def sample(
         self, logits: torch.Tensor, rows: Sequence[int], rows_t: torch.Tensor, positions_t: torch.Tensor,
-        steps: Sequence[int], last_token: torch.Tensor | None = None,
+        steps: Sequence[int], last_token: torch.Tensor | None = None, masks: TokenMasks | None = None,
     ) -> SampleOutput:
         """Draw one token a row. `state.flush()` must have run since the rows were last changed.
 
-        logits: [L, V] float, left as they are. rows: the L rows, distinct, on the host; rows_t: the same, [L] int64 on
-        the device. positions_t: [L] int64, place in its sequence of the token being drawn (prompt length + k).
+        logits: [L, V] float, left as they are but for the masks. rows: the L rows, distinct, on the host; rows_t: the same,
+        [L] int64 on the device. positions_t: [L] int64, place in its sequence of the token being drawn (prompt length + k).
         steps: tokens each row's output holds so far (k), on the host; read for min_tokens only.
         last_token: [max_rows] int64 on the device; gets each row's token.
+        masks: what grammars allow; log-probabilities are those of the logits before it.
         """
-        if ops.samples(logits):
+        if ops_sampling.samples(logits):
             plan = self._planned(rows, steps)
             if not (plan.adjusts or plan.logprob_host) or len(rows) <= SAMPLING_ROWS:
-                return self._sample_fused(plan, logits, rows_t, positions_t, last_token)
+                return self._sample_fused(plan, logits, rows_t, positions_t, last_token, masks)
         elif len(rows) <= SAMPLING_ROWS or not self.state.flags[np.asarray(rows, dtype=np.int64)].any():
-            return self._sample(self._planned(rows, steps), logits, rows_t, positions_t, last_token)
+            return self._sample(self._planned(rows, steps), logits, rows_t, positions_t, last_token, masks)
         cuts = [slice(at, at + SAMPLING_ROWS) for at in range(0, len(rows), SAMPLING_ROWS)]
-        return _joined([self.sample(logits[cut], rows[cut], rows_t[cut], positions_t[cut], steps[cut], last_token)
-                        for cut in cuts])
+        return _joined([self.sample(logits[cut], rows[cut], rows_t[cut], positions_t[cut], steps[cut], last_token,
+                                    masks.of(cut) if masks is not None else None) for cut in cuts])
 
     def _sample_fused(
         self, plan: StepPlan, logits: torch.Tensor, rows_t: torch.Tensor, positions_t: torch.Tensor,
-        last_token: torch.Tensor | None,
+        last_token: torch.Tensor | None, masks: TokenMasks | None,
     ) -> SampleOutput:
         """By our own kernels; a float32 copy is made of adjusted logits only."""
-        x = logits
+        told, x = self._masked(plan, logits, masks), logits
         if plan.adjusts:
             x = self._adjusted(logits, rows_t, plan)
             x[:, 0] += logits.amax(-1) * 0  # NaN where a mask might hide that the model is broken, else 0
-        tokens, finite = ops.sample(
+        tokens, finite = ops_sampling.sample(
             x, rows_t, positions_t, self.state.table, self._room, last_token, filtered=plan.ordered_places is not None)
-        return self._finished(plan, logits, tokens, finite)
+        return self._finished(plan, told, tokens, finite)
 
     def _sample(
         self, plan: StepPlan, logits: torch.Tensor, rows_t: torch.Tensor, positions_t: torch.Tensor,
-        last_token: torch.Tensor | None,
+        last_token: torch.Tensor | None, masks: TokenMasks | None,
     ) -> SampleOutput:
         """By torch, for rows whose temporaries fit the plan's memory."""
+        told = self._masked(plan, logits, masks)
         raw = logits if logits.dtype == torch.float32 else logits.float()
         x = self._adjusted(raw, rows_t, plan)
         maximum, tokens = sampling_math.row_max(x)
@@ -139,7 +148,17 @@ class Sampler:
         tokens = torch.where(finite, tokens, 0)
         if last_token is not None:
             last_token.index_copy_(0, rows_t, tokens)
-        return self._finished(plan, raw, tokens, finite)
+        return self._finished(plan, told, tokens, finite)
+
+    @staticmethod
+    def _masked(plan: StepPlan, logits: torch.Tensor, masks: TokenMasks | None) -> torch.Tensor:
+        """Lay the masks over the logits. Returns the logits as they were, of the rows that tell log-probabilities."""
+        told = logits
+        if masks is not None:
+            if plan.logprob_places is not None:
+                told = logits.index_select(0, plan.logprob_places)
+            ops_sampling.mask_tokens(logits, masks.bits, masks.index)
+        return told
 
     def _finished(self, plan: StepPlan, raw: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor) -> SampleOutput:
         """Count the tokens for the penalties, and add the log-probabilities that were asked for."""
@@ -211,8 +230,9 @@ class Sampler:
     def _logprobs(self, raw: torch.Tensor, tokens: torch.Tensor, plan: StepPlan) -> SampleLogprobs | None:
         if plan.logprob_places is None or plan.logprob_host is None:
             return None
-        if len(plan.logprob_host) < len(tokens):
+        if len(plan.logprob_host) < len(raw):
             raw = raw.index_select(0, plan.logprob_places)
+        if len(plan.logprob_host) < len(tokens):
             tokens = tokens.index_select(0, plan.logprob_places)
         chosen, values, ids, ranks = sampling_math.token_logprobs(raw, tokens, plan.top_logprobs)
         return SampleLogprobs(plan.logprob_host, chosen, values, ids, ranks)
@@ -220,7 +240,7 @@ class Sampler:
     @property
     def _room(self) -> Room:
         if self._scratch is None:
-            self._scratch = ops.sampling_room(self.state.vocab_size, self.state.device)
+            self._scratch = ops_sampling.sampling_room(self.state.vocab_size, self.state.device)
         return self._scratch
 
     def _planned(self, rows: Sequence[int], steps: Sequence[int]) -> StepPlan:

@@ -74,7 +74,8 @@ class Scheduler:
         if request.pooling:
             room = wanted = 1  # in place of its token, its hidden state
         stops = set(request.params.stop_token_ids)
-        if not (request.params.ignore_eos or (request.beam is not None and request.beam.ignore_eos)):
+        ignores = request.params.ignore_eos if request.beam is None else request.params.ignore_eos or request.beam.ignore_eos
+        if not ignores or request.grammar is not None:
             stops |= set(request.eos_token_ids)
         state = RequestState(
             request=request, max_tokens=room if wanted is None else min(wanted, room), stop_ids=frozenset(stops),
@@ -187,11 +188,16 @@ class Scheduler:
         self.stats.preemptions += 1
         insort(self.waiting, seq, key=_order)
 
-    def abandon(self, batch: Batch) -> RequestState:
-        """Take back a planned step that was not computed: its sequences start anew. Returns the newest of their requests."""
-        planned = [chunk.seq for chunk in batch.chunks]
+    def abandon(self, batch: Batch) -> RequestState | None:
+        """Take back a planned step that was not computed: its sequences start anew. Returns the newest of their requests.
+
+        Of sequences that have ended since it was planned nothing is left to take back.
+        """
+        planned = [chunk.seq for chunk in batch.chunks if chunk.seq.finished is None]
         for sample in batch.samples:
             sample.seq.pending -= 1
+            if sample.seq.finished is not None:
+                continue
             if sample.seq is not batch.chunks[sample.chunk].seq:  # born by this step
                 self.kv.free(sample.seq)
                 sample.seq.born = False
@@ -200,7 +206,7 @@ class Scheduler:
                 seq.pending = 0
             self.kv.withdraw(seq)  # blocks are offered when they are planned
             self._preempt(seq)
-        return max(planned, key=_order).request
+        return max(planned, key=_order).request if planned else None
 
     def _plan(self, seq: Sequence, count: int, copies: list[tuple[int, int]], batch: Batch) -> None:
         start = seq.num_computed

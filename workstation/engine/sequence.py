@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from workstation.engine.request import EngineRequest, FinishReason, RequestTimes, TokenLogprobs
+from workstation.grammar.matcher import Matcher
 
 
 @dataclass(slots=True, eq=False)
@@ -27,6 +28,7 @@ class Sequence:
         own_until: tokens that can be written before the pool is asked again: the table covers them and nobody shares its tail.
         publish_at: known and computed tokens from which there is a new full block to publish.
         step: number of the last step it was planned into.
+        matcher: where its output stands in the request's grammar; None without one.
         order: scheduling key; smaller runs first.  born: False for a sample that waits for its prompt to be computed.
     """
 
@@ -51,6 +53,7 @@ class Sequence:
     own_until: int = 0
     publish_at: int = 0
     step: int = 0
+    matcher: Matcher | None = None
 
     @property
     def num_known(self) -> int:

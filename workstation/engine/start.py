@@ -14,6 +14,7 @@ from workstation.config import EngineConfig
 from workstation.engine.admission import SchedulerLimits
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
+from workstation.engine.grammars import GrammarDesk
 from workstation.engine.host import keep_large_buffers
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
@@ -84,6 +85,9 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
                        kv_dtype_bytes=kv_dtype.itemsize, scratch_bytes=scratch_bytes(shape, dtype.itemsize, forms))
     if plan.note:
         log.warning(plan.note)
+    grammars = GrammarDesk(config.model, shape.vocab_size)
+    if config.online:
+        grammars.prepare()  # stops other threads of this process for a second, which must not be in the middle of answers
     try:
         model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
                            load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
@@ -104,7 +108,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     info = _info(config, shape, plan, device, dtype, kv_dtype)
     info.load_seconds, info.ready_seconds = loaded - begun, time.monotonic() - begun
     _log_measured(plan, device)
-    return Engine(scheduler, runner, info, overlap=overlap)
+    return Engine(scheduler, runner, info, overlap=overlap, grammars=grammars)
 
 
 def read_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype) -> KVCacheForm:

@@ -15,28 +15,38 @@ TORCH_SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float
 
 
 class IntLinear(Linear):
-    """Integers with a scale a group of columns, and activations as they are.
+    """Integers with a scale a group of columns, and activations as they are, or rounded where the checkpoint says so.
 
     Attributes:
         weight: codes, scales and zero points.  bias: [N] of the model's dtype, or None.
+        rounds: whether x may be rounded to 8 bits per token, where that is faster.
         order: [K] int32, the columns of x as the weight has them (GPTQ's act-order), or None where they are the same.
     """
 
-    __slots__ = ("bias", "in_features", "order", "out_features", "weight")
+    __slots__ = ("bias", "in_features", "order", "out_features", "rounds", "weight")
 
-    def __init__(self, weight: IntWeight, bias: torch.Tensor | None = None, order: torch.Tensor | None = None) -> None:
-        self.weight, self.bias, self.order = weight, bias, order
+    def __init__(self, weight: IntWeight, bias: torch.Tensor | None = None, order: torch.Tensor | None = None,
+                 rounds: bool = False) -> None:
+        self.weight, self.bias, self.order, self.rounds = weight, bias, order, rounds
         self.out_features, self.in_features = weight.rows, weight.columns
 
     def __call__(self, x: Operand) -> torch.Tensor:
-        return ops.linear_int(self._ordered(x), self.weight, self.bias)
+        return self._product(x, None)
 
     def silu_mul(self, x: Operand, following: Linear) -> Operand:
         assert isinstance(x, torch.Tensor)
+        if self.rounds and ops.multiplies_int8(x, self.weight):
+            return super().silu_mul(x, following)
         return ops.silu_mul_int(self._ordered(x), self.weight, self.bias, following.rounding(x.dtype))
 
     def write(self, x: Operand, out: torch.Tensor) -> None:
-        ops.linear_int(self._ordered(x), self.weight, self.bias, out)
+        self._product(x, out)
+
+    def _product(self, x: Operand, out: torch.Tensor | None) -> torch.Tensor:
+        ordered = self._ordered(x)
+        if self.rounds and ops.multiplies_int8(ordered, self.weight):
+            return ops.linear_int8(ordered, self.weight, self.bias, out)
+        return ops.linear_int(ordered, self.weight, self.bias, out)
 
     def _ordered(self, x: Operand) -> torch.Tensor:
         assert isinstance(x, torch.Tensor)
@@ -69,4 +79,5 @@ def empty_int(segment: Segment, groups: Groups, *, dtype: torch.dtype, device: t
     order = None
     if groups.order:
         order = torch.frombuffer(bytearray(groups.order), dtype=torch.int32).to(device)
-    return IntLinear(IntWeight(codes, scale, zero, groups.bits, groups.size or columns, columns), bias, order)
+    return IntLinear(IntWeight(codes, scale, zero, groups.bits, groups.size or columns, columns), bias, order,
+                     segment.activations.quantised)

@@ -14,7 +14,7 @@ PLAIN_DTYPES = ("BF16", "F16", "F32")
 # U8 is read as an exponent (e8m0), and only where a target says that it takes one.
 TORCH_DTYPES = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "I32": torch.int32,
+    "F8_E8M0": torch.float8_e8m0fnu, "U8": torch.float8_e8m0fnu, "I32": torch.int32, "I8": torch.int8,
 }
 NAN_CODE = 0x7F
 CHUNK_ELEMENTS = 1 << 24

@@ -51,17 +51,36 @@ class PackedCodes(_Unpacked):
             self.tensor[part] = pack(codes, self._bits)
 
 
+class SignedCodes(_Unpacked):
+    """Signed 8-bit codes, row by row. tensor: [N, W] int16."""
+
+    __slots__ = ()
+
+    def __init__(self, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+        super().__init__(tensor, (shape,), ("I8",))
+
+    def read(self, reader: Reader, entry: TensorEntry, scratch: Scratch) -> None:
+        stored = self._stored(reader, entry, scratch).view(torch.uint8)
+        step = max(1, unpack.CHUNK_ELEMENTS // stored.shape[1])
+        for start in range(0, stored.shape[0], step):
+            part = slice(start, start + step)
+            self.tensor[part] = pack(stored[part] ^ 0x80, 8)  # q + 128
+
+
 class GroupScales(_Unpacked):
     """A scale a group and row. tensor: [G, N], perhaps a part of wider rows."""
 
-    __slots__ = ("_by_row",)
+    __slots__ = ("_by_row", "_divisor")
 
     def __init__(self, tensor: torch.Tensor, shapes: Shapes, dtypes: tuple[str, ...], packing: Packing) -> None:
         super().__init__(tensor, shapes, dtypes)
-        self._by_row = packing is Packing.PACKED
+        self._by_row = packing in (Packing.PACKED, Packing.ROWS)
+        self._divisor = 127 if packing is Packing.BNB else None
 
     def read(self, reader: Reader, entry: TensorEntry, scratch: Scratch) -> None:
         stored = self._stored(reader, entry, scratch)
+        if self._divisor is not None:
+            stored = stored / self._divisor
         self.tensor.copy_(stored.t() if self._by_row else stored)
 
     def is_broken(self) -> torch.Tensor:

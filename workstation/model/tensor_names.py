@@ -22,12 +22,12 @@ from workstation.model.targets_codes import (
     StoredCodes,
     storage_shapes,
 )
-from workstation.model.targets_int import GroupScales, GroupZeros, PackedCodes, QuantisedGroups
+from workstation.model.targets_int import GroupScales, GroupZeros, PackedCodes, QuantisedGroups, SignedCodes
 from workstation.model.transformer import Decoder
 from workstation.quant.code_layers import NESTED_SCALE, NESTED_TABLE
 from workstation.quant.codes import CODE_TENSORS, CodePacking
 from workstation.quant.forms import BLOCK, FusedLinear, Granularity, Part, WeightForms, head_linear, layer_linears
-from workstation.quant.integers import NAMES, Packing, stored_shapes
+from workstation.quant.integers import NAMES, SIGNED, Packing, stored_shapes
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
@@ -114,7 +114,10 @@ def _integers(name: str, rows: slice, linear: IntLinear, part: Part) -> Targets:
         return
     names = NAMES[part.packing]
     shapes = stored_shapes(part.packing, bits, count, columns, weight.scale.shape[0])
-    yield f"{name}.{names.codes}", PackedCodes(weight.words, shapes[names.codes], part.packing, bits, columns, linear.order)
+    if part.packing in SIGNED:
+        yield f"{name}.{names.codes}", SignedCodes(weight.words, shapes[names.codes])
+    else:
+        yield f"{name}.{names.codes}", PackedCodes(weight.words, shapes[names.codes], part.packing, bits, columns, linear.order)
     yield part.scale_name, GroupScales(weight.scale, (shapes[names.scale],), part.scale_dtypes, part.packing)
     if weight.zero is not None:
         yield f"{name}.{names.zero}", GroupZeros(weight.zero, shapes[names.zero], part.packing, bits, count)

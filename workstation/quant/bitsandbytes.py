@@ -1,4 +1,7 @@
-"""bitsandbytes, 4 bits (`load_in_4bit`): NF4 and FP4. Two codes a byte along all rows one after the other, the first in the
+"""bitsandbytes, 8 bits (`load_in_8bit`): X.weight I8 [N, K], X.SCB F32 [N], X.weight_format U8 = 0; w = q · SCB / 127. The
+library rounds activations too, but for columns in which they are large; here they are never rounded.
+
+4 bits (`load_in_4bit`): NF4 and FP4. Two codes a byte along all rows one after the other, the first in the
 upper half; a scale (absmax) for each block of them, the last of which may be partial.
 
     X.weight U8 [⌈NK/2⌉, 1]                 or these bytes as another `bnb_4bit_quant_storage`
@@ -14,8 +17,9 @@ from __future__ import annotations
 from workstation.config_fields import Fields
 from workstation.kernels.code_tables import FP4, NF4
 from workstation.quant.codes import CodePacking, CodeScheme
-from workstation.quant.description import Description, is_under, names_in
+from workstation.quant.description import AnyScheme, Description, is_under, names_in
 from workstation.quant.forms import HEAD_MODULE
+from workstation.quant.integers import WHOLE_ROW, IntScheme, Packing
 
 METHOD = "bitsandbytes"
 BLOCK = 64  # the writer's own, where there are no tensors to look at
@@ -28,19 +32,28 @@ _HARMLESS = ("quant_method", "bnb_4bit_compute_dtype", "llm_int8_threshold", "ll
 
 def describe(config: Fields) -> Description:
     config.asked.update(_HARMLESS)
-    for name in ("load_in_8bit", "_load_in_8bit"):
-        if config.boolean(name, False):
-            raise config.refuse(name, "false (8-bit bitsandbytes weights are not served; 4-bit ones are)")
-    four = "load_in_4bit" if config.raw("load_in_4bit") is not None else "_load_in_4bit"
-    config.asked.update(("load_in_4bit", "_load_in_4bit"))
-    if not config.boolean(four, False):
-        raise config.refuse(four, "true")
+    four, eight = (_flag(config, name) for name in ("load_in_4bit", "load_in_8bit"))
+    if four and eight:
+        raise config.refuse("load_in_8bit", "false beside load_in_4bit")
+    if not four and not eight:
+        raise config.refuse("load_in_4bit", "true, or load_in_8bit")
+    scheme: AnyScheme = IntScheme(Packing.BNB, 8, WHOLE_ROW, symmetric=True) if eight else _four_bits(config)
+    config.asked.update(("bnb_4bit_quant_type", "bnb_4bit_quant_storage"))
+    kept = (HEAD_MODULE, *names_in(config, "llm_int8_skip_modules"))
+    return Description(METHOD, (scheme,), lambda module: None if any(is_under(module, name) for name in kept) else scheme,
+                       tuple(config.unasked()))
+
+
+def _flag(config: Fields, name: str) -> bool:
+    """Some writers put an underscore before it as well, or only."""
+    config.asked.update((name, f"_{name}"))
+    return config.boolean(name if config.raw(name) is not None else f"_{name}", False)
+
+
+def _four_bits(config: Fields) -> CodeScheme:
     kind = config.text("bnb_4bit_quant_type", "fp4")
     if kind not in TABLES:
         raise config.refuse("bnb_4bit_quant_type", f"one of {', '.join(TABLES)}")
     if config.text("bnb_4bit_quant_storage", "uint8").removeprefix("torch.") not in STORAGES:
         raise config.refuse("bnb_4bit_quant_storage", f"one of {', '.join(STORAGES)}")
-    scheme = CodeScheme(CodePacking.BNB, TABLES[kind], BLOCK)
-    kept = (HEAD_MODULE, *names_in(config, "llm_int8_skip_modules"))
-    return Description(METHOD, (scheme,), lambda module: None if any(is_under(module, name) for name in kept) else scheme,
-                       tuple(config.unasked()))
+    return CodeScheme(CodePacking.BNB, TABLES[kind], BLOCK)

@@ -15,7 +15,7 @@ from typing import Any
 from workstation.config_fields import Fields
 from workstation.errors import ModelFolderError
 from workstation.quant import compressed_floats
-from workstation.quant.compressed_integers import integer_weights
+from workstation.quant.compressed_integers import INTEGER_FORMATS, PACKED_FORMAT, SIGNED_FORMATS, integer_weights
 from workstation.quant.description import (
     FP8_KV,
     REGEX_PREFIX,
@@ -32,7 +32,7 @@ from workstation.quant.forms import Activations, Granularity
 METHOD = "compressed-tensors"
 MODULE_CLASS = "Linear"
 MAX_GROUPS = 256
-_FORMATS = ("float-quantized", "naive-quantized", "pack-quantized", *compressed_floats.FORMATS, "mixed-precision", "dense")
+_FORMATS = ("float-quantized", *INTEGER_FORMATS, *compressed_floats.FORMATS, "mixed-precision", "dense")
 _HARMLESS = ("quant_method", "quantization_status", "global_compression_ratio", "version", "run_compressed")  # how it was made
 _NOT_ARITHMETIC = ("actorder", "observer", "observer_kwargs", "scale_dtype", "zp_dtype")
 
@@ -95,10 +95,15 @@ def _group(name: str, value: Any, config: Fields) -> tuple[Names, AnyScheme]:
         raise group.refuse("weights", "an object")
     arguments = Fields(weights, f"{where}.weights")
     if arguments.text("type", "int") == "int":
-        if inputs is not None:
-            raise group.refuse("input_activations", "null with integer weights (integer products are not served yet)")
-        scheme = integer_weights(arguments)
-        _all_asked(arguments)
+        if inputs is not None and not isinstance(inputs, dict):
+            raise group.refuse("input_activations", "an object or null")
+        activations = None if inputs is None else Fields(inputs, f"{where}.input_activations")
+        layout = _layout(group, config, activations)
+        if activations is not None and layout == PACKED_FORMAT:
+            raise group.refuse("input_activations", f"null in the format {layout}")
+        scheme = integer_weights(arguments, activations, layout)
+        for fields in (arguments, *([activations] if activations else [])):
+            _all_asked(fields)
         _all_asked(group)
         return targets, scheme
     if arguments.text("type", "int") == "float" and arguments.raw("num_bits") == compressed_floats.BITS:
@@ -116,6 +121,12 @@ def _group(name: str, value: Any, config: Fields) -> tuple[Names, AnyScheme]:
     # Block scales are multiplied into 16-bit activations' sums; activations are not rounded there.
     quantised = inputs is not None and granularity is not Granularity.BLOCK
     return targets, Scheme(granularity, activations=Activations(quantised=quantised))
+
+
+def _layout(group: Fields, config: Fields, inputs: Fields | None) -> str:
+    """The format of a group of integers: its own word, else the folder's, else the one its activations ask for."""
+    named = group.text("format", config.text("format", _FORMATS[0]))
+    return named if named in INTEGER_FORMATS else PACKED_FORMAT if inputs is None else SIGNED_FORMATS[0]
 
 
 def _weights(weights: Fields) -> Granularity:

@@ -23,7 +23,7 @@ from workstation.quant.codes import CODE_TENSORS, CodePacking, CodeScheme
 from workstation.quant.description import WHERE, AnyScheme, Description, Scheme
 from workstation.quant.forms import PLAIN, Form, Granularity, Part, WeightForms, all_linears
 from workstation.quant.integer_layers import IntegerLayers, integer_part
-from workstation.quant.integers import CODE_NAMES, NAMES, IntScheme
+from workstation.quant.integers import CODE_NAMES, NAMES, SIGNED, IntScheme
 from workstation.safetensors_header import TensorEntry
 
 log = logging.getLogger(__name__)
@@ -32,7 +32,7 @@ FORMATS: dict[str, Callable[[Fields], Description]] = {
     module.METHOD: module.describe for module in (compressed_tensors, hf_fp8, fbgemm, modelopt, gptq, awq, bitsandbytes)}
 NOT_YET = {"mxfp4": "gpt-oss's expert weights, which wait for that architecture"}
 PLAIN_DTYPES = ("F32", "BF16", "F16")
-FP8_DTYPE = "F8_E4M3"
+FP8_DTYPE, SIGNED_DTYPE = "F8_E4M3", "I8"
 ZERO_POINTS = ("weight_zero_point", "input_zero_point")
 MAX_ZERO_BYTES = 1 << 24
 # Beside a linear layer: static scales of activations, and scales of the KV cache (`kv_cache.py` reads those).
@@ -104,7 +104,9 @@ def _kind(scheme: AnyScheme) -> str:
     """What a layer's main tensor is called, or its type where that says more."""
     if isinstance(scheme, CodeScheme):
         return scheme.packing.value
-    return NAMES[scheme.packing].codes if isinstance(scheme, IntScheme) else FP8_DTYPE
+    if isinstance(scheme, IntScheme):
+        return f"{SIGNED_DTYPE} weights" if scheme.packing in SIGNED else NAMES[scheme.packing].codes
+    return FP8_DTYPE
 
 
 def _part(module: str, scheme: Scheme, scale: str) -> Part:
@@ -155,6 +157,8 @@ class _Checker:
             if scheme is not None:
                 self._differ.append(module)
             return PLAIN
+        if weight.dtype == SIGNED_DTYPE:
+            return self._signed(module, weight, scheme)
         if weight.dtype != FP8_DTYPE or isinstance(scheme, (IntScheme, CodeScheme)):
             raise self._contradiction(weight, f"{self._description.method} here stores {self._kinds()} or 16-bit weights")
         return self._fp8(module, weight, scheme, scales)
@@ -173,6 +177,12 @@ class _Checker:
         scheme = scheme or self._only(module, codes)
         if not isinstance(scheme, IntScheme) or codes.name != f"{module}.{NAMES[scheme.packing].codes}":
             raise self._contradiction(codes, f"{WHERE} describes {self._kinds()}")
+        return self._integers.part(module, scheme, *self._modules[module])
+
+    def _signed(self, module: str, weight: TensorEntry, given: AnyScheme | None) -> Part:
+        scheme = given or self._only(module, weight)
+        if not isinstance(scheme, IntScheme) or scheme.packing not in SIGNED:
+            raise self._contradiction(weight, f"{WHERE} describes {self._kinds()}")
         return self._integers.part(module, scheme, *self._modules[module])
 
     def _only(self, module: str, weight: TensorEntry) -> AnyScheme:
@@ -217,6 +227,8 @@ class _Checker:
         """Tensors that say nothing while they are zero: zero points of FP8 weights, GPTQ's biases where none belong."""
         part = self._parts.get(module, PLAIN)
         names = [f"{module}.{name}" for name in ZERO_POINTS] if part.groups is None else []
+        if part.activations.quantised and part.groups is not None and f"{module}.{ZERO_POINTS[1]}" in self._stored:
+            yield f"{module}.{ZERO_POINTS[1]}"  # tokens are scaled by themselves, without one
         if part.groups is not None and not has_bias:
             names.append(f"{module}.bias")
         for name in names:

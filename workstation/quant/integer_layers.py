@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 
 MAX_BYTES = 1 << 28  # of a tensor that is read here
 DEFAULT_SCALE = "BF16"  # of layers without tensors to look at
-_ACTIVATIONS = Activations(quantised=False)
 _FORMS = {4: Form.INT4, 8: Form.INT8}
 
 
@@ -35,7 +34,8 @@ def integer_part(scheme: IntScheme, module: str, columns: int, scale_dtype: str 
     # One group a row is the same whatever it is called.
     size = scheme.group_size if scheme.group_size < columns else 0
     groups = Groups(scheme.bits, size, not scheme.symmetric, scale_dtype, order)
-    return Part(_FORMS[scheme.bits], f"{module}.{NAMES[scheme.packing].scale}", activations=_ACTIVATIONS,
+    activations = Activations(quantised=scheme.activations)
+    return Part(_FORMS[scheme.bits], f"{module}.{NAMES[scheme.packing].scale}", activations=activations,
                 scale_dtypes=(scale_dtype,), groups=groups, packing=scheme.packing)
 
 
@@ -57,6 +57,7 @@ class IntegerLayers:
         if scale.dtype not in SCALE_BYTES:
             raise self._refuse(scale, f"is {scale.dtype}; scales must be {', '.join(SCALE_BYTES)}")
         self._check_zeros(module, scheme, names)
+        self._check_row_major(module)
         self._check_shape(module, rows, columns)
         part = integer_part(scheme, module, columns, scale.dtype, self._order(module, scheme, columns, names))
         if not scheme.symmetric and rows % 2:
@@ -87,7 +88,7 @@ class IntegerLayers:
         data = self._bytes(entry)
         middle = 0x88 if scheme.bits == 4 else 0x80
         below = 0x77 if scheme.bits == 4 else 0x7F
-        expected = {Packing.GPTQ: below}.get(scheme.packing, middle)
+        expected = {Packing.GPTQ: below, Packing.ROWS: 0}.get(scheme.packing, middle)
         # Old compressed-tensors files hold zeros as they are, before the offset that codes have.
         other = {Packing.GPTQ: middle, Packing.GPTQ_V2: below}.get(scheme.packing, 0)
         if data.count(expected) == len(data):
@@ -99,6 +100,15 @@ class IntegerLayers:
             self._relabelled = True
             log.warning("%s names the wrong checkpoint_format: %s of %s is stored the other way; symmetric weights are "
                         "read by what is stored", WHERE, names.zero, module)
+
+    def _check_row_major(self, module: str) -> None:
+        """bitsandbytes' `weight_format`: 0, the order of rows; old versions wrote the orders of their kernels as well."""
+        entry = self._stored.get(f"{module}.weight_format")
+        if entry is None:
+            return
+        self.read.append(entry.name)
+        if any(self._bytes(entry)):
+            raise self._refuse(entry, "is not 0: only rows one after the other are served")
 
     def _check_shape(self, module: str, rows: int, columns: int) -> None:
         """`weight_shape` is the truth about rows that were padded."""

@@ -23,6 +23,8 @@ class Packing(StrEnum):
     PACKED = "pack-quantized"  # weight_packed [N, ⌈K/p⌉], weight_scale [N, G], weight_zero_point [⌈N/p⌉, G]
     GPTQ = "gptq"  # qweight [K/p, N], scales [G, N], qzeros [G, N/p] holding zero − 1, g_idx [K]
     GPTQ_V2 = "gptq_v2"  # the same with qzeros holding zero
+    ROWS = "int-quantized"  # weight I8 [N, K], signed, weight_scale [N, G]
+    BNB = "bitsandbytes int8"  # weight I8 [N, K], signed, SCB [N] holding 127 times the scale
     AWQ = "awq"  # qweight [K, N/p], scales [G, N], qzeros [G, N/p]; the codes of a word in an order of their own
 
 
@@ -39,9 +41,11 @@ class Names:
 _GPTQ_NAMES = Names("qweight", "scales", "qzeros", "g_idx")
 NAMES = {
     Packing.PACKED: Names("weight_packed", "weight_scale", "weight_zero_point", "weight_g_idx"),
+    Packing.ROWS: Names("weight", "weight_scale", "weight_zero_point", ""), Packing.BNB: Names("weight", "SCB", "", ""),
     Packing.GPTQ: _GPTQ_NAMES, Packing.GPTQ_V2: _GPTQ_NAMES, Packing.AWQ: _GPTQ_NAMES,
 }
-CODE_NAMES = tuple(dict.fromkeys(names.codes for names in NAMES.values()))
+SIGNED = (Packing.ROWS, Packing.BNB)  # their codes are called as plain weights are
+CODE_NAMES = tuple(dict.fromkeys(names.codes for packing, names in NAMES.items() if packing not in SIGNED))
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,12 +54,14 @@ class IntScheme:
 
     Attributes:
         group_size: columns a scale covers, `WHOLE_ROW` for all of them.
+        activations: may be rounded to 8 bits, each token by its own largest value.
     """
 
     packing: Packing
     bits: int
     group_size: int
     symmetric: bool
+    activations: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,5 +102,7 @@ def stored_shapes(packing: Packing, bits: int, rows: int, columns: int, groups: 
     if packing is Packing.PACKED:
         return {names.codes: (rows, -(-columns // per)), names.scale: (rows, groups), names.zero: (-(-rows // per), groups),
                 names.order: (columns,)}
+    if packing in SIGNED:
+        return {names.codes: (rows, columns), names.scale: (rows, groups) if packing is Packing.ROWS else (rows,)}
     codes = (columns, rows // per) if packing is Packing.AWQ else (columns // per, rows)
     return {names.codes: codes, names.scale: (groups, rows), names.zero: (groups, rows // per), names.order: (columns,)}

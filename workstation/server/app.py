@@ -16,6 +16,7 @@ from starlette.routing import Route
 
 from workstation import __version__
 from workstation.engine.client import EngineClient
+from workstation.engine.request import Grammar
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.server import errors, openapi, wire
 from workstation.server.anthropic import schema as anthropic
@@ -31,6 +32,7 @@ from workstation.server.completions import answer_completion, prepare_completion
 from workstation.server.embeddings import answer_embeddings, prepare_embeddings
 from workstation.server.gate import ClientGone, Gate, until_disconnect
 from workstation.server.generation import Generation
+from workstation.server.grammar_check import GrammarCheck
 from workstation.server.guard import Guard
 from workstation.server.infill import (
     INFILL_HARMLESS,
@@ -81,11 +83,13 @@ class Api:
         self.stats = StatsRoutes(desk, Gate(engine), options, book)
         self.probes = Probes(self.service)
         self.responses = ResponsesRoutes(self)
+        self.grammars = GrammarCheck(model.folder)
         self.pool = ThreadPoolExecutor(options.tokenizer_threads, thread_name_prefix="tokenise")
 
-    def close(self) -> None:
-        """End the tokenising threads."""
+    async def close(self) -> None:
+        """End the tokenising threads and the process that tries grammars."""
         self.pool.shutdown(wait=False, cancel_futures=True)
+        await self.grammars.close()
 
     def _check_open(self) -> None:
         """Asked before a body is read, and again after it was prepared: the server may have begun to drain meanwhile."""
@@ -189,8 +193,21 @@ class Api:
             raise InvalidRequestError(f"{self.service.model.name} was saved without a head and makes embeddings only; use "
                                       "/v1/embeddings", param="model")
         job = await self._prepared(request, lambda payload: self._admitted(request, prepare(payload)))
+        await self._constrain(job)
         self._check_open()
         return Generation(self.service.engine, job, self.service.model.tokenizer, self.metrics)
+
+    async def _constrain(self, job: Job) -> None:
+        """Give the engine the job's grammar, once that has been tried."""
+        if job.constraint is None:
+            return
+        try:
+            source = await self.grammars.approve(job.constraint, self.service.logits_width)
+        except WorkstationError as error:
+            self.metrics.reject(error)
+            raise
+        for item in job.requests:
+            item.grammar = Grammar(source, job.constraint.matched)
 
     def _admitted(self, request: Request, job: Job) -> Job:
         """The job with what the dashboard wants to know: who asked, where, and why the prefix cache will miss."""
@@ -284,7 +301,7 @@ def create_app(engine: EngineClient, model: ServedModel, options: ServerOptions 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        api.close()
+        await api.close()
 
     app = FastAPI(title="ws", version=__version__, docs_url=None, redoc_url=None, openapi_url=None, lifespan=lifespan,
                   redirect_slashes=False)

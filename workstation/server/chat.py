@@ -12,6 +12,7 @@ from workstation.server.job import Job
 from workstation.server.messages import template_messages
 from workstation.server.prepare import Service
 from workstation.server.schemas import ChatRequest, TokenizeRequest
+from workstation.server.structured import requested_output
 from workstation.server.tools import Tools, chat_tool_list, chat_tools
 
 MAX_TEMPLATE_KWARGS = 32
@@ -24,7 +25,7 @@ def prepare_chat(service: Service, body: ChatRequest, label: str) -> Job:
     """Everything that can be refused is refused here, before a stream starts."""
     usage_at_end, usage_always = body.wants_usage()
     shape = Shape("chatcmpl", _max_tokens(body), logprobs=_logprobs(body), usage_at_end=usage_at_end, usage_always=usage_always,
-                  reasoning=body.include_reasoning is not False)
+                  reasoning=body.include_reasoning is not False, output=requested_output(body))
     tools = chat_tools(body.tools, body.tool_choice, body.parallel_tool_calls)
     return prepare_dialogue(service, body, dialogue(service, body, tools, body.reasoning_effort), shape, label)
 
@@ -39,7 +40,7 @@ def dialogue(service: Service, body: ChatRequest | TokenizeRequest, tools: Tools
 
 def tokenize_dialogue(service: Service, body: TokenizeRequest) -> Dialogue:
     """The conversation of a /tokenize body."""
-    return dialogue(service, body, Tools(chat_tool_list(body.tools)), None)
+    return dialogue(service, body, Tools([tool for tool, _ in chat_tool_list(body.tools)] or None), None)
 
 
 def template_kwargs(service: Service, given: dict[str, Any] | None, effort: str | None) -> dict[str, Any]:

@@ -15,12 +15,14 @@ from workstation.engine.request import MAX_LOGPROBS, TokenLogprobs
 from workstation.errors import InvalidRequestError
 from workstation.server import prepare, wire
 from workstation.server.body import show
+from workstation.server.constraint import text_constraint
 from workstation.server.fim import fim_prompt, fim_stops
 from workstation.server.generation import Delta, Generation
 from workstation.server.job import Job
 from workstation.server.logprobs import LogprobWriter
 from workstation.server.prepare import Service
 from workstation.server.schemas import CompletionRequest
+from workstation.server.structured import requested_output
 
 DEFAULT_MAX_TOKENS = 16
 
@@ -50,6 +52,7 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str, *,
                                   param="best_of")
     params = [first if limit == limits[0] else first.clone(max_tokens=limit) for limit in limits]
     beams = [prepare.beam_params(body, limit, logprobs) for limit in limits]
+    constraint = text_constraint(requested_output(body), beam=bool(body.use_beam_search))
     public_id = prepare.new_id("cmpl")
     requests = prepare.engine_requests(service, body, public_id, prompts, params, beams,
                                        prepare.clean_label(label, body.user))
@@ -58,7 +61,7 @@ def prepare_completion(service: Service, body: CompletionRequest, label: str, *,
                echo_logprobs=bool(body.echo) and logprobs is not None, prompt_logprobs=body.prompt_logprobs is not None,
                return_token_ids=bool(body.return_token_ids), tokens_as_ids=bool(body.return_tokens_as_token_ids),
                timings_always=bool(body.timings_per_token), request_metrics=service.options.request_metrics,
-               hide_output=hide_output)
+               hide_output=hide_output, constraint=constraint)
 
 
 def _middle_prompts(service: Service, body: CompletionRequest, extra: Sequence[tuple[str, str]]) -> list[list[int]]:

@@ -11,11 +11,13 @@ from typing import Any
 from workstation.errors import InvalidRequestError
 from workstation.parsers.values import ToolSchemas
 from workstation.server import prepare
+from workstation.server.constraint import dialogue_constraint, thinking
 from workstation.server.job import Job
 from workstation.server.parsing import Parsing
 from workstation.server.prefix_history import message_digests
 from workstation.server.prepare import Service
 from workstation.server.schemas import SamplingRequest
+from workstation.server.structured import Output
 from workstation.server.tools import Tools
 
 TAIL_TOKENS = 24
@@ -44,6 +46,7 @@ class Shape:
 
     Attributes:
         prefix: of its id.  max_tokens: None for what the window leaves.  reasoning: thoughts are shown.
+        output: what its text must look like.
         prompt_field: what the prompt is called in an error.  clamp: max_tokens is lowered to what the window leaves.
     """
 
@@ -55,15 +58,22 @@ class Shape:
     reasoning: bool = True
     prompt_field: str = "messages"
     clamp: bool = False
+    output: Output | None = None
 
 
 def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue, shape: Shape, label: str) -> Job:
     """Everything that can be refused is refused here, before a stream starts."""
     model = service.check_model(body.model)
     ids = dialogue_ids(service, dialogue)
-    parsing = _parsing(service, dialogue, ids, shape)
+    tail = service.model.tokenizer.decode(ids[-TAIL_TOKENS:])
+    thought = thinking(service.model.formats, tail)
+    if dialogue.continued and thought == "may":
+        thought = "none"
+    parsing = _parsing(service, dialogue, thought == "inside", shape)
+    opening: list[int] = []
     if parsing is not None and parsing.opening:
-        ids = ids + service.model.tokenizer.encode(parsing.opening, add_special_tokens=False)
+        opening = service.model.tokenizer.encode(parsing.opening, add_special_tokens=False)
+        ids = ids + opening
     ids = prepare.truncated(service, ids, body.truncate_prompt_tokens, shape.max_tokens)
     wanted = shape.max_tokens
     if shape.clamp and wanted is not None:
@@ -73,6 +83,8 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
                                      prompt_logprobs=body.prompt_logprobs)
     beam = prepare.beam_params(body, max_tokens, shape.logprobs)
     prepare.check_fan_out(service, params.n, 1)
+    constraint = dialogue_constraint(service.model, shape.output, dialogue.tools, thought, beam=beam is not None,
+                                     matched=len(opening))
     public_id = prepare.new_id(shape.prefix)
     requests = prepare.engine_requests(service, body, public_id, [service.check_ids(ids, shape.prompt_field)], [params], [beam],
                                        prepare.clean_label(label, body.user))
@@ -80,7 +92,8 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
                usage_at_end=shape.usage_at_end, usage_always=shape.usage_always, logprobs=shape.logprobs is not None,
                prompt_logprobs=body.prompt_logprobs is not None, return_token_ids=bool(body.return_token_ids),
                tokens_as_ids=bool(body.return_tokens_as_token_ids), timings_always=bool(body.timings_per_token),
-               request_metrics=service.options.request_metrics, messages=message_digests(dialogue.messages), parsing=parsing)
+               request_metrics=service.options.request_metrics, messages=message_digests(dialogue.messages), parsing=parsing,
+               constraint=constraint)
 
 
 def renamed(error: InvalidRequestError, names: dict[str, str]) -> InvalidRequestError:
@@ -177,17 +190,15 @@ def _systems_as_users(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return out
 
 
-def _parsing(service: Service, dialogue: Dialogue, ids: list[int], shape: Shape) -> Parsing | None:
+def _parsing(service: Service, dialogue: Dialogue, inside: bool, shape: Shape) -> Parsing | None:
     """How the answer is taken apart; None when there is nothing to look for."""
     formats, choice, tokenizer = service.model.formats, dialogue.tools.choice, service.model.tokenizer
     calls = dialogue.tools.listed is not None and choice.mode != "none"
     if not calls and formats.think is None and not formats.harmony:
         return None
-    inside = formats.think is not None and tokenizer.decode(ids[-TAIL_TOKENS:]).rstrip().endswith(formats.think.open)
     opening = ""
-    if calls and choice.mode == "required":
-        closed = f"{formats.think.close}\n\n" if inside and formats.think is not None else ""
-        opening = closed + formats.opening(choice.name)
+    if calls and choice.mode == "required" and not inside:  # what is certain need not be generated
+        opening = formats.opening(choice.name)
     keep = frozenset(index for index in map(tokenizer.token_id, formats.controls()) if index is not None)
     schemas = ToolSchemas(dialogue.tools.listed or ()) if calls else None
     return Parsing(formats, calls, schemas, inside, opening, 1 if calls and not choice.parallel else 0, keep, shape.reasoning)

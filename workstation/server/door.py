@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from starlette.applications import Starlette
 from starlette.requests import Request
@@ -34,10 +34,10 @@ class Door:
     def __init__(self, loading: ASGIApp, gate: Gate) -> None:
         self._inside = loading
         self._gate = gate
-        self._closing: Callable[[], None] | None = None
+        self._closing: Callable[[], Awaitable[None]] | None = None
 
-    def open(self, app: ASGIApp, closing: Callable[[], None]) -> None:
-        """From now on `app` answers; `closing` is called when the server leaves. Streams of the loading page end."""
+    def open(self, app: ASGIApp, closing: Callable[[], Awaitable[None]]) -> None:
+        """From now on `app` answers; `closing` is awaited when the server leaves. Streams of the loading page end."""
         self._inside, self._closing = app, closing
         self._gate.drain()
 
@@ -52,7 +52,7 @@ class Door:
         await send({"type": "lifespan.startup.complete"})
         await receive()
         if self._closing is not None:
-            self._closing()
+            await self._closing()
         await send({"type": "lifespan.shutdown.complete"})
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from msgspec import Struct
 
 from workstation.engine.request import EngineRequest
+from workstation.server.constraint import Constraint
 from workstation.server.parsing import Parsing
 
 
@@ -40,6 +41,7 @@ class Job:
         logprobs: whether output logprobs are shown.
         messages: a digest a chat message.  divergence: why less of the prompt was cached than could have been, when so.
         hide_output: OpenAI's max_tokens=0 with echo: one token is computed and none is shown.
+        constraint: the grammar of its answers, which is tried before the engine gets it.
         parsing: how calls and thoughts are read out of the text; None leaves it as it is.
     """
 
@@ -63,6 +65,7 @@ class Job:
     messages: tuple[bytes, ...] = ()
     divergence: Divergence | None = None
     parsing: Parsing | None = None
+    constraint: Constraint | None = None
 
     @property
     def varies_in_text_alone(self) -> bool:

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from workstation import __version__
+from workstation.engine.request import MAX_LOGPROBS, MAX_N, MAX_SEED
 from workstation.server import wire
 from workstation.server.anthropic import schema as anthropic_schema
 from workstation.server.infill import INFILL_HARMLESS, FimRequest, InfillRequest
@@ -26,6 +27,15 @@ from workstation.server.schemas import (
 )
 from workstation.server.stats import MAX_CELLS
 
+INT_MAX = 2**31 - 1
+# Of SamplingParams, which checks them: (lowest, highest); an open end below is left out.
+LIMITS: dict[str, tuple[float, float]] = {
+    "n": (1, MAX_N), "presence_penalty": (-2, 2), "frequency_penalty": (-2, 2), "repetition_penalty": (0, 100),
+    "temperature": (0, 100), "top_p": (0, 1), "top_k": (-1, INT_MAX), "min_p": (0, 1), "seed": (-MAX_SEED - 1, MAX_SEED),
+    "min_tokens": (0, INT_MAX), "prompt_logprobs": (0, MAX_LOGPROBS), "top_logprobs": (0, MAX_LOGPROBS),
+    "logprobs": (0, MAX_LOGPROBS), "max_tokens": (0, INT_MAX),
+}  # fmt: skip
+OPEN_BELOW = ("repetition_penalty", "top_p")
 JSON, EVENTS, TEXT = "application/json", "text/event-stream", "text/plain"
 _REF = "#/components/schemas/{model}"
 
@@ -153,10 +163,21 @@ def _schemas() -> dict[str, Any]:
     schemas: dict[str, Any] = found["$defs"]
     for model, names in harmless.items():
         if model is not None:
-            schemas[model.__name__]["properties"] |= _dropped(names)
+            properties = schemas[model.__name__]["properties"]
+            for name in LIMITS.keys() & properties.keys():
+                _bound(name, properties[name])
+            properties |= _dropped(names)
     message = {"type": "object", "required": ["message"], "properties": {"message": {"type": "string"}}}
     schemas["Error"] = {"type": "object", "required": ["error"], "properties": {"error": message}}
     return schemas
+
+
+def _bound(name: str, schema: dict[str, Any]) -> None:
+    """Write a number's limits into its schema, or into its branch beside null."""
+    low, high = LIMITS[name]
+    for branch in schema.get("anyOf", [schema]):
+        if branch.get("type") in ("integer", "number"):
+            branch |= {"exclusiveMinimum" if name in OPEN_BELOW else "minimum": low, "maximum": high}
 
 
 def _dropped(names: Iterable[str]) -> dict[str, Any]:

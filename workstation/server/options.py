@@ -87,6 +87,7 @@ class ServedModel:
         eos_token_ids: end a sample unless the request says ignore_eos.
         window: tokens of prompt + output; 0 takes the ready engine's max_model_len.
         created: Unix seconds.  root: the folder or hub id, as shown in /v1/models.
+        formats: how the model writes calls and thoughts.  folder: where it lies, for the process that tries grammars.
         formats: how the model writes calls and thoughts.  pooling: how embeddings are made of its hidden states.
         generates: False for a model without a head, which makes embeddings only.
     """
@@ -99,6 +100,7 @@ class ServedModel:
     created: int = field(default_factory=lambda: int(time.time()))
     root: str = ""
     formats: Formats = field(default_factory=Formats)
+    folder: str = ""
     pooling: PoolingConfig = field(default_factory=PoolingConfig)
     generates: bool = True
 

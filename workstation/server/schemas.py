@@ -16,11 +16,42 @@ from workstation.errors import InvalidRequestError
 # Named aliases, because Annotated with FailFast cannot stand in a union by itself.
 TokenList = TypeAliasType("TokenList", Annotated[list[int], FailFast()])
 StringList = TypeAliasType("StringList", Annotated[list[str], FailFast()])
-_TEXTS = [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "minItems": 1}]
+_TEXT = {"type": "string", "minLength": 1}
+_TEXTS = [_TEXT, {"type": "array", "items": _TEXT, "minItems": 1}]
 _IDS = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 # Checked by hand, for the sake of the messages; the schema is what the document says of it.
 Prompt = Annotated[Any, WithJsonSchema({"anyOf": [*_TEXTS, _IDS, {"type": "array", "items": _IDS, "minItems": 1}]})]
 ObjectList = TypeAliasType("ObjectList", Annotated[list[dict[str, Any]], FailFast()])
+
+
+def _object(required: list[str], properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "required": required, "properties": properties, "additionalProperties": False}
+
+
+_STRING = {"type": "string"}
+_NAME = {"type": "string", "pattern": "^[a-zA-Z0-9_-]{1,64}$"}
+_TEXT_PART = _object(["type", "text"], {"type": {"const": "text"}, "text": _STRING, "cache_control": {}, "annotations": {}})
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "items": _TEXT_PART}]}
+
+
+def _turn(*roles: str) -> dict[str, Any]:
+    turn: dict[str, Any] = {"role": {"enum": list(roles)}, "content": _CONTENT}
+    if "tool" in roles:
+        call = _object(["id", "type", "function"], {"id": _STRING, "type": {"const": "function"}, "function": _object(
+            ["name", "arguments"], {"name": _NAME, "arguments": {"type": "string", "contentMediaType": "application/json"}})})
+        turn |= {"name": _STRING, "tool_call_id": _STRING, "reasoning_content": _STRING, "reasoning": _STRING,
+                 "tool_calls": {"type": "array", "items": call},
+                 **{name: {} for name in ("refusal", "annotations", "id", "cache_control", "provider_specific_fields")}}
+    return {"type": "array", "minItems": 1, "items": _object(["role", "content"], turn)}
+
+
+_FUNCTION = _object(["name"], {"name": _NAME, "description": {"type": "string"}, "parameters": {"type": "object"},
+                               "strict": {"type": "boolean"}})
+_TOOL = _object(["type", "function"], {"type": {"const": "function"}, "function": _FUNCTION})
+# Objects whose shape is checked where they are read; the schema is what the document says of it.
+ChatMessages = Annotated[ObjectList, WithJsonSchema(_turn("system", "developer", "user", "assistant", "tool"))]
+AnthropicMessages = Annotated[ObjectList, WithJsonSchema(_turn("user", "assistant"))]
+ChatTools = Annotated[ObjectList, WithJsonSchema({"type": "array", "items": _TOOL})]
 
 
 class Strict(BaseModel):
@@ -77,6 +108,14 @@ class SamplingRequest(PromptRequest):
     length_penalty: float | None = None
     return_token_ids: bool | None = None
     return_tokens_as_token_ids: bool | None = None
+    response_format: dict[str, Any] | None = None
+    structured_outputs: dict[str, Any] | None = None
+    guided_json: Any = None
+    guided_regex: str | None = None
+    guided_choice: StringList | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    guided_decoding_backend: str | None = None
     timings_per_token: bool | None = None
 
     def wants_usage(self) -> tuple[bool, bool]:
@@ -89,6 +128,7 @@ class SamplingRequest(PromptRequest):
 
 
 class CompletionRequest(SamplingRequest):
+    model_config = ConfigDict(json_schema_extra={"required": ["prompt"]})
     prompt: Prompt = None
     suffix: str | None = None
     echo: bool | None = None
@@ -99,17 +139,18 @@ class CompletionRequest(SamplingRequest):
 class EmbeddingRequest(PromptRequest):
     """encoding_format: float or base64.  dimensions: numbers to keep, for models made to be cut."""
 
+    model_config = ConfigDict(json_schema_extra={"required": ["input"]})
     input: Prompt = None
-    encoding_format: str | None = None
+    encoding_format: Annotated[str | None, WithJsonSchema({"enum": ["float", "base64", None]})] = None
     dimensions: int | None = None
 
 
 class ChatRequest(SamplingRequest):
-    messages: ObjectList
+    messages: ChatMessages
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
-    tools: ObjectList | None = None
+    tools: ChatTools | None = None
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
@@ -144,17 +185,12 @@ HARMLESS_FIELDS = frozenset({
     "prompt_cache_options",
 })
 
-_STRUCTURED = "structured output has not landed yet"
 _TOOLS = "OpenAI has removed it; send tools and tool_choice"
 _MEDIA = "this server handles text only"
 _OURS = "the server decides this, not a request"
 
 # name → (values that ask for nothing, why any other is refused)
 _REFUSED_EVERYWHERE: dict[str, tuple[tuple[Any, ...], str]] = {
-    "response_format": (({"type": "text"},), _STRUCTURED),
-    "structured_outputs": ((), _STRUCTURED), "guided_json": ((), _STRUCTURED), "guided_regex": ((), _STRUCTURED),
-    "guided_choice": ((), _STRUCTURED), "guided_grammar": ((), _STRUCTURED),
-    "guided_decoding_backend": ((), _STRUCTURED), "guided_whitespace_pattern": ((), _STRUCTURED),
     "thinking_token_budget": ((), "the length of thoughts is not limited; use max_tokens"),
     "repetition_detection": ((), "it is not implemented; use repetition_penalty"),
     "logprob_token_ids": ((), "only the most likely tokens are reported; use logprobs"),

@@ -37,7 +37,7 @@ def load_served_model(folder: str | Path, names: tuple[str, ...], *, config_eos:
     chosen = defaults.sampling if use_generation_config else dict(sampling or {})
     return ServedModel(names, tokenizer, chosen, tuple(eos), window, root=root or names[0],
                        formats=model_formats(tokenizer, tool_parser, reasoning_parser), pooling=read_pooling(folder, pooling),
-                       generates=generates)
+                       generates=generates, folder=str(folder))
 
 
 def model_formats(tokenizer: Tokenizer, tools: str = "auto", think: str = "auto") -> Formats:

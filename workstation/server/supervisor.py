@@ -57,7 +57,8 @@ def _error(kind: str, message: str, param: str | None) -> errors.WorkstationErro
 
 def _fingerprint(request: EngineRequest) -> bytes:
     """Equal for equal prompts and parameters, whatever the request's id."""
-    return hashlib.blake2b(wire.encode((request.prompt_token_ids, request.params, request.beam)), digest_size=16).digest()
+    asked = (request.prompt_token_ids, request.params, request.beam, request.grammar)
+    return hashlib.blake2b(wire.encode(asked), digest_size=16).digest()
 
 
 class EngineProcess:

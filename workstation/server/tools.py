@@ -25,16 +25,34 @@ class ToolChoice:
 
 
 @dataclass(frozen=True, slots=True)
+class ToolRule:
+    """What the template is not told of a tool: whether its schema must be kept in any case, and where the request has it."""
+
+    strict: bool
+    place: str
+
+
+Tool = tuple[dict[str, Any], ToolRule]
+
+
+@dataclass(frozen=True, slots=True)
 class Tools:
-    """Tools as the template gets them (OpenAI's shape, None when there are none), and the choice."""
+    """Tools as the template gets them (OpenAI's shape, None when there are none), a rule each, and the choice."""
 
     listed: list[dict[str, Any]] | None = None
     choice: ToolChoice = ToolChoice("none")
+    rules: tuple[ToolRule, ...] = ()
 
 
-def function_tool(name: Any, description: Any, parameters: Any, where: str, schema_field: str = "parameters") -> dict[str, Any]:
-    """One function in OpenAI's shape. Raises InvalidRequestError naming the part of `where` that is wrong."""
+def function_tool(given: dict[str, Any], parameters: Any, where: str, schema_field: str = "parameters") -> Tool:
+    """One function in OpenAI's shape, from an object with its name, description and `strict`.
+
+    Raises InvalidRequestError naming the part of `where` that is wrong.
+    """
+    name, description, strict = given.get("name"), given.get("description"), given.get("strict")
     check_name(name, f"{where}.name")
+    if not isinstance(strict, (bool, type(None))):
+        raise InvalidRequestError(f"{where}.strict must be true or false, got {show(strict)}", param=f"{where}.strict")
     function: dict[str, Any] = {"name": name}
     if description is not None:
         if not isinstance(description, str):
@@ -46,7 +64,7 @@ def function_tool(name: Any, description: Any, parameters: Any, where: str, sche
             raise InvalidRequestError(f"{where}.{schema_field} must be a JSON schema, an object, got {show(parameters)}",
                                       param=f"{where}.{schema_field}")
         function["parameters"] = parameters
-    return {"type": "function", "function": function}
+    return {"type": "function", "function": function}, ToolRule(strict is True, f"{where}.{schema_field}")
 
 
 def check_name(name: Any, where: str) -> str:
@@ -68,18 +86,18 @@ def chat_tools(tools: list[dict[str, Any]] | None, choice: Any, parallel: bool |
     return chosen(listed, mode, name, parallel is not False)
 
 
-def chat_tool_list(tools: list[dict[str, Any]] | None) -> list[dict[str, Any]] | None:
+def chat_tool_list(tools: list[dict[str, Any]] | None) -> list[Tool]:
     check_count(tools or [])
-    return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or [])] or None
+    return [_chat_tool(tool, f"tools[{index}]") for index, tool in enumerate(tools or [])]
 
 
-def _chat_tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+def _chat_tool(tool: dict[str, Any], where: str) -> Tool:
     if tool.get("type") != "function":
         raise InvalidRequestError(f"{where}.type must be function, got {show(tool.get('type'))}", param=f"{where}.type")
     function = tool.get("function")
     if not isinstance(function, dict):
         raise InvalidRequestError(f"{where}.function must be an object, got {show(function)}", param=f"{where}.function")
-    return function_tool(function.get("name"), function.get("description"), function.get("parameters"), f"{where}.function")
+    return function_tool(function, function.get("parameters"), f"{where}.function")
 
 
 def _chat_choice(choice: Any, any_tools: bool) -> tuple[Mode, str | None]:
@@ -93,12 +111,13 @@ def _chat_choice(choice: Any, any_tools: bool) -> tuple[Mode, str | None]:
                               f"got {show(choice)}", param="tool_choice")
 
 
-def chosen(listed: list[dict[str, Any]] | None, mode: Mode, name: str | None, parallel: bool) -> Tools:
+def chosen(tools: list[Tool], mode: Mode, name: str | None, parallel: bool) -> Tools:
     """Put a choice and tools together. Raises InvalidRequestError when they contradict each other."""
-    if not listed:
+    if not tools:
         if mode == "required":
             raise InvalidRequestError("tool_choice asks for a call, but tools is empty", param="tool_choice")
         return Tools()
-    if name is not None and name not in [tool["function"]["name"] for tool in listed]:
+    if name is not None and name not in [tool["function"]["name"] for tool, _ in tools]:
         raise InvalidRequestError(f"tool_choice names {show(name)}, which is not among the tools", param="tool_choice")
-    return Tools(listed, ToolChoice(mode, name, parallel and name is None))
+    listed, rules = zip(*tools, strict=True)
+    return Tools(list(listed), ToolChoice(mode, name, parallel and name is None), rules)

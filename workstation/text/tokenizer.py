@@ -25,7 +25,8 @@ class Tokenizer:
     Attributes:
         bos_token, eos_token: the strings, or None.  bos_token_id, eos_token_id: their ids, or None.
         vocab_size: ids the tokenizer knows (the model's logits may be wider).
-        special_ids: ids skipped by skip_special_tokens.  chat_template: None when the folder has none.
+        special_ids: ids skipped by skip_special_tokens.  control_ids: string → id of added tokens that are special or look like
+            a tag; no grammar takes them for text.  chat_template: None when the folder has none.
     """
 
     def __init__(self, files: TokenizerFiles, *, chat_template: str | None = None) -> None:
@@ -38,6 +39,8 @@ class Tokenizer:
         self.vocab_size: int = self._backend.get_vocab_size(with_added_tokens=True)
         added = self._backend.get_added_tokens_decoder()
         self.special_ids = frozenset(index for index, token in added.items() if token.special)
+        self.control_ids = {token.content: index for index, token in added.items()
+                            if token.special or (token.content.startswith("<") and token.content.endswith(">"))}
         decoder = self._backend.decoder
         spec = DecoderSpec(json.loads(decoder.__getstate__()) if decoder is not None else None)
         self.table = TokenTable(self._backend, spec, self.special_ids)

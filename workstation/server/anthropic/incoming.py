@@ -13,7 +13,8 @@ from workstation.server.job import Job
 from workstation.server.messages import MAX_MESSAGES
 from workstation.server.prepare import Service
 from workstation.server.schemas import SamplingRequest
-from workstation.server.tools import Mode, Tools, check_count, check_name, chosen, function_tool
+from workstation.server.structured import Output, output_format
+from workstation.server.tools import Mode, Tool, Tools, check_count, check_name, chosen, function_tool
 
 log = logging.getLogger("workstation.server")
 BILLING_LINE = "x-anthropic-billing-header"
@@ -35,11 +36,20 @@ def prepare_messages(service: Service, body: MessagesRequest, label: str) -> Job
     if body.max_tokens < 1:
         raise InvalidRequestError(f"max_tokens must be at least 1, got {show(body.max_tokens)}", param="max_tokens")
     shown = (body.thinking or {}).get("type") != "disabled"
-    shape = Shape("msg_", body.max_tokens, reasoning=shown, clamp=True)
+    shape = Shape("msg_", body.max_tokens, reasoning=shown, clamp=True, output=_output(body))
     try:
         return prepare_dialogue(service, sampling, dialogue, shape, label)
     except InvalidRequestError as error:
         raise renamed(error, RENAMED) from None
+
+
+def _output(body: MessagesRequest) -> Output | None:
+    """`output_config.format`, or the older `output_format`."""
+    newer = output_format((body.output_config or {}).get("format"), "output_config.format")
+    older = output_format(body.output_format, "output_format")
+    if newer is not None and older is not None:
+        raise InvalidRequestError("output_format cannot be combined with output_config.format", param="output_format")
+    return newer or older
 
 
 def count_tokens(service: Service, body: CountRequest) -> dict[str, int]:
@@ -207,14 +217,14 @@ def _tools(body: CountRequest) -> Tools:
         raise InvalidRequestError(f"tool_choice.type must be one of {', '.join(_CHOICES)}, got {show(kind)}",
                                   param="tool_choice.type")
     name = check_name(choice.get("name"), "tool_choice.name") if kind == "tool" else None
-    return chosen(listed or None, _CHOICES[kind], name, choice.get("disable_parallel_tool_use") is not True)
+    return chosen(listed, _CHOICES[kind], name, choice.get("disable_parallel_tool_use") is not True)
 
 
-def _tool(tool: dict[str, Any], where: str) -> dict[str, Any]:
+def _tool(tool: dict[str, Any], where: str) -> Tool:
     schema = tool.get("input_schema")
     if schema is None:
         raise InvalidRequestError(f"{where}.input_schema is missing", param=f"{where}.input_schema")
-    return function_tool(tool.get("name"), tool.get("description"), schema, where, "input_schema")
+    return function_tool(tool, schema, where, "input_schema")
 
 
 def _kwargs(service: Service, body: CountRequest) -> dict[str, Any]:
@@ -229,9 +239,6 @@ def _kwargs(service: Service, body: CountRequest) -> dict[str, Any]:
                                       param="thinking.type")
         out.update({name: kind != "disabled" for name in _THINKING_SWITCHES if name in known})
     config = body.output_config or {}
-    if config.get("format") is not None:
-        raise InvalidRequestError("output_config.format is not supported: structured output has not landed yet",
-                                  param="output_config.format")
     effort = config.get("effort")
     if effort is not None and not isinstance(effort, str):
         raise InvalidRequestError(f"output_config.effort must be a string, got {show(effort)}", param="output_config.effort")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-from workstation.server.schemas import ObjectList, Strict, StringList
+from workstation.server.schemas import AnthropicMessages, ObjectList, Strict, StringList
 
 
 class CountRequest(Strict):
     """What decides the prompt."""
 
     model: str | None = None
-    messages: ObjectList
+    messages: AnthropicMessages
     system: str | ObjectList | None = None
     tools: ObjectList | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
     output_config: dict[str, Any] | None = None
+    output_format: dict[str, Any] | None = None
 
 
 class MessagesRequest(CountRequest):
@@ -34,7 +35,6 @@ HARMLESS = frozenset({"service_tier", "context_management", "cache_control", "be
                       "user_profile_id", "workspace_id"})
 REFUSED: dict[str, tuple[tuple[Any, ...], str]] = {
     "mcp_servers": (([],), "this server calls no tools itself"), "container": ((), "this server runs no code"),
-    "output_format": ((), "structured output has not landed yet"),
 }
 # Fields that only /v1/messages has and clients also send to count_tokens.
 COUNT_HARMLESS = HARMLESS | {"max_tokens", "stream", "temperature", "top_p", "top_k", "stop_sequences", "metadata"}

@@ -14,6 +14,7 @@ from workstation.server.prepare import Service
 from workstation.server.responses.schema import RENAMED, ResponsesRequest
 from workstation.server.responses.store import ResponseStore
 from workstation.server.schemas import SamplingRequest
+from workstation.server.structured import output_format
 from workstation.server.tools import Mode, Tools, check_count, check_name, chosen, function_tool
 
 _ROLES = {"user": "user", "assistant": "assistant", "system": "system", "developer": "system"}
@@ -38,22 +39,16 @@ def prepare_response(service: Service, store: ResponseStore, body: ResponsesRequ
     limit = body.max_output_tokens
     if limit is not None and limit < 1:
         raise InvalidRequestError(f"max_output_tokens must be at least 1, got {show(limit)}", param="max_output_tokens")
-    _check_text(body)
     dialogue = Dialogue([*instructed, *messages] or [{"role": "user", "content": ""}], _tools(body), _kwargs(service, body))
     sampling = SamplingRequest(model=body.model, stream=body.stream, temperature=body.temperature, top_p=body.top_p,
                                user=body.user)
     try:
-        job = prepare_dialogue(service, sampling, dialogue, Shape("resp_", limit, prompt_field="input"), label)
+        output = output_format((body.text or {}).get("format"), "text.format")
+        shape = Shape("resp_", limit, prompt_field="input", output=output)
+        job = prepare_dialogue(service, sampling, dialogue, shape, label)
     except InvalidRequestError as error:
         raise renamed(error, RENAMED) from None
     return Turn(job, messages, body)
-
-
-def _check_text(body: ResponsesRequest) -> None:
-    kind = ((body.text or {}).get("format") or {"type": "text"})
-    if not isinstance(kind, dict) or kind.get("type") != "text":
-        raise InvalidRequestError(f"text.format {show(kind)} is not supported: structured output has not landed yet",
-                                  param="text.format")
 
 
 class _Items:
@@ -149,16 +144,16 @@ def _part(part: Any, where: str) -> str:
 def _tools(body: ResponsesRequest) -> Tools:
     """Functions; tools of other types, which OpenAI's service or the client's own runs, are left out."""
     check_count(body.tools or [])
-    listed = [function_tool(tool.get("name"), tool.get("description"), tool.get("parameters"), f"tools[{index}]")
+    listed = [function_tool(tool, tool.get("parameters"), f"tools[{index}]")
               for index, tool in enumerate(body.tools or []) if tool.get("type") == "function"]
     choice = body.tool_choice
     if isinstance(choice, dict) and choice.get("type") == "allowed_tools":
         allowed = choice.get("tools")
         names = [tool.get("name") for tool in allowed if isinstance(tool, dict)] if isinstance(allowed, list) else []
-        listed = [tool for tool in listed if tool["function"]["name"] in names]
+        listed = [item for item in listed if item[0]["function"]["name"] in names]
         choice = choice.get("mode", "auto")
     mode, name = _choice(choice, bool(listed))
-    return chosen(listed or None, mode, name, body.parallel_tool_calls is not False)
+    return chosen(listed, mode, name, body.parallel_tool_calls is not False)
 
 
 def _choice(choice: Any, any_tools: bool) -> tuple[Mode, str | None]:
