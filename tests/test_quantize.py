@@ -182,6 +182,21 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_there(plain: Path, monkeypa
     assert same(unpacked(target), unpacked(plain, quantization="int8"))
 
 
+@pytest.mark.parametrize("name", ["small", "link"])
+def test_a_folder_may_be_named_from_here_or_through_a_link(
+    name: str, plain: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    Path("link").symlink_to("small")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantise_folder(Path("plain"), Path(name), "int8", device=CPU, progress=interrupt)
+    quantise_folder(Path("plain"), Path(name), "int8", device=CPU)
+    with pytest.raises(ConfigError, match="is finished"):
+        quantise_folder(Path("plain"), Path(name), "int8", device=CPU)
+    assert same(unpacked(plain.parent / "small"), unpacked(plain, quantization="int8"))
+
+
 @pytest.mark.usefixtures("small_shards")
 def test_what_other_weights_left_is_not_gone_on_with(plain: Path) -> None:
     with pytest.raises(KeyboardInterrupt):
