@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import cast
 
 EVENT, DONE = b"data: {", b"data: [DONE]"
+TAIL = 4000  # bytes kept: the last chunk has usage and timings
 
 
 @dataclass(slots=True)
@@ -53,7 +54,7 @@ class Stream(asyncio.Protocol):
                 seen.gaps.append(now - self._last)
             seen.events += count
             self._last = now
-        self._tail = (self._tail + data)[-600:]
+        self._tail = (self._tail + data)[-TAIL:]
         if self._tail.rstrip().endswith(b"0") and DONE in self._tail:
             self._finish(now)
 

@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a model folder; only its config.json is read")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 32])
     parser.add_argument("--context", type=int, default=128, help="tokens of each prompt")
-    parser.add_argument("--quantization", choices=["fp8"], default=None)
+    parser.add_argument("--quantization", choices=["fp8", "int8", "int4", "nf4"], default=None)
     arguments = parser.parse_args()
     llm = LLM(str(arguments.folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
               max_model_len=arguments.context + 1024, max_num_seqs=max(arguments.batch), enable_prefix_caching=False,

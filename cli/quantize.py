@@ -12,14 +12,14 @@ import typer
 def command(
     src: Annotated[str, typer.Argument(help="Catalogue name, folder or hub id of a 16- or 32-bit model.")],
     dst: Annotated[Path, typer.Argument(help="A new folder, or one that an earlier run of the same command began.")],
-    to: Annotated[str, typer.Option(metavar="FORM", help="fp8, int8, int4, int4-g64 or int4-g32 (smaller groups).")],
+    to: Annotated[str, typer.Option(metavar="FORM", help="fp8, int8, int4 (int4-g64, int4-g32: smaller groups) or nf4.")],
     force: Annotated[bool, typer.Option("--force", help="Write a folder anew that ws quantize wrote before.")] = False,
     device: Annotated[str, typer.Option(help="Does the rounding: auto, cuda, cuda:N or cpu.")] = "auto",
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
     download_dir: Annotated[str | None, typer.Option(metavar="FOLDER", help="Hugging Face's cache unless given.")] = None,
     hf_token: Annotated[str | None, typer.Option(metavar="TOKEN", help="For gated models; HF_TOKEN is unseen by `ps`.")] = None,
 ) -> None:
-    """Quantise a model's linear layers and write it in compressed-tensors format, for ws, transformers and vLLM.
+    """Quantise a model's linear layers and write it in a format that ws, transformers and vLLM read.
 
     A run that was stopped goes on where it was.
     """

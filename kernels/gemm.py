@@ -8,15 +8,14 @@ naming the argument.
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import Any
 
 import torch
 
 from workstation.kernels import reference_gemm
+from workstation.kernels.door import FORCE_TRITON, check
 
-FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
 FP8 = torch.float8_e4m3fn
 MAX_ROWS = 256  # up to here our own kernels are considered
 FLOATS = (torch.bfloat16, torch.float16, torch.float32)
@@ -55,10 +54,10 @@ def linear(
     _check_operands(x, weight, weight_scale, x_scale, bias)
     out_dtype = out_dtype or (torch.bfloat16 if x.dtype == FP8 else x.dtype)
     if residual is not None:
-        _check(residual.shape == (x.shape[0], weight.shape[0]), "residual", residual, "must be [M, N]")
-        _check(residual.is_contiguous() and residual.dtype == out_dtype, "residual", residual, f"must be dense {out_dtype}")
+        check(residual.shape == (x.shape[0], weight.shape[0]), "residual", residual, "must be [M, N]")
+        check(residual.is_contiguous() and residual.dtype == out_dtype, "residual", residual, f"must be dense {out_dtype}")
     if out is not None:
-        _check(out.shape == (x.shape[0], weight.shape[0]) and out.is_contiguous() and out.dtype == out_dtype, "out", out,
+        check(out.shape == (x.shape[0], weight.shape[0]) and out.is_contiguous() and out.dtype == out_dtype, "out", out,
                f"must be dense [M, N] {out_dtype}")  # fmt: skip
     if x.is_cuda or FORCE_TRITON:
         return _triton().linear(  # type: ignore[no-any-return]
@@ -81,7 +80,7 @@ def linear_silu_mul(
     weight [2F, K] = gate | up rows, scales and bias [2F] likewise; otherwise as `linear`. Returns [M, F].
     """
     _check_operands(x, weight, weight_scale, x_scale, bias)
-    _check(weight.shape[0] % 32 == 0, "weight", weight, "must be [2F, K], F a multiple of 16")
+    check(weight.shape[0] % 32 == 0, "weight", weight, "must be [2F, K], F a multiple of 16")
     out_dtype = out_dtype or (torch.bfloat16 if x.dtype == FP8 else x.dtype)
     if x.is_cuda or FORCE_TRITON:
         return _triton().linear_silu_mul(x, weight, weight_scale, x_scale, bias, out_dtype)  # type: ignore[no-any-return]
@@ -95,27 +94,21 @@ def _check_operands(
     x_scale: torch.Tensor | None,
     bias: torch.Tensor | None,
 ) -> None:
-    _check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [M, K] with contiguous rows")
-    _check(x.dtype in (FP8, *FLOATS), "x", x, "must be bfloat16, float16, float32 or float8_e4m3fn")
-    _check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", weight, f"must be [N, K={x.shape[1]}]")
-    _check(weight.stride(1) == 1, "weight", weight, "must have contiguous rows")
-    _check(weight.dtype in (x.dtype, FP8), "weight", weight, f"must be {x.dtype} like x, or float8_e4m3fn")
+    check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [M, K] with contiguous rows")
+    check(x.dtype in (FP8, *FLOATS), "x", x, "must be bfloat16, float16, float32 or float8_e4m3fn")
+    check(weight.dim() == 2 and weight.shape[1] == x.shape[1], "weight", weight, f"must be [N, K={x.shape[1]}]")
+    check(weight.stride(1) == 1, "weight", weight, "must have contiguous rows")
+    check(weight.dtype in (x.dtype, FP8), "weight", weight, f"must be {x.dtype} like x, or float8_e4m3fn")
     channels = (weight.shape[0],)
     _check_scale("weight_scale", weight_scale, channels, weight.dtype == FP8, "[N] float32 with FP8 weights, else None")
     _check_scale("x_scale", x_scale, (x.shape[0],), x.dtype == FP8, "[M] float32 with FP8 activations, else None")
     if bias is not None:
-        _check(bias.shape == channels and bias.is_contiguous(), "bias", bias, "must be [N]")
+        check(bias.shape == channels and bias.is_contiguous(), "bias", bias, "must be [N]")
 
 
 def _check_scale(name: str, scale: torch.Tensor | None, shape: tuple[int, ...], needed: bool, message: str) -> None:
     if scale is None:
-        _check(not needed, name, scale, f"must be {message}")
+        check(not needed, name, scale, f"must be {message}")
     else:
         right = needed and scale.shape == shape and scale.dtype == torch.float32 and scale.is_contiguous()
-        _check(right, name, scale, f"must be {message}")
-
-
-def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:
-    if not ok:
-        shape = "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-        raise ValueError(f"{name} ({shape}) {message}")
+        check(right, name, scale, f"must be {message}")

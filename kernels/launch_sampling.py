@@ -1,4 +1,4 @@
-"""Grids and scratch of the sampling kernels. Called through `ops.py`, which has checked the shapes."""
+"""Grids and scratch of the sampling kernels. Called through `ops_sampling.py`, which has checked the shapes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The only door to the kernels: shapes are checked here once, then Triton (CUDA) or the plain-torch twin (CPU) runs.
+"""The door to the model's kernels: shapes are checked here once, then Triton (CUDA) or the plain-torch twin (CPU) runs.
 
 Letters in shapes: T tokens of the step, S sequences, H hidden size, F feed-forward size, D head dim, Hq query heads,
 Hkv key/value heads, BS tokens a block. Activations are float32, bfloat16 or float16; inner arithmetic is float32. The
@@ -8,7 +8,6 @@ A shape, dtype or layout that no kernel serves raises ValueError naming the argu
 
 from __future__ import annotations
 
-import os
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +16,14 @@ import torch
 from workstation.kernels import int8_activations, reference, reference_codes, reference_fp8, reference_int
 from workstation.kernels.code_tables import kept_groups
 from workstation.kernels.code_weights import CodeWeight
+from workstation.kernels.door import FORCE_TRITON, check
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
 from workstation.kernels.quantized import Operand, Quantized, Rounding
 
 if TYPE_CHECKING:
-    from workstation.kernels.launch_sampling import Room
     from workstation.kernels.paging import AttentionPlan, StepInputs
-
-# `WS_KERNELS=triton` sends CPU tensors to the Triton kernels too; that needs Triton's interpreter (TRITON_INTERPRET=1).
-FORCE_TRITON = os.environ.get("WS_KERNELS") == "triton"
 
 
 @cache
@@ -59,13 +55,6 @@ def _codes() -> Any:
     return launch_codes
 
 
-@cache
-def _sampling() -> Any:
-    from workstation.kernels import launch_sampling
-
-    return launch_sampling
-
-
 def step_inputs(
     tokens: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor, last_token: torch.Tensor,
     tables: tuple[torch.Tensor, ...], block_size: int,
@@ -77,7 +66,7 @@ def step_inputs(
         positions: [T] int64, negative for padding.  rows: [T] int64, the rows the tokens belong to.
         last_token: [R] int64.  tables: a KV group each, [R, W] int32.
     """
-    _check(tokens.shape == positions.shape == rows.shape and tokens.dim() == 1, "tokens", tokens, "must be [T] like the rest")
+    check(tokens.shape == positions.shape == rows.shape and tokens.dim() == 1, "tokens", tokens, "must be [T] like the rest")
     if tokens.is_cuda or FORCE_TRITON:
         return _triton().step_inputs(tokens, positions, rows, last_token, tables, block_size)  # type: ignore[no-any-return]
     return reference.step_inputs(tokens, positions, rows, last_token, tables, block_size)
@@ -88,7 +77,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
     x: [..., H], rows contiguous. weight: [H]. Returns a new tensor of x's shape and dtype.
     """
-    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [..., H]")
+    check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [..., H]")
     if x.is_cuda or FORCE_TRITON:
         return _triton().rms_norm(x, weight, eps)  # type: ignore[no-any-return]
     return reference.rms_norm(x, weight, eps)
@@ -101,8 +90,8 @@ def add_rms_norm(
 
     With `rounding` the first is FP8: equal to `quantize_fp8` of the normed sum, in one kernel.
     """
-    _check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
-    _check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
+    check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
+    check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
     if x.is_cuda or FORCE_TRITON:
         if rounding is not None:
             return _fp8().add_rms_norm_fp8(x, residual, weight, eps, rounding)  # type: ignore[no-any-return]
@@ -116,7 +105,7 @@ def silu_mul(gate_up: torch.Tensor, rounding: Rounding | None = None) -> Operand
 
     With `rounding` it is FP8: equal to `quantize_fp8` of the product, in one kernel.
     """
-    _check(gate_up.shape[-1] % 2 == 0, "gate_up", gate_up, "must be [T, 2F]")
+    check(gate_up.shape[-1] % 2 == 0, "gate_up", gate_up, "must be [T, 2F]")
     if gate_up.is_cuda or FORCE_TRITON:
         if rounding is not None:
             return _fp8().silu_mul_round(gate_up, rounding)  # type: ignore[no-any-return]
@@ -157,12 +146,12 @@ def rope_and_cache(
     """
     head_dim = kv_layer.shape[-1]
     width = (num_heads + 2 * num_kv_heads) * head_dim
-    _check(qkv.shape[-1] == width, "qkv", qkv, "must be [T, (Hq + 2 Hkv) * D]")
-    _check(cos_sin.shape[-1] <= head_dim and cos_sin.shape[-1] % 2 == 0, "cos_sin", cos_sin, "is wider than a head")
-    _check(slots.shape == positions.shape == qkv.shape[:1], "slots", slots, "and positions must be [T]")
-    _check(kv_layer.shape[2] == num_kv_heads, "kv_layer", kv_layer, "must be [blocks, 2, Hkv, BS, D]")
-    _check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
-    _check((q_norm is None) == (k_norm is None), "k_norm", k_norm, "and q_norm come together")
+    check(qkv.shape[-1] == width, "qkv", qkv, "must be [T, (Hq + 2 Hkv) * D]")
+    check(cos_sin.shape[-1] <= head_dim and cos_sin.shape[-1] % 2 == 0, "cos_sin", cos_sin, "is wider than a head")
+    check(slots.shape == positions.shape == qkv.shape[:1], "slots", slots, "and positions must be [T]")
+    check(kv_layer.shape[2] == num_kv_heads, "kv_layer", kv_layer, "must be [blocks, 2, Hkv, BS, D]")
+    check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
+    check((q_norm is None) == (k_norm is None), "k_norm", k_norm, "and q_norm come together")
     if qkv.is_cuda or FORCE_TRITON:
         return _triton().rope_and_cache(  # type: ignore[no-any-return]
             qkv, positions, cos_sin, q_norm, k_norm, eps, kv_layer, slots, num_heads, num_kv_heads, scales
@@ -190,11 +179,11 @@ def attention(
     Returns:
         [T, Hq, D] contiguous, of q's dtype.
     """
-    _check(q.dim() == 3 and q.shape[2] == kv_layer.shape[4], "q", q, "must be [T, Hq, D] with the cache's D")
-    _check(q.shape[1] % kv_layer.shape[2] == 0, "q", q, "must have a multiple of the cache's heads")
-    _check(kv_layer.shape[3] == plan.block_size, "kv_layer", kv_layer, "must have the plan's block size")
-    _check(q.shape[2] % 16 == 0 and q.shape[2] <= 256, "q", q, "needs a head dim that is a multiple of 16, at most 256")
-    _check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
+    check(q.dim() == 3 and q.shape[2] == kv_layer.shape[4], "q", q, "must be [T, Hq, D] with the cache's D")
+    check(q.shape[1] % kv_layer.shape[2] == 0, "q", q, "must have a multiple of the cache's heads")
+    check(kv_layer.shape[3] == plan.block_size, "kv_layer", kv_layer, "must have the plan's block size")
+    check(q.shape[2] % 16 == 0 and q.shape[2] <= 256, "q", q, "needs a head dim that is a multiple of 16, at most 256")
+    check(scales == UNSCALED or kv_layer.dtype == FP8, "kv_layer", kv_layer, "has scales only in FP8")
     if q.is_cuda or FORCE_TRITON:
         return _triton().attention(q, kv_layer, plan, scale, scales)  # type: ignore[no-any-return]
     return reference.attention(q, kv_layer, plan, scale, scales)
@@ -205,8 +194,8 @@ def copy_blocks(kv: torch.Tensor, source: torch.Tensor, target: torch.Tensor) ->
 
     kv: [blocks, ...], a block contiguous. source, target: [N] int64, targets distinct.
     """
-    _check(source.shape == target.shape and source.dim() == 1, "target", target, "must be [N] like source")
-    _check(kv[0].is_contiguous(), "kv", kv, "must hold each block contiguously")
+    check(source.shape == target.shape and source.dim() == 1, "target", target, "must be [N] like source")
+    check(kv[0].is_contiguous(), "kv", kv, "must hold each block contiguously")
     if source.numel() == 0:
         return
     if kv.is_cuda or FORCE_TRITON:
@@ -220,7 +209,7 @@ def quantize_fp8(x: torch.Tensor, rounding: Rounding) -> Quantized:
 
     x: [T, K], rows contiguous. A row of zeros has the scale 1 / 448.
     """
-    _check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    check(x.dim() == 2 and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
     if x.is_cuda or FORCE_TRITON:
         return _fp8().quantize_fp8(x, rounding)  # type: ignore[no-any-return]
     return reference_fp8.quantize_fp8(x, rounding)
@@ -247,13 +236,13 @@ def linear_fp8(
     """
     rows, columns = weight.shape
     values = x.values if isinstance(x, Quantized) else x
-    _check(values.dim() == 2 and values.shape[1] == columns and values.stride(1) == 1, "x", values,
+    check(values.dim() == 2 and values.shape[1] == columns and values.stride(1) == 1, "x", values,
            "must be [T, K] with contiguous rows")  # fmt: skip
-    _check(weight.dtype == torch.float8_e4m3fn and weight.is_contiguous(), "weight", weight, "must be contiguous e4m3")
+    check(weight.dtype == torch.float8_e4m3fn and weight.is_contiguous(), "weight", weight, "must be contiguous e4m3")
     grid = (-(-rows // 128), -(-columns // 128))
-    _check(scale.shape in ((rows,), grid) and scale.dtype == torch.float32, "scale", scale, "must be [N] or a block's each")
-    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
-    _check(out is None or out.shape == (values.shape[0], rows), "out", out, "must be [T, N]")
+    check(scale.shape in ((rows,), grid) and scale.dtype == torch.float32, "scale", scale, "must be [N] or a block's each")
+    check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    check(out is None or out.shape == (values.shape[0], rows), "out", out, "must be [T, N]")
     if values.is_cuda or FORCE_TRITON:
         return _fp8().linear_fp8(x, weight, scale, bias, out)  # type: ignore[no-any-return]
     y = reference_fp8.linear_fp8(x, weight, scale, bias)
@@ -283,10 +272,10 @@ def linear_int(
         [T, N] of x's dtype.
     """
     rows = weight.rows
-    _check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
-    _check(weight.scale.shape == (weight.columns // weight.size, rows), "scale", weight.scale, "must be [G, N]")
-    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
-    _check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
+    check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    check(weight.scale.shape == (weight.columns // weight.size, rows), "scale", weight.scale, "must be [G, N]")
+    check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
     if x.is_cuda or FORCE_TRITON:
         return _int().linear_int(x, weight, bias, out)  # type: ignore[no-any-return]
     y = reference_int.linear_int(x, weight, bias)
@@ -313,9 +302,9 @@ def linear_int8(
     x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`linear_int` with activations rounded to 8 bits, a scale a token, where `multiplies_int8`."""
-    _check(x.dim() == 2 and x.shape[1] == weight.columns, "x", x, "must be [T, K]")
-    _check(int8_activations.multiplies_int8(weight), "weight", weight.words, "must have 8 bits, a scale a row and 8 n rows")
-    _check(out is None or out.shape == (x.shape[0], weight.rows), "out", out, "must be [T, N]")
+    check(x.dim() == 2 and x.shape[1] == weight.columns, "x", x, "must be [T, K]")
+    check(int8_activations.multiplies_int8(weight), "weight", weight.words, "must have 8 bits, a scale a row and 8 n rows")
+    check(out is None or out.shape == (x.shape[0], weight.rows), "out", out, "must be [T, N]")
     return int8_activations.linear_int8(x, weight, bias, out)
 
 
@@ -331,10 +320,10 @@ def linear_codes(
     """
     rows = weight.rows
     groups = kept_groups(weight.size, weight.columns) // (1 if weight.scale.dtype == torch.float32 else 4)
-    _check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
-    _check(weight.scale.shape == (groups, rows), "scale", weight.scale, "must be [G, N]")
-    _check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
-    _check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
+    check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    check(weight.scale.shape == (groups, rows), "scale", weight.scale, "must be [G, N]")
+    check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
+    check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
     if x.is_cuda or FORCE_TRITON:
         return _codes().linear_codes(x, weight, bias, out)  # type: ignore[no-any-return]
     y = reference_codes.linear_codes(x, weight, bias)
@@ -348,64 +337,3 @@ def silu_mul_codes(
     if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_codes(x, weight, bias), rounding)
-
-
-def samples(logits: torch.Tensor) -> bool:
-    """Whether `sample` serves these logits; their twin is the sampler's own path over `engine/sampling_math.py`."""
-    return logits.is_cuda or FORCE_TRITON
-
-
-def sampling_room(width: int, device: torch.device) -> Room:
-    """Scratch for `sample`: one a sampler, for logits [·, width]."""
-    return _sampling().Room(width, device)  # type: ignore[no-any-return]
-
-
-def prepare_sampling(dtype: torch.dtype, table: torch.Tensor, room: Room) -> None:
-    """Compile what `sample` may need for logits of this dtype and for adjusted float32 copies of them."""
-    _sampling().prepare(dtype, table, room)
-
-
-def sample(
-    logits: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor, table: torch.Tensor, room: Room,
-    last_token: torch.Tensor | None = None, *, filtered: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token a row: greedy, or drawn by inverse CDF after min_p, top_k and top_p (over what top_k left), ties kept.
-
-    Args:
-        logits: [L, V] float32, bfloat16 or float16, a row contiguous; not changed.
-        rows, positions: [L] int64, rows distinct. The row's key and the position decide the uniform number.
-        table: [R, ≥ 5] int64: key, top_k (0: all), and the bits of float64: 1 / temperature (0: greedy), top_p, min_p.
-        room: from `sampling_room`, for V.  last_token: [R] int64; gets the tokens at `rows`.
-        filtered: some row has top_k or top_p: three launches instead of one.
-    Returns:
-        tokens [L] int64 (0 where not finite), finite [L] bool: False for rows with NaN or +inf or nothing but -inf.
-    """
-    _check(logits.shape[1] == room.width and logits.stride(1) == 1, "logits", logits, "must be [L, V] for the room's V")
-    _check(rows.shape == positions.shape == logits.shape[:1], "rows", rows, "and positions must be [L]")
-    return _sampling().sample(  # type: ignore[no-any-return]
-        logits, rows, positions, table, room, last_token, filtered=filtered
-    )
-
-
-def mask_tokens(logits: torch.Tensor, bits: torch.Tensor, index: torch.Tensor) -> None:
-    """Set logits of tokens that may not follow to -inf, in place. NaN and +inf stay, for a mask must hide no broken model.
-
-    Args:
-        logits: [L, V] float32, bfloat16 or float16, a row contiguous.
-        bits: [M, W] int32, contiguous: token i of a mask is allowed where bit i % 32 of word i // 32 is set; ids beyond the
-            words are not.
-        index: [L] int32: each row's mask, -1 for none.
-    """
-    _check(logits.dim() == 2 and logits.stride(1) == 1, "logits", logits, "must be [L, V] with contiguous rows")
-    _check(bits.dim() == 2 and bits.dtype == torch.int32 and bits.is_contiguous(), "bits", bits, "must be [M, W] int32")
-    _check(index.shape == logits.shape[:1] and index.dtype == torch.int32, "index", index, "must be [L] int32")
-    if logits.is_cuda or FORCE_TRITON:
-        _sampling().mask_tokens(logits, bits, index)
-    else:
-        reference.mask_tokens(logits, bits, index)
-
-
-def _check(ok: bool, name: str, tensor: torch.Tensor | None, message: str) -> None:
-    if not ok:
-        shape = "None" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
-        raise ValueError(f"{name} ({shape}) {message}")

@@ -11,7 +11,7 @@ import triton.language as tl
 
 @triton.jit
 def token_mask_kernel(logits, bits, index, width, row_stride, words, BLOCK: tl.constexpr):
-    """See `ops.mask_tokens`. Program (row, part) of [L, parts]; a row without a mask costs one load."""
+    """See `ops_sampling.mask_tokens`. Program (row, part) of [L, parts]; a row without a mask costs one load."""
     row = tl.program_id(0).to(tl.int64)
     mask = tl.load(index + row).to(tl.int64)
     if mask >= 0:

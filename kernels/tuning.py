@@ -260,7 +260,8 @@ def _tile(problem: Problem, device: Device) -> GemmConfig:
 
 
 def _block_m(problem: Problem, device: Device) -> int:
-    # Integers need a sum a group beside the sum of all: two of both, gate's and up's, leave no registers for 128 rows.
-    crowded = problem.scheme in INTEGER_BITS and problem.output == "silu_mul"
+    # Integers need a sum a group beside the sum of all, tables all planes of a word at once: two of either, gate's and up's,
+    # leave no registers for 128 rows.
+    crowded = problem.scheme in (*INTEGER_BITS, *CODE_SCHEMES) and problem.output == "silu_mul"
     most = 128 if device.shared_bytes > 128 * KIB and not crowded else 64
     return min(most, max(16, 1 << (problem.m - 1).bit_length()))

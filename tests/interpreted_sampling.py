@@ -22,7 +22,7 @@ from workstation.engine import sampling_math
 from workstation.engine.request import SamplingParams
 from workstation.engine.sampler import Sampler
 from workstation.engine.sampling_state import SamplingState
-from workstation.kernels import launch_sampling, ops
+from workstation.kernels import launch_sampling, ops, ops_sampling
 from workstation.kernels.sampling import pick, pick_span, uniform
 
 assert os.environ["TRITON_INTERPRET"] == "1" and ops.FORCE_TRITON
@@ -108,21 +108,21 @@ def test_a_step_without_rows_gives_nothing() -> None:
 
 def test_more_rows_than_before_get_more_room() -> None:
     rules = FILTERED[:4]
-    state, room = state_of(rules, 100), ops.sampling_room(100, torch.device("cpu"))
+    state, room = state_of(rules, 100), ops_sampling.sampling_room(100, torch.device("cpu"))
     logits, rows = logits_of(len(rules), 100, torch.bfloat16), torch.arange(len(rules))
     expected = kernels(state, logits)[0]
     unfiltered = state_of(PLAIN, 100)
     for count in (1, len(rows), 2):
-        tokens, _ = ops.sample(logits[:count], rows[:count], rows[:count] * 0 + 10, state.table, room, filtered=True)
+        tokens, _ = ops_sampling.sample(logits[:count], rows[:count], rows[:count] * 0 + 10, state.table, room, filtered=True)
         assert tokens.tolist() == expected[:count].tolist()
         wider = torch.arange(min(count + 1, len(PLAIN)))
-        tokens, _ = ops.sample(logits[wider], wider, wider * 0 + 10, unfiltered.table, room, filtered=False)
+        tokens, _ = ops_sampling.sample(logits[wider], wider, wider * 0 + 10, unfiltered.table, room, filtered=False)
         assert tokens.tolist() == twin(unfiltered, logits[wider])[0].tolist()
 
 
 def test_a_wide_row_has_longer_chunks_rather_than_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_sampling, "MOST_CHUNKS", 2)
-    assert ops.sampling_room(300, torch.device("cpu")).chunk == 256
+    assert ops_sampling.sampling_room(300, torch.device("cpu")).chunk == 256
     state, logits = state_of(PLAIN + FILTERED[:3], 300), logits_of(7, 300)
     assert kernels(state, logits)[0].tolist() == twin(state, logits)[0].tolist()
 
@@ -292,7 +292,7 @@ def both_samplers(logits: torch.Tensor, monkeypatch: pytest.MonkeyPatch, steps: 
     """What VARIED's rows give through the kernels and through torch; penalties move from step to step."""
     found: list[list[Any]] = []
     for fused in (True, False):
-        monkeypatch.setattr(ops, "FORCE_TRITON", fused)
+        monkeypatch.setattr(ops_sampling, "FORCE_TRITON", fused)
         state = SamplingState(len(VARIED), logits.shape[1], "cpu")
         for row, fields in enumerate(VARIED):
             state.set_row(row, SamplingParams(**fields), row, 0, PROMPT, [1], [2])

@@ -11,7 +11,7 @@ from workstation.engine.request import SamplingParams
 from workstation.engine.sampler import Sampler
 from workstation.engine.sampling_math import uniform
 from workstation.engine.sampling_state import KEY, SamplingState
-from workstation.kernels import ops
+from workstation.kernels import ops_sampling
 
 TOLERANCE = 1e-4  # of a row's weight: boundaries may move by rounding, a nucleus by a token of next to no weight
 
@@ -34,14 +34,15 @@ def logits_of(count: int, width: int, dtype: torch.dtype = torch.float32, *, see
 def kernels(
     state: SamplingState, logits: torch.Tensor, position: int = 10, rows: list[int] | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(tokens, finite) by `ops.sample`, which must also leave the tokens, and nothing else, in the table of last tokens."""
+    """(tokens, finite) by `ops_sampling.sample`, which must leave the tokens, and nothing else, in the table of last tokens."""
     rows = list(range(len(logits))) if rows is None else rows
-    room = ops.sampling_room(logits.shape[1], logits.device)
+    room = ops_sampling.sampling_room(logits.shape[1], logits.device)
     rows_t = torch.tensor(rows, dtype=torch.int64, device=logits.device)
     last = torch.full((state.max_rows + 1,), -5, device=logits.device)
     filtered = any(state.flags[row] & 2 for row in rows)
     before = logits.clone()
-    tokens, finite = ops.sample(logits, rows_t, torch.full_like(rows_t, position), state.table, room, last, filtered=filtered)
+    positions = torch.full_like(rows_t, position)
+    tokens, finite = ops_sampling.sample(logits, rows_t, positions, state.table, room, last, filtered=filtered)
     assert torch.equal(last[rows_t], tokens)
     assert (last == -5).sum() == state.max_rows + 1 - len(rows)
     assert not len(rows) or room.arrivals.eq(0).all()
@@ -54,7 +55,7 @@ def twin(state: SamplingState, logits: torch.Tensor, position: int = 10) -> tupl
     rows = list(range(len(logits)))
     rows_t = torch.arange(len(rows), device=logits.device)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ops, "samples", lambda logits: False)
+        patch.setattr(ops_sampling, "samples", lambda logits: False)
         found = Sampler(state).sample(logits, rows, rows_t, torch.full_like(rows_t, position), [0] * len(rows))
     return found.tokens, found.finite
 
@@ -105,6 +106,6 @@ def check_token_mask(width: int, words: int, dtype: torch.dtype, device: str) ->
             if not allowed and not expected[row, token].isnan() and not expected[row, token].isposinf():
                 expected[row, token] = float("-inf")
     given = wide.to(device)
-    ops.mask_tokens(given[:, :width], bits.to(device), index.to(device))
+    ops_sampling.mask_tokens(given[:, :width], bits.to(device), index.to(device))
     torch.testing.assert_close(given[:, :width].cpu(), expected, equal_nan=True, rtol=0, atol=0)
     torch.testing.assert_close(given[:, width:].cpu(), wide[:, width:], rtol=0, atol=0)

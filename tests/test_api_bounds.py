@@ -171,6 +171,7 @@ def test_the_table_covers_every_field_of_the_schemas() -> None:
         "parallel_tool_calls",
         "include_reasoning",
         "return_token_strs",
+        "timings_per_token",
     }
     fields = {*ChatRequest.model_fields, *CompletionRequest.model_fields, *TokenizeRequest.model_fields}
     assert fields - known - switches == set()

@@ -152,8 +152,7 @@ def sources(text: str, *more: str) -> Constraint:
 
 def test_bombs_cost_a_process_and_neither_the_server_nor_the_grammars_after() -> None:
     """Endless work, a stack that overflows, and plain nonsense; a good one after each, and the loop is free meanwhile."""
-    endless = "start: T\nT: " + " & ".join(f"/(?s:.*)a{{{count}}}b(?s:.*)/" for count in range(1, 30))
-    endless_ebnf = "\n".join(f'r{count} ::= r{count + 1} "a"' for count in range(9000)) + '\nr9000 ::= "b"\nroot ::= r0'
+    endless = "\n".join(f'r{count} ::= r{count + 1} "a"' for count in range(9000)) + '\nr9000 ::= "b"\nroot ::= r0'
     deep = "start: T0\n" + "\n".join(f'T{count}: "a" T{count + 1} "b"' for count in range(9000)) + '\nT9000: "c"'
 
     async def go() -> list[str]:
@@ -167,7 +166,7 @@ def test_bombs_cost_a_process_and_neither_the_server_nor_the_grammars_after() ->
                 ticks += 1
 
         clock = asyncio.ensure_future(tick())
-        for bomb in (endless, deep, "start: nope", endless_ebnf):
+        for bomb in (endless, deep, "start: nope"):
             try:
                 await checker.approve(sources(bomb), WIDTH)
             except InvalidRequestError as error:
@@ -181,7 +180,7 @@ def test_bombs_cost_a_process_and_neither_the_server_nor_the_grammars_after() ->
         return said
 
     said = asyncio.run(go())
-    for message, part in zip(said, ("within 1.5 s", "too deeply", "unknown name", "within 1.5 s"), strict=True):
+    for message, part in zip(said, ("within 1.5 s", "too deeply", "unknown name"), strict=True):
         assert part in message
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from workstation.errors import InvalidRequestError
 from workstation.grammar import check
@@ -24,6 +26,7 @@ from workstation.parsers.parts import CallArguments, CallStart
 from workstation.parsers.values import ToolSchemas
 from workstation.text.tokenizer import Tokenizer
 
+FORMATS = [find_formats(None, tools=name) for name in ("hermes", "qwen3_coder", "glm45", "pythonic")]
 DEMO = Path(__file__).parent.parent / "workstation" / "demo" / "model"
 WIDTH = 4160
 EOS = 2
@@ -65,6 +68,8 @@ def allowed(matcher: Matcher, **options: bool) -> Any:
 @pytest.mark.parametrize(("fields", "good", "begun", "bad"), [
     ({"json": {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}}, '{"a": 1, "b": []}', '{"a"',
      "{}"),
+    ({"json": {"discriminator": {}, "oneOf": [{"type": "object", "properties": {"k": {"const": name}}, "required": ["k"],
+                                               "deprecated": True} for name in "ab"]}}, '{"k": "b"}', '{"k": "', '{"k": "c"}'),
     ({"json": '{"enum": ["x", 5, null]}'}, "null", '"', '"y"'), ({"json": True}, '[1, {"a": "é"}]', "[", "]"),
     ({"json": {"$ref": "#/$defs/n", "$defs": {"n": {"type": "object", "properties": {"n": {"$ref": "#/$defs/n"}},
                                                       "additionalProperties": False}}}}, '{"n": {"n": {}}}', '{"n": {', '{"m"'),
@@ -225,6 +230,28 @@ def test_a_schema_that_cannot_be_enforced_is_refused_by_its_path(schema: Any, pa
         check_schema(schema, "text.format.schema")
     assert caught.value.param == "text.format.schema" + path
     assert caught.value.message.startswith(f"text.format.schema{path}: ")
+
+
+KEYWORDS = ("type", "properties", "items", "prefixItems", "anyOf", "oneOf", "allOf", "enum", "const", "required",
+            "minLength", "maxItems", "minimum", "exclusiveMaximum", "multipleOf", "pattern", "format", "$ref", "$defs",
+            "additionalProperties", "patternProperties", "title", "not", "deprecated")
+SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-3, 5), st.floats(), st.sampled_from([
+    "string", "object", "array", "integer", "date", "uuid", "[a-c]+", "(", "#", "#/$defs/a", "#/items", ""]))
+SCHEMAS = st.recursive(SCALARS, lambda inner: st.one_of(
+    st.lists(inner, max_size=3), st.dictionaries(st.sampled_from([*KEYWORDS, "a"]), inner, max_size=4)), max_leaves=12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(schema=SCHEMAS)
+def test_any_schema_is_compiled_or_refused(vocabulary: Vocabulary, schema: Any) -> None:
+    try:
+        sources = grammars(Wanted(StructuredOutputsParams(json=schema)))
+        tool = {"function": {"name": "f", "parameters": {"properties": {"x": schema, "y": True}}, "strict": True}}
+        sources += grammars(Wanted(tools=[tool], calls="must", formats=FORMATS[len(str(schema)) % len(FORMATS)]))
+        for source in sources:
+            vocabulary.compile(source)
+    except InvalidRequestError as error:
+        assert error.message and len(error.message) < 700
 
 
 def test_depth_and_size_of_a_schema_are_limited() -> None:

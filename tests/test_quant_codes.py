@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from workstation.model.targets import Scratch
 from workstation.model.tensor_names import code_targets
 from workstation.quant.code_layers import CodeLayers
 from workstation.quant.codes import CodePacking, Codes, CodeScheme
+from workstation.quant.detect import weight_forms
 from workstation.quant.forms import Form, FusedLinear, Segment, scratch_bytes, weight_bytes
 from workstation.quant.quantise_codes import quantise_codes
 from workstation.safetensors_header import read_checkpoint
@@ -256,6 +258,15 @@ def test_the_planned_bytes_are_those_of_the_loaded_weights(name: str, written: W
     decoder = load(folder)
     assert decoder.weight_bytes - decoder.cos_sin.nbytes == weight_bytes(decoder.shape, 4, decoder.forms)
     assert weight_bytes(decoder.shape, 4, decoder.forms) < weight_bytes(decoder.shape, 4)
+
+
+@pytest.mark.parametrize("name", ["nf4", "fp4_nested_128"])
+def test_headers_alone_give_the_same_bytes(name: str, written: Written) -> None:
+    """As on the hub, where no data is at hand: tables and block sizes follow from names and shapes."""
+    folder, _ = written(name)
+    shape, stored = read_shape(folder), read_checkpoint(folder)
+    remote = {key: replace(entry, path=Path("/nowhere")) for key, entry in stored.items()}
+    assert weight_bytes(shape, 2, weight_forms(shape, remote)) == weight_bytes(shape, 2, weight_forms(shape, stored))
 
 
 @pytest.mark.parametrize(("description", "bits"), [

@@ -22,6 +22,7 @@ from workstation.errors import ConfigError, ModelFolderError, StartupError
 from workstation.kernels.reference_int import widen
 from workstation.model import quantised_folder
 from workstation.model.linear import DenseLinear
+from workstation.model.linear_codes import CodeLinear
 from workstation.model.linear_fp8 import Fp8Linear
 from workstation.model.linear_int import IntLinear
 from workstation.model.loader import read_forms
@@ -45,6 +46,8 @@ def stored_tensors(decoder: Decoder) -> list[torch.Tensor]:
     for linear in decoder.linears():
         if isinstance(linear, IntLinear):
             found += [linear.weight.words, linear.weight.scale]
+        elif isinstance(linear, CodeLinear):
+            found += [linear.weight.words, linear.weight.scale, linear.weight.table]
         elif isinstance(linear, Fp8Linear):
             found += [linear.weight.view(torch.uint8), linear.scale]
         else:
@@ -76,7 +79,8 @@ def write(plain: Path, to: str, name: str = "small", **options: bool) -> Path:
 
 
 @pytest.mark.parametrize(("to", "stored"), [
-    ("fp8", torch.float32), ("int8", torch.float16), ("int4", BF16), ("int4-g32", BF16)], ids=str)
+    ("fp8", torch.float32), ("int8", torch.float16), ("int4", BF16), ("int4-g32", BF16),
+    ("nf4", BF16)], ids=str)
 def test_a_written_folder_is_what_quantising_while_loading_gives(to: str, stored: torch.dtype, tmp_path: Path) -> None:
     plain = write_tiny(tmp_path / "plain", "qwen2", dtype=stored, **SIZES)
     written, at_load = unpacked(write(plain, to)), unpacked(plain, quantization=to)
@@ -98,6 +102,21 @@ def test_stored_tensors_mean_the_weights_that_are_used(to: str, plain: Path) -> 
     form = IntFormat("ct", {}, bits=bits, size=128 if bits == 4 else 0, scale=BF16)
     tensors = {name.removeprefix(f"{DOWN}."): value for name, value in stored.items() if name.startswith(f"{DOWN}.")}
     assert torch.equal(decode(tensors, form, *down.weight.shape), widen(down.weight, torch.float32))
+
+
+def test_nf4_is_stored_as_bitsandbytes_defines_it(plain: Path) -> None:
+    folder = write(plain, "nf4")
+    stored, weight = load_file(folder / SINGLE), load_file(plain / SINGLE)[f"{DOWN}.weight"].float()
+    state = json.loads(bytes(stored[f"{DOWN}.weight.quant_state.bitsandbytes__nf4"].tolist()))
+    assert state == {"quant_type": "nf4", "blocksize": 64, "dtype": "bfloat16", "shape": list(weight.shape)}
+    absmax, table = stored[f"{DOWN}.weight.absmax"], stored[f"{DOWN}.weight.quant_map"]
+    assert torch.equal(absmax, weight.view(-1, 64).abs().amax(1))
+    found = stored[f"{DOWN}.weight"][:, 0].int()
+    codes = torch.stack((found >> 4, found & 15), 1).view(-1, 64)
+    error = (table[codes] * absmax[:, None] - weight.view(-1, 64)).abs()
+    assert (error <= absmax[:, None] * float(table.diff().max()) / 2 + 1e-6).all()
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["load_in_4bit"] and config["llm_int8_skip_modules"] == ["lm_head"]
 
 
 def test_head_embedding_norms_and_biases_keep_their_bytes(plain: Path) -> None:
@@ -161,6 +180,21 @@ def test_a_run_that_was_stopped_goes_on_with_what_is_there(plain: Path, monkeypa
     assert names == sorted(path.name for path in target.iterdir()) and "model.safetensors.index.json" in names
     assert all((target / name).read_bytes() == (whole / name).read_bytes() for name in names)
     assert same(unpacked(target), unpacked(plain, quantization="int8"))
+
+
+@pytest.mark.parametrize("name", ["small", "link"])
+def test_a_folder_may_be_named_from_here_or_through_a_link(
+    name: str, plain: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(plain.parent)
+    Path("link").symlink_to("small")
+    for _ in range(2):
+        with pytest.raises(KeyboardInterrupt):
+            quantise_folder(Path("plain"), Path(name), "int8", device=CPU, progress=interrupt)
+    quantise_folder(Path("plain"), Path(name), "int8", device=CPU)
+    with pytest.raises(ConfigError, match="is finished"):
+        quantise_folder(Path("plain"), Path(name), "int8", device=CPU)
+    assert same(unpacked(plain.parent / "small"), unpacked(plain, quantization="int8"))
 
 
 @pytest.mark.usefixtures("small_shards")
@@ -229,7 +263,7 @@ def test_a_disk_without_room_is_told_before_anything_is_written(plain: Path, mon
     assert not list((plain.parent / "small").glob("*.safetensors"))
 
 
-@EVERY_FORM
+@pytest.mark.parametrize("to", ["fp8", "int4", "nf4"])
 def test_a_weight_that_is_not_finite_is_named(to: str, plain: Path) -> None:
     rewrite(plain, lambda weights: weights[f"{Q}.weight"][3, 5].fill_(torch.nan))
     with pytest.raises(ModelFolderError, match=f"{Q}.weight"):
@@ -254,7 +288,7 @@ def test_the_command_prints_the_folder_it_wrote(plain: Path, capsys: pytest.Capt
 
 
 def test_an_unknown_form_is_refused_with_those_there_are(plain: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("quantize", str(plain), str(plain.parent / "small"), "--to", "nf4", "--device", "cpu") == 2
+    assert run("quantize", str(plain), str(plain.parent / "small"), "--to", "int3", "--device", "cpu") == 2
     assert "--to must be fp8, int8, int4" in capsys.readouterr().err
     assert not (plain.parent / "small").exists()
 

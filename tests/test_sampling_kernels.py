@@ -11,7 +11,7 @@ from sampling_checks import check_draws, check_token_mask, kernels, logits_of, s
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.engine.sampler import Sampler
-from workstation.kernels import launch_sampling, ops
+from workstation.kernels import launch_sampling, ops_sampling
 from workstation.kernels.gemm_launch import Call
 from workstation.kernels.offline import resources, targeting
 from workstation.kernels.tuning import Device
@@ -31,12 +31,12 @@ def test_sampling_kernels_hold_in_the_interpreter() -> None:
 
 
 def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
-    room = ops.sampling_room(40, torch.device("cpu"))
+    room = ops_sampling.sampling_room(40, torch.device("cpu"))
     nothing = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(ValueError, match="logits"):
-        ops.sample(torch.zeros(1, 41), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+        ops_sampling.sample(torch.zeros(1, 41), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
     with pytest.raises(ValueError, match="rows"):
-        ops.sample(torch.zeros(2, 40), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
+        ops_sampling.sample(torch.zeros(2, 40), nothing, nothing, torch.zeros(1, 8, dtype=torch.int64), room, filtered=False)
 
 
 @pytest.mark.parametrize(("width", "words"), [(37, 2), (100, 3), (300, 12)])
@@ -47,9 +47,9 @@ def test_a_masks_twin_leaves_the_allowed_tokens_and_what_is_broken(width: int, w
 def test_masks_of_another_type_or_count_are_refused() -> None:
     logits, bits, index = torch.zeros(2, 40), torch.zeros(1, 2, dtype=torch.int32), torch.zeros(2, dtype=torch.int32)
     with pytest.raises(ValueError, match="bits"):
-        ops.mask_tokens(logits, bits.long(), index)
+        ops_sampling.mask_tokens(logits, bits.long(), index)
     with pytest.raises(ValueError, match="index"):
-        ops.mask_tokens(logits, bits, index[:1])
+        ops_sampling.mask_tokens(logits, bits, index[:1])
 
 
 # ── compiled ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -183,10 +183,10 @@ def test_a_captured_graph_samples_what_stands_in_its_inputs(rules: list[dict[str
 @pytest.mark.gpu
 def test_programmatic_launches_behind_a_product_sample_its_results() -> None:
     state = state_of(RULES, 4096, "cuda")
-    room, rows = ops.sampling_room(4096, torch.device("cuda")), torch.arange(len(RULES), device="cuda")
+    room, rows = ops_sampling.sampling_room(4096, torch.device("cuda")), torch.arange(len(RULES), device="cuda")
     weight = torch.randn(4096, 256, dtype=torch.bfloat16, device="cuda")
     for position in range(20):
         x = torch.randn(len(RULES), 256, dtype=torch.bfloat16, device="cuda")
         logits = x @ weight.t()
-        tokens, _ = ops.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True)
+        tokens, _ = ops_sampling.sample(logits, rows, rows * 0 + position, state.table, room, filtered=True)
         assert torch.equal(tokens, kernels(state, logits, position)[0])

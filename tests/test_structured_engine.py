@@ -6,6 +6,7 @@ import json
 import random
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,8 @@ def ask(engine: Engine, prompts: list[list[int]], params: list[SamplingParams], 
 
 def answers(folder: Path, prompts: list[list[int]], params: list[SamplingParams], wanted: list[Grammar | None], **changes: Any,
             ) -> dict[tuple[str, int], Answer]:
-    engine = make_engine(folder, **changes)
+    engine = make_engine(folder, **{name: value for name, value in changes.items() if name != "threads"})
+    engine.grammars.threads = changes.get("threads", 1)
     ask(engine, prompts, params, wanted)
     found = drain(engine)
     assert engine.refused() == []
@@ -113,7 +115,7 @@ def test_greedy_tokens_are_those_of_a_naive_loop(folder: Path, kind: int) -> Non
 
 @pytest.mark.usefixtures("no_forecast")
 @pytest.mark.parametrize("changes", [
-    {"max_num_seqs": 2}, {"overlap": True}, {"overlap": True, "max_num_batched_tokens": 16},
+    {"max_num_seqs": 2}, {"overlap": True, "threads": 2}, {"overlap": True, "max_num_batched_tokens": 16},
     {"overlap": True, "num_blocks": 11, "max_model_len": 96},
 ], ids=str)
 def test_tokens_do_not_depend_on_batches_overlap_chunks_or_preemption(folder: Path, changes: dict[str, Any]) -> None:
@@ -213,6 +215,37 @@ def test_a_step_without_memory_between_forward_pass_and_sampling_costs_its_newes
     assert failed and len(ended) == 1
     assert {key: item.tokens for key, item in found.items() if key[0] not in ended} == {
         key: tokens for key, tokens in expected.items() if key[0] not in ended}
+
+
+@pytest.mark.parametrize("bound", [False, True])
+def test_the_step_before_is_collected_while_the_forward_pass_runs(folder: Path, monkeypatch: pytest.MonkeyPatch,
+                                                                  bound: bool) -> None:
+    """And only then: without a grammar nothing stands between a forward pass and its sampling."""
+    engine = make_engine(folder, overlap=True)
+    runner, order = engine._runner, list[str]()
+
+    def told(name: str, work: Any) -> Any:
+        return lambda *given, **options: (order.append(name), work(*given, **options))[1]
+
+    monkeypatch.setattr(runner.model, "forward", told("forward", runner.model.forward))
+    monkeypatch.setattr(runner._sampler, "sample", told("sample", runner._sampler.sample))
+    monkeypatch.setattr(runner, "collect", told("collect", runner.collect))
+    wanted = [grammar(regex="[a-z]{30}") if bound else None, None]
+    ask(engine, prompts_of(2), [SamplingParams(temperature=0.0, max_tokens=4)] * 2, wanted)
+    while len(engine.grammars):
+        engine._queue_compiled()
+    drain(engine)
+    one = ["forward", "collect", "sample"] if bound else ["forward", "sample", "collect"]
+    assert order == ["forward", "sample", *(one * 3), "collect"]
+
+
+def test_an_engine_starts_and_answers_without_the_library(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    engine = make_engine(folder, online=True)
+    ask(engine, prompts_of(2), [SamplingParams(max_tokens=3)] * 2, [None, grammar(regex="a")])
+    assert set(drain(engine)) == {("0", 0)}
+    (_, error), = engine.refused()
+    assert "pip install llguidance" in error.message
 
 
 def test_what_cannot_be_compiled_is_refused_and_the_others_go_on(folder: Path) -> None:

@@ -27,7 +27,6 @@ from workstation.engine.request import (
 from workstation.engine.start import build_engine
 from workstation.errors import ConfigError, EngineError, InvalidRequestError
 from workstation.generation_config import read_generation_defaults
-from workstation.grammar.answer import Wanted, grammars
 from workstation.hub import resolve_model
 from workstation.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, Logprob, RequestOutput
 from workstation.text.detokenizer import Detokenizer
@@ -214,6 +213,8 @@ class LLM:
         grammar = None
         if params.structured_outputs is not None:
             kind = params.structured_outputs.kind
+            from workstation.grammar.answer import Wanted, grammars  # and with it the parsers, which a start need not load
+
             grammar = Grammar(grammars(Wanted(params.structured_outputs, kind))[0])
             self.engine.grammars.compile(grammar)
             params = params.clone(structured_outputs=None)

@@ -147,7 +147,7 @@ class Engine:
         if done is not None and waits_for_tokens(batch.samples):
             self._in_flight = None
             events += self._commit(done)
-        return token_masks(batch.samples, self._runner.device)
+        return token_masks(batch.samples, self._runner.device, self.grammars.fill)
 
     def _commit(self, step: Step) -> list[TokenEvent]:
         return self._committer.commit(step.batch, self._runner.collect(step))

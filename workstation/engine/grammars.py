@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from workstation.engine.request import EngineRequest, Grammar
 from workstation.errors import InvalidRequestError, WorkstationError
 from workstation.grammar.library import Grammars, Vocabulary
-from workstation.grammar.matcher import Matcher
+from workstation.grammar.matcher import Bits, Matcher
 
 Result = TypeVar("Result")
+MANY = 4  # masks from which waking threads is worth its cost
+MOST_THREADS = 16
 STACK_BYTES = 64 * 1024 * 1024  # the compiler recurses; the server has tried each grammar in a process with far less
 
 
@@ -23,11 +26,13 @@ class GrammarDesk:
     Args:
         folder: the model's, for its tokenizer.  width: of the logits.
     Attributes:
-        used: a grammar has been compiled.
+        used: a grammar has been compiled.  threads: that make the masks of a step.
     """
 
     def __init__(self, folder: str, width: int) -> None:
         self.used = False
+        self.threads = min(len(os.sched_getaffinity(0)) - 1, MOST_THREADS)
+        self._executor: Any = None
         self._folder, self._width = folder, width
         self._thread: ThreadPoolExecutor | None = None
         self._compiled: Grammars | None = None
@@ -85,6 +90,18 @@ class GrammarDesk:
         """Until the next grammar is ready, for so long at most."""
         if self._waiting:
             wait_for([next(iter(self._waiting.values()))[1]], timeout=seconds)
+
+    def fill(self, matchers: Sequence[Matcher], bits: Bits, hold_ends: Sequence[bool]) -> None:
+        """Write what may follow each, as `Matcher.fill` does: bits [M, words] int32. Many go to several threads."""
+        if len(matchers) < MANY or self.threads < 2:
+            for row, (matcher, hold_end) in enumerate(zip(matchers, hold_ends, strict=True)):
+                matcher.fill(bits[row], hold_end=hold_end)
+            return
+        if self._executor is None:
+            from llguidance import LLExecutor
+
+            self._executor = LLExecutor(self.threads)
+        Matcher.fill_all(self._executor, matchers, bits, hold_ends)
 
     def __len__(self) -> int:
         return len(self._waiting)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from workstation.engine.batch import Sample
+from workstation.grammar.matcher import Bits, Matcher
 
+Fill = Callable[[Sequence[Matcher], Bits, Sequence[bool]], None]
 ALIGNED = 4  # int32: a mask begins at 16 bytes, for kernels are compiled for the alignment they meet
 
 
@@ -29,7 +31,7 @@ def waits_for_tokens(samples: Sequence[Sample]) -> bool:
     return any(sample.seq.matcher is not None and sample.seq.pending > 1 for sample in samples)
 
 
-def token_masks(samples: Sequence[Sample], device: torch.device) -> TokenMasks | None:
+def token_masks(samples: Sequence[Sample], device: torch.device, fill: Fill) -> TokenMasks | None:
     """What may be sampled now, uploaded without waiting; None when no sample has a grammar."""
     bound = [(place, sample, sample.seq.matcher) for place, sample in enumerate(samples)
              if sample.seq.matcher is not None and sample.seq.finished is None]
@@ -41,10 +43,12 @@ def token_masks(samples: Sequence[Sample], device: torch.device) -> TokenMasks |
     array = packed.numpy()
     array[:head] = -1
     bits = array[head:].reshape(len(bound), words)
-    for number, (place, sample, matcher) in enumerate(bound):
-        array[place] = number
-        params = sample.seq.request.request.params
-        outputs = sample.position - sample.seq.request.prompt_len
-        matcher.fill(bits[number], hold_end=params.ignore_eos or outputs < params.min_tokens)
+    array[[place for place, _, _ in bound]] = range(len(bound))
+    fill([matcher for _, _, matcher in bound], bits, [_holds_end(sample) for _, sample, _ in bound])
     sent = packed.to(device, non_blocking=True)  # torch keeps the pinned memory until the device has read it
     return TokenMasks(sent[head:].view(len(bound), words), sent[:len(samples)])
+
+
+def _holds_end(sample: Sample) -> bool:
+    params = sample.seq.request.request.params
+    return params.ignore_eos or sample.position - sample.seq.request.prompt_len < params.min_tokens

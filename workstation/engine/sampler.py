@@ -4,8 +4,8 @@ The order is vLLM's: a grammar's mask, allowed ids, bans (bad words, min_tokens)
 argmax and the others go through temperature, min_p, top_k, top_p (over what top_k left) and one inverse-CDF draw whose uniform
 depends on (seed, sample index, position) alone. So a row's sample is the same alone and in any company.
 
-On a GPU `ops.sample` does all but the adjustments, on logits of the model's dtype: one launch, or three when a row has top_k or
-top_p. On a CPU the same is done by `sampling_math`.
+On a GPU `ops_sampling.sample` does all but the adjustments, on logits of the model's dtype: one launch, or three when a row has
+top_k or top_p. On a CPU the same is done by `sampling_math`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from workstation.engine.sampling_state import (
     TOP_P,
     SamplingState,
 )
-from workstation.kernels import ops
+from workstation.kernels import ops_sampling
 from workstation.memory import SAMPLING_ROWS
 
 if TYPE_CHECKING:
@@ -87,13 +87,13 @@ class Sampler:
     def prepare(self, dtype: torch.dtype) -> None:
         """Compile the kernels for logits of this dtype; without it the first steps wait for them. No-op on a CPU."""
         if self.state.device.type == "cuda":
-            ops.prepare_sampling(dtype, self.state.table, self._room)
+            ops_sampling.prepare_sampling(dtype, self.state.table, self._room)
             self._prepare_masks(dtype)
 
     def _prepare_masks(self, dtype: torch.dtype) -> None:
         logits = torch.zeros(1, self.state.vocab_size, dtype=dtype, device=self.state.device)
         words = torch.zeros(1, -(-self.state.vocab_size // 32), dtype=torch.int32, device=self.state.device)
-        ops.mask_tokens(logits, words, words[:, 0].contiguous())
+        ops_sampling.mask_tokens(logits, words, words[:, 0].contiguous())
 
     @torch.no_grad()
     def sample(
@@ -108,7 +108,7 @@ class Sampler:
         last_token: [max_rows] int64 on the device; gets each row's token.
         masks: what grammars allow; log-probabilities are those of the logits before it.
         """
-        if ops.samples(logits):
+        if ops_sampling.samples(logits):
             plan = self._planned(rows, steps)
             if not (plan.adjusts or plan.logprob_host) or len(rows) <= SAMPLING_ROWS:
                 return self._sample_fused(plan, logits, rows_t, positions_t, last_token, masks)
@@ -127,7 +127,7 @@ class Sampler:
         if plan.adjusts:
             x = self._adjusted(logits, rows_t, plan)
             x[:, 0] += logits.amax(-1) * 0  # NaN where a mask might hide that the model is broken, else 0
-        tokens, finite = ops.sample(
+        tokens, finite = ops_sampling.sample(
             x, rows_t, positions_t, self.state.table, self._room, last_token, filtered=plan.ordered_places is not None)
         return self._finished(plan, told, tokens, finite)
 
@@ -157,7 +157,7 @@ class Sampler:
         if masks is not None:
             if plan.logprob_places is not None:
                 told = logits.index_select(0, plan.logprob_places)
-            ops.mask_tokens(logits, masks.bits, masks.index)
+            ops_sampling.mask_tokens(logits, masks.bits, masks.index)
         return told
 
     def _finished(self, plan: StepPlan, raw: torch.Tensor, tokens: torch.Tensor, finite: torch.Tensor) -> SampleOutput:
@@ -240,7 +240,7 @@ class Sampler:
     @property
     def _room(self) -> Room:
         if self._scratch is None:
-            self._scratch = ops.sampling_room(self.state.vocab_size, self.state.device)
+            self._scratch = ops_sampling.sampling_room(self.state.vocab_size, self.state.device)
         return self._scratch
 
     def _planned(self, rows: Sequence[int], steps: Sequence[int]) -> StepPlan:

@@ -7,7 +7,7 @@ from typing import Any
 
 from workstation.errors import InvalidRequestError
 from workstation.grammar.lark import Lark, quoted
-from workstation.grammar.schema import check_schema
+from workstation.grammar.schema import check_schema, prepared
 from workstation.parsers.detect import Formats
 from workstation.parsers.frames import CallFrame, before
 
@@ -68,6 +68,7 @@ class Calls:
         else:
             try:
                 check_schema(schema, where)
+                schema = prepared(schema)
             except InvalidRequestError:
                 if strict:
                     raise

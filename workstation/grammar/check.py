@@ -22,7 +22,7 @@ from workstation.grammar.lark import Lark, translated
 from workstation.grammar.library import Vocabulary
 from workstation.grammar.schema import subschemas
 
-STACK_BYTES = 2 * 1024 * 1024
+STACK_BYTES = 1024 * 1024  # threads that make masks in the engine have twice that
 DATA_BYTES = 2 * 1024 * 1024 * 1024
 PR_SET_PDEATHSIG = 1
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from workstation.errors import InvalidRequestError
 from workstation.grammar.params import StructuredOutputsParams, shown
-from workstation.grammar.schema import check_schema, closed
+from workstation.grammar.schema import check_schema, prepared
 
 TEXT = "TEXT: /(.|\\n)*/"
 SPACE = "SPACE: /[ \\n\\r\\t]{1,16}/"
@@ -110,8 +110,7 @@ def body(lark: Lark, params: StructuredOutputsParams, where: str) -> str:
     if kind == "json" or kind == "json_object":
         schema = {"type": "object"} if kind == "json_object" else params.json
         check_schema(schema, where)
-        if params.disable_additional_properties:
-            schema = closed(schema)
+        schema = prepared(schema, close=params.disable_additional_properties)
         return lark.schema(schema, pattern=params.whitespace_pattern, compact=params.disable_any_whitespace)
     if kind == "regex":
         lark.rules["REGEX"] = f"REGEX: /{_slashed(params.regex or '')}/"
@@ -165,7 +164,8 @@ def _structural_tag(lark: Lark, tag: Any, where: str) -> str:
         if trigger is None:
             raise InvalidRequestError(f"{place}.begin must start with one of the triggers", param=f"{place}.begin")
         check_schema(item.get("schema"), f"{place}.schema")
-        rest = f"{lark.literal(item['begin'][len(trigger):])} {lark.schema(item['schema'])} {lark.literal(item['end'])}"
+        inner = lark.schema(prepared(item["schema"]))
+        rest = f"{lark.literal(item['begin'][len(trigger):])} {inner} {lark.literal(item['end'])}"
         branches.setdefault(trigger, []).append(lark.rule(rest))
     found = [f"{lark.until(trigger)} ({' | '.join(rests)})" for trigger, rests in branches.items()]
     return f"({' | '.join(found)})* {lark.text()}"

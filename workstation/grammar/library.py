@@ -18,8 +18,8 @@ from workstation.text.folder import read_folder
 Result = TypeVar("Result")
 END = "<|ws end of answer|>"  # the one end that the library is told of; what ends an answer, each request says itself
 CACHE_BYTES = 32 * 1024 * 1024
-LEAST_BYTES = 64 * 1024  # a compiled grammar's own size is not told; its lexer's tables grow as it is used
-MAX_LEXER_STATES = 50_000  # 1 to 2 KB each, shared by all matchers of a grammar
+LEAST_BYTES = 64 * 1024  # a compiled grammar's own size is not told
+MAX_LEXER_STATES = 50_000  # 1 to 2 KB each, made as an answer needs them, by each matcher for itself
 
 
 class Vocabulary:

@@ -62,6 +62,18 @@ class Matcher:
         hold_end: the end is left out, unless nothing else may follow. After a fault nothing but the end is allowed.
         """
         self._inner.unsafe_compute_mask_ptr(bits.ctypes.data, 4 * self.words)
+        self._finish(bits, hold_end)
+
+    @staticmethod
+    def fill_all(executor: Any, matchers: Sequence[Matcher], bits: Bits, hold_ends: Sequence[bool]) -> None:
+        """`fill` of many, each into its row of bits [M, words], on the threads of an LLExecutor."""
+        work = [(matcher._inner, row) for row, matcher in enumerate(matchers)]
+        executor.unsafe_compute_mask_ptr(work, bits.ctypes.data, 4 * bits.shape[1], len(bits))
+        for row, (matcher, hold_end) in enumerate(zip(matchers, hold_ends, strict=True)):
+            matcher._finish(bits[row], hold_end)
+
+    def _finish(self, bits: Bits, hold_end: bool) -> None:
+        """Put the answer's own ends in the place of the library's."""
         if self._inner.is_stopped():
             self._look()
         last, end = self._end // 32, _bit(self._end)

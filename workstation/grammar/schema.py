@@ -20,7 +20,8 @@ MAX_BYTES = 256 * 1024
 FORMATS = ("date-time", "time", "date", "duration", "email", "hostname", "ipv4", "ipv6", "uuid", "uri", "unknown")
 TYPES = ("null", "boolean", "object", "array", "number", "integer", "string")
 _ANNOTATIONS = frozenset({"$anchor", "$schema", "$id", "id", "$comment", "title", "description", "default", "readOnly",
-                          "writeOnly", "examples", "contentMediaType", "contentEncoding", "deprecated"})
+                          "writeOnly", "examples", "contentMediaType", "contentEncoding"})
+_DROPPED = frozenset({"deprecated", "discriminator"})  # annotations that the library does not know
 _ONE = ("items", "additionalItems", "additionalProperties")  # keywords that hold one schema
 _MANY = ("anyOf", "oneOf", "allOf", "prefixItems")
 _NAMED = ("properties", "patternProperties", "$defs", "definitions")
@@ -91,7 +92,7 @@ class _Checker:
             elif key in _NAMED:
                 if not isinstance(value, dict):
                     raise _error(place, f"must be an object, got {shown(value)}")
-            elif key not in _ONE and key not in _ANNOTATIONS and key != "const":
+            elif key not in _ONE and key not in _ANNOTATIONS | _DROPPED and key != "const":
                 raise _error(place, "this keyword cannot be enforced")
 
     def _ref(self, value: Any, place: str) -> None:
@@ -121,19 +122,19 @@ def subschemas(schema: Any) -> Iterator[tuple[str, Any]]:
             yield from ((f".{key}.{name[:64]}", item) for name, item in value.items())
 
 
-def closed(schema: Any) -> Any:
-    """The schema with `additionalProperties: false` wherever an object lists properties and says nothing of others."""
+def prepared(schema: Any, *, close: bool = False) -> Any:
+    """A checked schema as the library takes it. close: objects that say nothing of further properties have none."""
     if isinstance(schema, list):
-        return [closed(item) for item in schema]
+        return [prepared(item, close=close) for item in schema]
     if not isinstance(schema, dict):
         return schema
     out: dict[str, Any] = {}
     for key, value in schema.items():
-        if key in _NAMED and isinstance(value, dict):
-            out[key] = {name: closed(item) for name, item in value.items()}
-        else:
-            out[key] = closed(value) if key in _ONE or key in _MANY else value
-    if "properties" in out or out.get("type") == "object":
+        if key in _NAMED:
+            out[key] = {name: prepared(item, close=close) for name, item in value.items()}
+        elif key not in _DROPPED:
+            out[key] = prepared(value, close=close) if key in _ONE or key in _MANY else value
+    if close and ("properties" in out or out.get("type") == "object"):
         out.setdefault("additionalProperties", False)
     return out
 

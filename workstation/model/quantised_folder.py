@@ -54,7 +54,7 @@ class Report:
 def quantise_folder(
     source: Path, destination: Path, to: str, *, device: torch.device, force: bool = False, progress: Progress | None = None,
 ) -> Report:
-    """Write `source` with its linear layers in the form `--quantization` would give them, in compressed-tensors format.
+    """Write `source` with its linear layers in the form `--quantization` would give them, in the formats of `quant.written`.
 
     Head, embedding, norms and biases stay as they are stored. What an earlier run of the same work wrote is kept.
 
@@ -115,7 +115,8 @@ def _written(entry: TensorEntry, forms: WeightForms) -> Tensors:
     module = _quantised_module(entry, forms)
     if module is None:
         return {entry.name: (entry.dtype, entry.shape)}
-    return written_tensors(module, forms.part(module), *entry.shape)
+    rows, columns = entry.shape
+    return written_tensors(module, forms.part(module), rows, columns, entry.dtype)
 
 
 def _quantised_module(entry: TensorEntry, forms: WeightForms) -> str | None:
@@ -152,16 +153,17 @@ def _converted(reader: Reader, entry: TensorEntry, forms: WeightForms, device: t
     module = _quantised_module(entry, forms)
     if module is None:
         return {entry.name: tensor}
-    made = quantised_tensors(module, tensor.to(device), forms.part(module))
-    if not made[f"{module}.weight_scale"].isfinite().all():
-        raise ModelFolderError(f"tensor {entry.name} in {entry.file} holds values that are not finite")
+    try:
+        made = quantised_tensors(module, tensor.to(device), forms.part(module), entry.dtype)
+    except ValueError as error:
+        raise ModelFolderError(f"tensor {entry.name} in {entry.file} {error}") from error
     return {name: item.cpu() for name, item in made.items()}
 
 
 def _described(forms: WeightForms, entries: list[TensorEntry]) -> dict[str, object]:
-    layers = {entry.name.removesuffix(".weight"): entry.shape[1] for entry in entries
-              if len(entry.shape) == 2 and entry.name.endswith("_proj.weight")}
-    return description(forms.parts, layers, set(layers) - set(forms.parts))
+    linears = [entry for entry in entries if len(entry.shape) == 2 and entry.name.endswith("_proj.weight")]
+    layers = {entry.name.removesuffix(".weight"): entry.shape[1] for entry in linears}
+    return description(forms.parts, layers, set(layers) - set(forms.parts), linears[0].dtype)
 
 
 def _index(shards: list[Shard]) -> dict[str, object] | None:

@@ -42,7 +42,8 @@ class Destination:
     """
 
     def __init__(self, folder: Path, source: Path, work: Mapping[str, Any], *, force: bool = False) -> None:
-        self.folder, self._source, self._work, self._force = folder, source, dict(work), force
+        self.folder = folder.resolve()  # files are opened in real folders only
+        self._source, self._work, self._force = source, dict(work), force
         self._lock: IO[bytes] | None = None
 
     def __enter__(self) -> Self:
@@ -105,10 +106,9 @@ class Destination:
 
     def _checked(self) -> dict[str, Any] | None:
         """What an earlier run noted, None for a folder that is new or empty."""
-        place = self.folder.resolve()
-        if place == self._source or self._source in place.parents:
+        if self.folder == self._source or self._source in self.folder.parents:
             raise ConfigError(f"{self.folder} lies inside the folder that is read; write somewhere else", param="dst")
-        if not os.path.lexists(self.folder):
+        if not self.folder.exists():
             return None
         if not self.folder.is_dir():
             raise ConfigError(f"{self.folder} is not a folder", param="dst")

@@ -5,16 +5,32 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
+from workstation.kernels.code_tables import kept_groups
+from workstation.kernels.code_weights import CodeWeight, unpack_scales
 from workstation.kernels.int_weights import unpack
+from workstation.quant.codes import Codes
 from workstation.quant.forms import Part
 from workstation.quant.integers import NAMES, Groups, Packing, words
 from workstation.quant.quantise import FP8, quantise_groups, quantise_rows
+from workstation.quant.quantise_codes import quantise_codes
+from workstation.quant.written import STATE, quant_state
 
+SCALE_NAMES = ("weight_scale", "weight.absmax")
 SCALES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32}
 
 
-def quantised_tensors(module: str, weight: torch.Tensor, part: Part) -> dict[str, torch.Tensor]:
-    """The stored tensors of one layer. weight: [N, K]. A scale is not finite where a weight in its reach is not."""
+def quantised_tensors(module: str, weight: torch.Tensor, part: Part, dtype: str) -> dict[str, torch.Tensor]:
+    """The stored tensors of one layer. weight: [N, K], stored as `dtype`. Raises ValueError where it is not finite."""
+    made = _tensors(module, weight, part, dtype)
+    for name in SCALE_NAMES:
+        if (scale := made.get(f"{module}.{name}")) is not None and not scale.isfinite().all():
+            raise ValueError("holds values that are not finite")
+    return made
+
+
+def _tensors(module: str, weight: torch.Tensor, part: Part, dtype: str) -> dict[str, torch.Tensor]:
+    if isinstance(part.groups, Codes):
+        return {f"{module}.{name}": tensor for name, tensor in _table_codes(weight, part.groups, dtype).items()}
     if isinstance(part.groups, Groups):
         return {f"{module}.{name}": tensor for name, tensor in _integers(weight, part.groups).items()}
     quantised = torch.empty(weight.shape, dtype=FP8, device=weight.device)
@@ -31,6 +47,20 @@ def _integers(weight: torch.Tensor, groups: Groups) -> dict[str, torch.Tensor]:
     names = NAMES[Packing.PACKED]
     return {names.codes: packed_rows(unpack(kept, groups.bits, columns), groups.bits), names.scale: scale.t().contiguous(),
             "weight_shape": torch.tensor([rows, columns])}
+
+
+def _table_codes(weight: torch.Tensor, codes: Codes, dtype: str) -> dict[str, torch.Tensor]:
+    (rows, columns), device = weight.shape, weight.device
+    table = torch.tensor(codes.table, dtype=torch.float32, device=device)
+    kept = CodeWeight(
+        torch.empty(rows, words(4, columns), dtype=torch.int16, device=device),
+        torch.empty(kept_groups(codes.size, columns), rows, dtype=torch.float32, device=device), None, table, codes.table,
+        codes.scale, codes.size, columns)
+    quantise_codes(weight, kept)
+    flat = unpack(kept.words, 4, columns).reshape(-1)
+    state = quant_state(codes, rows, columns, dtype)
+    return {"weight": (flat[0::2] << 4 | flat[1::2])[:, None], "weight.absmax": unpack_scales(kept).flatten(),
+            "weight.quant_map": table, STATE: torch.frombuffer(bytearray(state), dtype=torch.uint8)}
 
 
 def packed_rows(codes: torch.Tensor, bits: int) -> torch.Tensor:

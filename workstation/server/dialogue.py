@@ -75,6 +75,9 @@ def prepare_dialogue(service: Service, body: SamplingRequest, dialogue: Dialogue
         opening = service.model.tokenizer.encode(parsing.opening, add_special_tokens=False)
         ids = ids + opening
     ids = prepare.truncated(service, ids, body.truncate_prompt_tokens, shape.max_tokens)
+    if len(ids) < len(opening):
+        raise InvalidRequestError(f"truncate_prompt_tokens must leave at least the {len(opening)} tokens that begin the "
+                                  f"demanded call, got {len(ids)}", param="truncate_prompt_tokens")
     wanted = shape.max_tokens
     if shape.clamp and wanted is not None:
         wanted = min(wanted, max(service.window - len(ids), 1))
