@@ -97,7 +97,7 @@ class _Measured:
         row = Row(form, bytes_per_weight(engine.model.shape, engine.model.forms), found.perplexity, found.agreement,
                   found.divergence, found.everywhere, found.tokens, *(scores or (None, None)))
         del llm, engine
-        _free()
+        free()
         return row
 
     def _read(self, llm: Any) -> list[Any]:
@@ -145,7 +145,7 @@ def _text(path: Path) -> str:
         raise ConfigError(f"--text {path} cannot be read as UTF-8: {error}", param="text") from error
 
 
-def _free() -> None:
+def free() -> None:
     """A form's memory is given back before the next is loaded."""
     import torch
 

@@ -19,9 +19,8 @@ import torch
 
 from workstation.architecture import ModelShape
 from workstation.engine.engine import Engine
-from workstation.kernels.paging import AttentionPlan
-from workstation.model.inputs import InputTensors
 from workstation.model.transformer import Decoder
+from workstation.model.whole_step import whole_step
 from workstation.quant.forms import HEAD_MODULE, WeightForms, all_linears, weight_bytes
 
 STEP_TOKENS = 4096
@@ -55,7 +54,7 @@ def final_states(engine: Engine, documents: Sequence[Document]) -> list[torch.Te
     """
     model, states = engine.model, []
     for batch in _batches(documents):
-        inputs, kv = _step(model, batch, engine.kv_dtype)
+        inputs, kv = whole_step(model.shape, [document.tokens for document in batch], engine.kv_dtype, model.device)
         hidden = model.forward(inputs, kv)
         states += [rows[:-1].cpu() for rows in torch.split(hidden, [len(document.tokens) for document in batch])]
     return states
@@ -119,32 +118,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
         batch.append(document)
     if batch:
         yield batch
-
-
-def _step(model: Decoder, batch: list[Document], kv_dtype: torch.dtype) -> tuple[InputTensors, tuple[torch.Tensor, ...]]:
-    """One step that computes whole documents, each with blocks of its own in every KV group, and the pool for it."""
-    shape, size = model.shape, 16
-    lengths = torch.tensor([len(document.tokens) for document in batch])
-    widths = (lengths + size - 1) // size
-    firsts = 1 + widths.cumsum(0) - widths  # block 0 stays the null block
-    tables = firsts[:, None] + torch.arange(int(widths.max()))
-    positions = torch.cat([torch.arange(int(length)) for length in lengths])
-    owners = torch.arange(len(batch)).repeat_interleave(lengths)
-    groups, blocks = shape.kv_groups, int(widths.sum())
-
-    def on_device(tensor: torch.Tensor, dtype: torch.dtype = torch.int64) -> torch.Tensor:
-        return tensor.to(model.device, dtype)
-
-    plans, slots = [], []
-    for number, group in enumerate(groups):
-        table = tables + number * blocks
-        slots.append(on_device(table[owners, positions // size] * size + positions % size))
-        starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
-        plans.append(AttentionPlan(
-            query_start=on_device(starts, torch.int32), context_lens=on_device(lengths, torch.int32),
-            tables=on_device(table, torch.int32), rows=on_device(torch.arange(len(batch)), torch.int32), num_decodes=0,
-            max_query_len=int(lengths.max()), max_context_len=int(lengths.max()), window=group.window, block_size=size))
-    tokens = torch.tensor([token for document in batch for token in document.tokens])
-    pool = torch.zeros(1 + blocks * len(groups), shape.layers_per_block, 2, shape.num_kv_heads, size, shape.head_dim,
-                       dtype=kv_dtype, device=model.device)
-    return InputTensors(on_device(tokens), on_device(positions), tuple(slots), tuple(plans), None), (pool,) * len(groups)

@@ -1,4 +1,7 @@
-"""A 16- or 32-bit model folder → a quantised one on disk, tensor by tensor; memory holds one shard of the result."""
+"""A 16- or 32-bit model folder → a quantised one on disk, tensor by tensor; memory holds one shard of the result.
+
+With calibration text it is written layer by layer instead: see `model.calibration`.
+"""
 
 from __future__ import annotations
 
@@ -11,13 +14,14 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from workstation.architecture import read_shape
+from workstation.architecture import ModelShape, read_shape
 from workstation.errors import ConfigError, ModelFolderError, StartupError
+from workstation.model.calibration import CalibratedRounding, CalibrationText, layer_number
 from workstation.model.loader import Progress, checked_entries
 from workstation.model.staging import Reader
 from workstation.model.targets import TORCH_DTYPES
 from workstation.model_folder import file_in_folder, model_folder
-from workstation.quant.at_load import forms_at_load
+from workstation.quant.at_load import SMALLER_GROUPS, forms_at_load
 from workstation.quant.destination import CONFIG, Destination, fingerprint
 from workstation.quant.detect import describe
 from workstation.quant.forms import PLAIN, WeightForms
@@ -26,6 +30,7 @@ from workstation.quant.written import WRITABLE, Tensors, description, written_te
 from workstation.safetensors_header import DTYPE_BITS, SINGLE_FILE, TensorEntry
 
 SHARD_BYTES = 2 << 30
+CALIBRATED = ("int4", *SMALLER_GROUPS)
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +57,8 @@ class Report:
 
 
 def quantise_folder(
-    source: Path, destination: Path, to: str, *, device: torch.device, force: bool = False, progress: Progress | None = None,
+    source: Path, destination: Path, to: str, *, device: torch.device, calibration: CalibrationText | None = None,
+    force: bool = False, progress: Progress | None = None,
 ) -> Report:
     """Write `source` with its linear layers in the form `--quantization` would give them, in the formats of `quant.written`.
 
@@ -61,20 +67,30 @@ def quantise_folder(
     Args:
         destination: a new folder, or what an earlier run left of it.  to: one of WRITABLE.
         device: does the rounding.  force: write a finished folder anew.
+        calibration: for GPTQ rounding (`quant.gptq_rounding`); None: scales are searched for.
         progress: called with (bytes of source done, bytes in all) after each tensor.
 
-    Raises ConfigError (to, destination), ModelFolderError (source), StartupError (disk).
+    Raises ConfigError (to, destination, calibration), ModelFolderError (source), StartupError (disk).
     """
     source = model_folder(source)
-    forms, entries = _planned(source, to)
+    if calibration is not None and to not in CALIBRATED:
+        raise ConfigError(f"--rounding gptq goes with --to {', '.join(CALIBRATED)}, got {to!r}", param="rounding")
+    shape, forms, entries = _planned(source, to)
+    work: dict[str, object] = {"to": to, "source": fingerprint(entries, file_in_folder(source, CONFIG).read_bytes())}
+    if calibration is not None:
+        entries = sorted(entries, key=lambda entry: layer_number(entry.name))
+        work |= {"rounding": "gptq", "calibration": calibration.origin}
     shards = list(_cut(entries, forms))
-    work = {"to": to, "source": fingerprint(entries, file_in_folder(source, CONFIG).read_bytes()),
-            "shards": [shard.file for shard in shards]}
+    work["shards"] = [shard.file for shard in shards]
     try:
         with Destination(destination, source, work, force=force) as place:
             missing = [shard for shard in shards if not place.has_shard(shard.file, shard.tensors)]
             place.check_disk(sum(shard.nbytes for shard in missing))
-            _write_all(shards, missing, place, forms, device, progress)
+            rounding = None
+            if calibration is not None and missing:
+                found = {name: place.folder / shard.file for shard in shards if shard not in missing for name in shard.tensors}
+                rounding = CalibratedRounding(shape, forms, entries, calibration.make(), found, device)
+            _write_all(shards, missing, place, _Conversion(forms, device, rounding), progress)
             place.finish(_described(forms, entries), _index(shards))
     except (OSError, SafetensorError) as error:
         raise StartupError(f"{destination} cannot be written: {error}; the same command goes on where this one "
@@ -83,7 +99,7 @@ def quantise_folder(
                   len(shards) - len(missing))
 
 
-def _planned(source: Path, to: str) -> tuple[WeightForms, list[TensorEntry]]:
+def _planned(source: Path, to: str) -> tuple[ModelShape, WeightForms, list[TensorEntry]]:
     if to not in WRITABLE:
         raise ConfigError(f"--to must be {', '.join(WRITABLE)}, got {to!r}; other forms are not written", param="to")
     shape = read_shape(source)
@@ -93,7 +109,7 @@ def _planned(source: Path, to: str) -> tuple[WeightForms, list[TensorEntry]]:
     forms = forms_at_load(shape, to)
     if not forms.parts:
         raise ConfigError(f"no layer of {source} can be quantised to {to}", param="to")
-    return forms, checked_entries(source, shape, WeightForms())
+    return shape, forms, checked_entries(source, shape, WeightForms())
 
 
 def _cut(entries: list[TensorEntry], forms: WeightForms) -> Iterator[Shard]:
@@ -129,8 +145,7 @@ def _nbytes(dtype: str, shape: tuple[int, ...]) -> int:
 
 
 def _write_all(
-    shards: list[Shard], missing: list[Shard], place: Destination, forms: WeightForms, device: torch.device,
-    progress: Progress | None,
+    shards: list[Shard], missing: list[Shard], place: Destination, conversion: _Conversion, progress: Progress | None,
 ) -> None:
     total = sum(entry.nbytes for shard in shards for entry in shard.entries)
     done = total - sum(entry.nbytes for shard in missing for entry in shard.entries)
@@ -138,7 +153,7 @@ def _write_all(
         for shard in missing:
             tensors: dict[str, torch.Tensor] = {}
             for entry in shard.entries:
-                tensors |= _converted(reader, entry, forms, device)
+                tensors |= conversion.tensors(reader, entry)
                 done += entry.nbytes
                 if progress is not None:
                     progress(done, total)
@@ -146,18 +161,28 @@ def _write_all(
             place.keep(shard.file)
 
 
-def _converted(reader: Reader, entry: TensorEntry, forms: WeightForms, device: torch.device) -> dict[str, torch.Tensor]:
-    stored = TORCH_DTYPES[entry.dtype]
-    tensor = torch.empty(entry.shape, dtype=stored)
-    reader.read(entry, stored, tensor)
-    module = _quantised_module(entry, forms)
-    if module is None:
-        return {entry.name: tensor}
-    try:
-        made = quantised_tensors(module, tensor.to(device), forms.part(module), entry.dtype)
-    except ValueError as error:
-        raise ModelFolderError(f"tensor {entry.name} in {entry.file} {error}") from error
-    return {name: item.cpu() for name, item in made.items()}
+@dataclass(frozen=True, slots=True)
+class _Conversion:
+    """A stored tensor → those written for it. rounding: of the linear layers, where there is calibration text."""
+
+    forms: WeightForms
+    device: torch.device
+    rounding: CalibratedRounding | None
+
+    def tensors(self, reader: Reader, entry: TensorEntry) -> dict[str, torch.Tensor]:
+        module = _quantised_module(entry, self.forms)
+        if module is not None and self.rounding is not None:
+            return self.rounding.take(module)
+        stored = TORCH_DTYPES[entry.dtype]
+        tensor = torch.empty(entry.shape, dtype=stored)
+        reader.read(entry, stored, tensor)
+        if module is None:
+            return {entry.name: tensor}
+        try:
+            made = quantised_tensors(module, tensor.to(self.device), self.forms.part(module), entry.dtype)
+        except ValueError as error:
+            raise ModelFolderError(f"tensor {entry.name} in {entry.file} {error}") from error
+        return {name: item.cpu() for name, item in made.items()}
 
 
 def _described(forms: WeightForms, entries: list[TensorEntry]) -> dict[str, object]:

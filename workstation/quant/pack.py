@@ -44,9 +44,20 @@ def _integers(weight: torch.Tensor, groups: Groups) -> dict[str, torch.Tensor]:
     kept = torch.empty(rows, words(groups.bits, columns), dtype=torch.int16, device=weight.device)
     scale = torch.empty(groups.count(columns), rows, dtype=SCALES[groups.scale_dtype], device=weight.device)
     quantise_groups(weight, kept, scale, groups.bits)
+    return integer_tensors(unpack(kept, groups.bits, columns), scale.t(), groups.bits)
+
+
+def integer_tensors(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> dict[str, torch.Tensor]:
+    """The stored tensors by last name. codes: [N, K] uint8, unsigned.  scale: [N, G] of the stored dtype."""
     names = NAMES[Packing.PACKED]
-    return {names.codes: packed_rows(unpack(kept, groups.bits, columns), groups.bits), names.scale: scale.t().contiguous(),
-            "weight_shape": torch.tensor([rows, columns])}
+    return {names.codes: packed_rows(codes, bits), names.scale: scale.contiguous(), "weight_shape": torch.tensor(codes.shape)}
+
+
+def integer_weight(codes: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+    """What codes and scale of `integer_tensors` mean: [N, K] float32."""
+    rows, columns = codes.shape
+    signed = codes.float() - (1 << bits - 1)
+    return (signed.view(rows, scale.shape[1], -1) * scale.float()[:, :, None]).view(rows, columns)
 
 
 def _table_codes(weight: torch.Tensor, codes: Codes, dtype: str) -> dict[str, torch.Tensor]:

@@ -53,13 +53,17 @@ def quantise_groups(weight: torch.Tensor, words: torch.Tensor, scale: torch.Tens
         part = slice(start, start + rows)
         values = weight[part].float().view(-1, scale.shape[0], weight.shape[1] // scale.shape[0])
         found = _nearest(values, bits, scale.dtype) if bits == 8 else search_scale(values, bits, scale.dtype)
-        codes = _codes(values, found, bits) + (1 << bits - 1)
+        codes = signed_codes(values, found, bits) + (1 << bits - 1)
         words[part] = pack(codes.to(torch.uint8).flatten(1), bits)
         scale[:, part] = found.squeeze(2).t().to(scale.dtype)
 
 
-def search_scale(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.Tensor:
+def search_scale(
+    values: torch.Tensor, bits: int, dtype: torch.dtype, importance: torch.Tensor | float = 1.0,
+) -> torch.Tensor:
     """The scales, [N, G, 1] float32 with values of `dtype`, of least squared error for values [N, G, size].
+
+    importance: [size], what an error counts in each column of a group.
 
     Tried are scales that put the value of largest magnitude on the outermost code of its sign or a little beyond, and for
     each of them the scale that fits its codes best: Σ w·q / Σ q². Only what `dtype` can hold counts.
@@ -68,14 +72,15 @@ def search_scale(values: torch.Tensor, bits: int, dtype: torch.dtype) -> torch.T
     # The range has one more code below zero than above: a group whose largest value is positive is mirrored into it.
     bottom = -float(1 << bits - 1)
     best = _usable(largest / bottom, dtype)
-    least = _error(values, best, bits)
+    least = _error(values, best, bits, importance)
     for shrink in SHRINKS:
         for outermost in (bottom, bottom + 1):
             tried = _round(largest * (shrink / outermost), dtype)
-            codes = _codes(values, tried, bits)
-            fitted = _round((values * codes).sum(2, keepdim=True) / codes.square().sum(2, keepdim=True), dtype)
+            codes = signed_codes(values, tried, bits)
+            counted = codes * importance
+            fitted = _round((values * counted).sum(2, keepdim=True) / (codes * counted).sum(2, keepdim=True), dtype)
             for candidate in (tried, fitted):
-                error = _error(values, candidate, bits)
+                error = _error(values, candidate, bits, importance)
                 better = error < least
                 best, least = torch.where(better, candidate, best), torch.where(better, error, least)
     return best
@@ -91,14 +96,14 @@ def _usable(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return torch.where(rounded == 0, 1.0, rounded)
 
 
-def _codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
+def signed_codes(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
     """Signed codes as float32."""
     half = 1 << bits - 1
     return (values / scale).round_().clamp_(-half, half - 1)
 
 
-def _error(values: torch.Tensor, scale: torch.Tensor, bits: int) -> torch.Tensor:
-    return (_codes(values, scale, bits) * scale - values).square().sum(2, keepdim=True)
+def _error(values: torch.Tensor, scale: torch.Tensor, bits: int, importance: torch.Tensor | float) -> torch.Tensor:
+    return ((signed_codes(values, scale, bits) * scale - values).square() * importance).sum(2, keepdim=True)
 
 
 def _round(scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
