@@ -68,19 +68,18 @@ def _rounded(
     rest: torch.Tensor, factor: torch.Tensor, importance: torch.Tensor, groups: int, bits: int, dtype: torch.dtype,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`gptq_groups` of a few rows. A group's errors reach the columns behind the group in one product."""
-    codes, scales, size = torch.empty_like(rest, dtype=torch.uint8), [], rest.shape[1] // groups
+    codes, scales, size = torch.empty_like(rest.t(), dtype=torch.uint8), [], rest.shape[1] // groups
     rest = rest.clone()
     for start in range(0, rest.shape[1], size):
         group = slice(start, start + size)
-        block, inner = rest[:, group], factor[group, group]
-        scale = search_scale(block[:, None], bits, dtype, importance[group])[:, 0]
+        scale = search_scale(rest[:, None, group], bits, dtype, importance[group])[:, 0, 0]
+        block, inner = rest[:, group].t().contiguous(), factor[group, group]  # a column lies in one piece
         errors = torch.empty_like(block)
         for column in range(size):
-            values = block[:, column:column + 1]
-            found = signed_codes(values, scale, bits)
-            errors[:, column:column + 1] = error = (values - found * scale) / inner[column, column]
-            block[:, column:] -= error * inner[column, column:]
-            codes[:, start + column] = found[:, 0] + (1 << bits - 1)
-        rest[:, group.stop:] -= errors @ factor[group, group.stop:]
+            found = signed_codes(block[column], scale, bits)
+            errors[column] = (block[column] - found * scale) / inner[column, column]
+            block[column + 1:].addr_(inner[column, column + 1:], errors[column], alpha=-1)
+            codes[start + column] = found + (1 << bits - 1)
+        rest[:, group.stop:] -= errors.t() @ factor[group, group.stop:]
         scales.append(scale.to(dtype))
-    return codes, torch.cat(scales, 1)
+    return codes.t().contiguous(), torch.stack(scales, 1)
