@@ -16,7 +16,7 @@ from workstation.architecture import read_shape
 from workstation.catalog import demo_folder
 from workstation.cli import calibration_text
 from workstation.engine.fidelity import Document, final_states
-from workstation.errors import ConfigError, ModelFolderError
+from workstation.errors import ConfigError, ModelFolderError, OutOfMemoryError
 from workstation.kernels import ops
 from workstation.model import calibration, quantised_folder
 from workstation.model.calibration import CalibratedRounding, CalibrationText
@@ -167,12 +167,20 @@ def test_activations_that_are_not_finite_are_told_with_their_layer(plain: Path) 
         quantise_folder(plain, plain.parent / "small", "int4", device=CPU, calibration=TEXT)
 
 
+def test_a_device_without_room_is_told_with_the_layer(plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(calibration, "gptq_groups", full)
+    with pytest.raises(OutOfMemoryError, match="calibrating layer 0 does not fit"):
+        quantise_folder(plain, plain.parent / "small", "int4", device=CPU, calibration=TEXT)
+
+
 @pytest.mark.parametrize(("windows", "said"), [
     ([], "1 to 128 windows, got 0"), ([[5]] * 129, "got 129"), ([[5], []], "window 1 has 0 tokens"),
     ([[5] * 513], "window 0 has 513 tokens; 1 to 512"), ([[3, 999_999]], "window 0 has the tokens 3 to 999999")])
 def test_windows_that_cannot_be_read_are_refused(windows: list[list[int]], said: str, plain: Path) -> None:
-    rewritten = read_shape(plain)
-    assert rewritten.max_position >= 512
+    assert read_shape(plain).max_position >= 512
     with pytest.raises(ConfigError, match=said):
         quantise_folder(plain, plain.parent / "small", "int4", device=CPU, calibration=CalibrationText("", lambda: windows))
 

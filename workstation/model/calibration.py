@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 
 from workstation.architecture import ModelShape
-from workstation.errors import ConfigError, ModelFolderError
+from workstation.errors import ConfigError, ModelFolderError, OutOfMemoryError
 from workstation.kernels import ops
 from workstation.kernels.quantized import Operand
 from workstation.model.layers import DecoderLayer
@@ -104,11 +104,15 @@ class CalibratedRounding:
     def take(self, module: str) -> dict[str, torch.Tensor]:
         """The stored tensors of a linear layer, by name, once; on the CPU.
 
-        Raises ModelFolderError for weights that are not finite or give activations that are not.
+        Raises ModelFolderError for weights that are not finite or give activations that are not, OutOfMemoryError.
         """
         while self._layer < layer_number(module):
             self._layer += 1
-            self._round_layer()
+            try:
+                self._round_layer()
+            except torch.OutOfMemoryError as error:
+                raise OutOfMemoryError(f"calibrating layer {self._layer} does not fit into the free memory of {self._device}; "
+                                       "free the device, or take --rounding search") from error
         return self._rounded.pop(module)
 
     def _round_layer(self) -> None:
