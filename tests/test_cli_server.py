@@ -35,7 +35,7 @@ def launch(folder: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
 def wait_ready(process: subprocess.Popen[bytes], log: Path) -> RunningServer:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        found = [server for server in runtime.servers() if server.pid == process.pid]
+        found = [server for server in runtime.servers() if server.pid == process.pid and server.state == "ready"]
         if found:
             return found[0]
         assert process.poll() is None, log.read_text()

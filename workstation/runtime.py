@@ -18,6 +18,7 @@ class RunningServer:
         pid: of the API process.  start_ticks: when that process began (clock ticks since boot), so that a reused pid is
             not mistaken for it; 0 where unknown.
         base_url: for clients on this machine, without /v1.  started: Unix seconds.
+        state: "loading" from the moment the port is open, "ready" once requests were answered.
     """
 
     pid: int
@@ -27,12 +28,14 @@ class RunningServer:
     base_url: str
     started: float
     start_ticks: int = 0
+    state: str = "ready"
 
 
-def describe(host: str, port: int, model: str) -> RunningServer:
+def describe(host: str, port: int, model: str, state: str = "ready") -> RunningServer:
     """This process as a running server."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), _start_ticks(os.getpid()))
+    began = _start_ticks(os.getpid())
+    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), began, state)
 
 
 def folder() -> Path:
@@ -45,7 +48,10 @@ def folder() -> Path:
 
 
 def write(server: RunningServer) -> Path:
-    """Leave the file, readable by this user only. Raises StartupError when the folder cannot be used."""
+    """Leave the file, readable by this user only, or replace this server's earlier one.
+
+    Raises StartupError when the folder cannot be used.
+    """
     place = folder()
     path = place / f"{server.pid}-{server.port}.json"
     draft = path.with_suffix(".tmp")
@@ -69,7 +75,7 @@ def remove(path: Path) -> None:
 
 
 def servers() -> list[RunningServer]:
-    """Servers that live, oldest first. Files of dead ones are removed."""
+    """Servers that live, oldest first, those that still load among them. Files of dead ones are removed."""
     found = []
     for path in sorted(folder().glob("*.json")) if folder().is_dir() else []:
         server = _read(path)
@@ -98,10 +104,11 @@ def _read(path: Path) -> RunningServer | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         kinds: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "float": (int, float)}
-        if not all(isinstance(value[item.name], kinds[str(item.type)]) for item in fields(RunningServer)) or value["pid"] <= 0:
+        given = {item.name: value.get(item.name, item.default) for item in fields(RunningServer)}
+        if not all(isinstance(given[item.name], kinds[str(item.type)]) for item in fields(RunningServer)) or given["pid"] <= 0:
             return None
-        return RunningServer(**{item.name: value[item.name] for item in fields(RunningServer)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return RunningServer(**given)
+    except (OSError, ValueError, AttributeError):
         return None
 
 

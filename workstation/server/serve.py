@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -56,7 +57,7 @@ def run(options: ServerOptions, engine: EngineClient, load_model: Callable[[], S
         book: LogBook | None = None, on_ready: Callable[[RunningServer], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; returns after a clean drain.
 
-    While the engine loads the port answers 503, and `/stats` with the progress.
+    While the engine loads the port answers 503, and `/stats` with the progress; the runtime file is there from then on.
 
     Args:
         engine: not started yet.  load_model: called in a thread while the engine loads.
@@ -103,6 +104,7 @@ class Serving:
         self._load_model = load_model
         self._sock = sock
         self._on_ready = on_ready
+        self._name = name
         self._book = book
         self._door = loading_door(engine, name, options, book)
         self._first_signal = asyncio.Event()
@@ -115,16 +117,26 @@ class Serving:
         server = self._uvicorn()
         serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
         try:
-            model = await self._start()
-            if model is not None:
-                await self._until_listening(server, serving)
-                await self._serve(model, serving)
+            await self._until_listening(server, serving)
+            await self._known(serving)
         finally:
             server.should_exit = True
             await asyncio.wait({serving}, timeout=10)
             server.force_exit = True
             await asyncio.gather(serving, return_exceptions=True)
             await self._engine.stop()
+
+    async def _known(self, serving: asyncio.Future[None]) -> None:
+        """Load and serve, with the runtime file there meanwhile."""
+        host, port = self._sock.getsockname()[:2]
+        record = runtime.describe(host, port, self._name, "loading")
+        path = runtime.write(record)
+        try:
+            model = await self._start()
+            if model is not None:
+                await self._serve(model, serving, replace(record, model=model.name, state="ready"))
+        finally:
+            runtime.remove(path)
 
     def _uvicorn(self) -> _Uvicorn:
         options = self._options
@@ -158,21 +170,16 @@ class Serving:
                 task.cancel()
             await asyncio.gather(engine, stopped, return_exceptions=True)
 
-    async def _serve(self, model: ServedModel, serving: asyncio.Future[None]) -> None:
+    async def _serve(self, model: ServedModel, serving: asyncio.Future[None], record: RunningServer) -> None:
         """Open the door and stay until the end."""
         app = create_app(self._engine, model, self._options, self._book)
         self._door.open(app, app.state.api.close)
-        host, port = self._sock.getsockname()[:2]
-        record = runtime.describe(host, port, model.name)
-        path = runtime.write(record)
+        runtime.write(record)
         log.info("%s is ready at %s", model.name, record.base_url)
-        try:
-            if self._on_ready is not None:
-                self._on_ready(record)
-            with calm_collector(freeze=True):
-                await self._until_end(serving, app.state.api.gate)
-        finally:
-            runtime.remove(path)
+        if self._on_ready is not None:
+            self._on_ready(record)
+        with calm_collector(freeze=True):
+            await self._until_end(serving, app.state.api.gate)
 
     async def _until_listening(self, server: uvicorn.Server, serving: asyncio.Future[None]) -> None:
         while not server.started:
