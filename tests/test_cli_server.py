@@ -16,7 +16,7 @@ import httpx
 import pytest
 from tiny import write_tiny
 
-from workstation import runtime
+from workstation import measurements, runtime
 from workstation.catalog import demo_folder
 from workstation.cli.main import main
 from workstation.runtime import RunningServer
@@ -96,6 +96,8 @@ def test_one_server_from_ready_to_stopped(
     assert ws("bench", "serve", "--num-prompts", "5", "--input-len", "20", "--output-len", "6", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["completed"], figures["input_tokens"], figures["output_tokens"]) == (5, 100, 30)
+    kept = measurements.read()[-1]
+    assert (kept.bench, kept.folder, kept.requests) == ("serve", str(folder.resolve()), 5) and kept.form in ("16-bit", "32-bit")
 
     engine = children(server.pid)
     assert ws("stop") == 0

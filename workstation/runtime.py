@@ -19,6 +19,7 @@ class RunningServer:
             not mistaken for it; 0 where unknown.
         base_url: for clients on this machine, without /v1.  started: Unix seconds.
         state: "loading" from the moment the port is open, "ready" once requests were answered.
+        folder, form: of its weights, as `ws estimate` names the form; "" where unknown.
     """
 
     pid: int
@@ -29,16 +30,19 @@ class RunningServer:
     started: float
     start_ticks: int = 0
     state: str = "ready"
+    folder: str = ""
+    form: str = ""
 
 
-def describe(host: str, port: int, model: str, state: str = "ready") -> RunningServer:
+def describe(host: str, port: int, model: str, state: str = "ready", *, folder: str = "", form: str = "") -> RunningServer:
     """This process as a running server."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
     began = _start_ticks(os.getpid())
-    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), began, state)
+    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), began, state,
+                         folder, form)
 
 
-def folder() -> Path:
+def place() -> Path:
     """`$XDG_RUNTIME_DIR/ws`, else `~/.cache/ws/run`."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
@@ -52,11 +56,11 @@ def write(server: RunningServer) -> Path:
 
     Raises StartupError when the folder cannot be used.
     """
-    place = folder()
-    path = place / f"{server.pid}-{server.port}.json"
+    folder = place()
+    path = folder / f"{server.pid}-{server.port}.json"
     draft = path.with_suffix(".tmp")
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -77,7 +81,7 @@ def remove(path: Path) -> None:
 def servers() -> list[RunningServer]:
     """Servers that live, oldest first, those that still load among them. Files of dead ones are removed."""
     found = []
-    for path in sorted(folder().glob("*.json")) if folder().is_dir() else []:
+    for path in sorted(place().glob("*.json")) if place().is_dir() else []:
         server = _read(path)
         if server is None:
             continue
