@@ -160,5 +160,5 @@ def test_nothing_sent_by_the_document_or_against_it_breaks_a_route(
         attack.close()
     assert not attack.engine.active
     assert attack.sent >= CASES or OPERATIONS[method, path].body is None
-    if mode == "positive" and path.startswith(GENERATING):
+    if (mode, method) == ("positive", "post") and path.startswith(GENERATING) and "{" not in path:
         assert attack.answers[200] > CASES // 20, attack.answers  # some get past every check, to the engine and back
