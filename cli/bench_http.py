@@ -147,6 +147,7 @@ async def bench(
     """The whole benchmark against the server at `url`."""
     import httpx
 
+    from workstation.cli.bench_memory import remember_served
     from workstation.cli.servers import bearer
 
     headers = bearer(key)
@@ -157,7 +158,9 @@ async def bench(
         jobs = make_jobs(count, input_len, output_len, ids, window, seed=seed, lognormal=lognormal)
         await stream_one(client, model, Job(jobs[0].prompt[:8], 2))
         outcomes, seconds = await run_load(client, model, Load(jobs, rate, concurrency, seed))
-    return outcomes, summary(outcomes, seconds)
+        figures = summary(outcomes, seconds)
+        await remember_served(client, url, outcomes, figures, concurrency)
+    return outcomes, figures
 
 
 def report(outcomes: Sequence[Outcome], figures: dict[str, float]) -> None:

@@ -10,6 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from workstation.cli import bench_transformers
+from workstation.cli.bench_memory import remember_offline
+from workstation.cli.bench_steps import WatchedEngine
 from workstation.cli.bench_workload import Job, kv_waste, make_jobs, percentile
 from workstation.cli.offline import start
 from workstation.cli.plan import Launch, note, plan_launch
@@ -24,23 +26,6 @@ class Shape:
     output_len: int
     lognormal: bool
     seed: int
-
-
-class WatchedEngine:
-    """An engine that notes (tokens held, blocks held) after each step; everything else passes through."""
-
-    def __init__(self, engine: Any) -> None:
-        self._engine = engine
-        self.samples: list[tuple[int, int]] = []
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._engine, name)
-
-    def step(self) -> Any:
-        events = self._engine.step()
-        stats = self._engine.stats()
-        self.samples.append((stats.kv_tokens_held, stats.blocks_held))
-        return events
 
 
 def run_jobs(llm: Any, jobs: Sequence[Job]) -> list[list[int]]:
@@ -62,7 +47,8 @@ def ordinary_ids(llm: Any) -> range:
 
 def throughput(model: str, flags: dict[str, Any], shape: Shape) -> dict[str, float]:
     """Requests and tokens per second of one batch of requests, and the KV pool's waste over its steps."""
-    llm = start(plan_launch(model, flags, os.environ), skip_tokenizer_init=True)
+    launch = plan_launch(model, flags, os.environ)
+    llm = start(launch, skip_tokenizer_init=True)
     window = llm.engine.info.max_model_len
     jobs = make_jobs(shape.count, shape.input_len, shape.output_len, ordinary_ids(llm), window, seed=shape.seed,
                      lognormal=shape.lognormal)  # fmt: skip
@@ -71,29 +57,46 @@ def throughput(model: str, flags: dict[str, Any], shape: Shape) -> dict[str, flo
     begun = time.perf_counter()
     run_jobs(llm, jobs)
     seconds = time.perf_counter() - begun
+    samples = [(step.kv_tokens, step.blocks) for step in watched.steps]
     tokens_in, tokens_out = sum(len(job.prompt) for job in jobs), sum(job.output_len for job in jobs)
-    return {
+    figures = {
         "requests": len(jobs), "mean_input_len": tokens_in / len(jobs), "mean_output_len": tokens_out / len(jobs),
         "seconds": seconds, "requests_per_s": len(jobs) / seconds, "output_tokens_per_s": tokens_out / seconds,
-        "total_tokens_per_s": (tokens_in + tokens_out) / seconds, "steps": len(watched.samples),
-        "kv_waste_percent": 100 * kv_waste(watched.samples, llm.engine.info.block_size),
+        "total_tokens_per_s": (tokens_in + tokens_out) / seconds, "steps": len(samples),
+        "kv_waste_percent": 100 * kv_waste(samples, llm.engine.info.block_size),
     }  # fmt: skip
+    remember_offline("throughput", launch, llm.engine.info, jobs, watched, figures)
+    return figures
 
 
 def latency(model: str, flags: dict[str, Any], shape: Shape, warmups: int, runs: int) -> dict[str, float]:
-    """Seconds of one batch over several runs. Each run has prompts of its own, so that no prefix is found cached."""
-    llm = start(plan_launch(model, flags, os.environ), skip_tokenizer_init=True)
+    """Seconds of one batch over several runs. Each run has prompts of its own, so that no prefix is found cached.
+
+    One run more, which does not count, tells the first token from the decode steps.
+    """
+    launch = plan_launch(model, flags, os.environ)
+    llm = start(launch, skip_tokenizer_init=True)
     ids, window = ordinary_ids(llm), llm.engine.info.max_model_len
+
+    def jobs_of(run: int) -> list[Job]:
+        return make_jobs(shape.count, shape.input_len, shape.output_len, ids, window, seed=shape.seed + run, lognormal=False)
+
     times = []
     for run in range(warmups + runs):
-        jobs = make_jobs(shape.count, shape.input_len, shape.output_len, ids, window, seed=shape.seed + run,
-                         lognormal=False)  # fmt: skip
+        jobs = jobs_of(run)
         begun = time.perf_counter()
         run_jobs(llm, jobs)
         times.append(time.perf_counter() - begun)
     counted = times[warmups:]
     figures = {"runs": float(runs), "batch_size": float(shape.count), "mean_s": sum(counted) / runs}
-    return figures | {f"p{share}_s": percentile(counted, share / 100) for share in (10, 50, 90, 99)}
+    figures |= {f"p{share}_s": percentile(counted, share / 100) for share in (10, 50, 90, 99)}
+    watched, jobs = WatchedEngine(llm.engine), jobs_of(warmups + runs)  # a run more, since watching costs time
+    llm.engine, begun = watched, time.perf_counter()
+    run_jobs(llm, jobs)
+    together = shape.count <= launch.config.max_num_seqs
+    first = max(watched.first_tokens.values()) - begun if together else None
+    remember_offline("latency", launch, llm.engine.info, jobs, watched, figures, first_token_s=first)
+    return figures
 
 
 def against_transformers(model: str, flags: dict[str, Any], seed: int, *, as_json: bool) -> None:

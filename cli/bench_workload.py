@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from workstation.errors import ConfigError
@@ -54,6 +54,12 @@ def uniform_jobs(
     """`count` jobs with lengths drawn evenly from the two closed ranges."""
     rng = random.Random(seed)
     return [Job(random_prompt(rng, rng.randint(*inputs), vocabulary), rng.randint(*outputs)) for _ in range(count)]
+
+
+def decode_context(lengths: Iterable[tuple[int, int]]) -> float:
+    """Tokens a sequence holds in its mean decode step, over requests of (prompt tokens, generated tokens)."""
+    held = [(out * (into + out / 2), out) for into, out in lengths]
+    return sum(tokens for tokens, _ in held) / sum(steps for _, steps in held)
 
 
 def percentile(values: Sequence[float], share: float) -> float:

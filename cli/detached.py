@@ -72,7 +72,8 @@ class Detached:
     def wait_ready(self) -> RunningServer:
         """Wait until it answers requests. Raises StartupError with its last words when it ends before."""
         while True:
-            found = [server for server in servers() if server.pid == self.process.pid]
+            found = [server for server in servers()
+                     if server.pid == self.process.pid and server.state == "ready"]
             if found:
                 return found[0]
             if self.process.poll() is not None:

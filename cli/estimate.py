@@ -29,6 +29,7 @@ def command(
     max_num_seqs: Annotated[str | None, typer.Option(metavar="N", help="Sequences that run at once.")] = None,
     max_num_batched_tokens: Annotated[str | None, typer.Option(metavar="N", help="Token budget of a step.")] = None,
     revision: Annotated[str | None, typer.Option(help="Branch, tag or commit on the hub.")] = None,
+    measured: Annotated[bool, typer.Option("--measured", help="Speed from this machine's last `ws bench` of it.")] = False,
     as_json: Json = False,
 ) -> None:  # fmt: skip
     """Say whether a model fits a card, how much context for how many, in which form, and how fast it will probably be."""
@@ -38,6 +39,8 @@ def command(
     from workstation.estimate import Question, estimate
     from workstation.estimate_model import find_model
 
+    if measured:
+        _check_measured(gpu, vram, tensor_parallel_size)
     machine = find_machine(gpu, vram)
     flags = {"max_model_len": context, "gpu_memory_utilization": gpu_memory_utilization, "max_num_seqs": max_num_seqs,
              "max_num_batched_tokens": max_num_batched_tokens, "revision": revision,
@@ -52,7 +55,19 @@ def command(
     weights = found.weights(quantization or settings["quantization"])
     kv = found.kv_cache_dtype(settings["kv_cache_dtype"])
     result = estimate(found, machine, Question(config, weights, kv, concurrency, tensor_parallel_size))
+    if measured:
+        from workstation.estimate_measured import with_measured
+        from workstation.measurements import read
+
+        result = with_measured(result, read())
     typer.echo(json.dumps(result.as_dict(), indent=2) if as_json else show(result))
+
+
+def _check_measured(gpu: str | None, vram: str | None, cards: int) -> None:
+    if gpu is not None or vram is not None:
+        raise ConfigError("--measured is about this machine's card; leave --gpu and --vram out", param="measured")
+    if cards > 1:
+        raise ConfigError(f"--measured knows one card, got --tensor-parallel-size {cards}", param="measured")
 
 
 def _with_rows(config: EngineConfig, concurrency: int, asked: str | None) -> EngineConfig:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from workstation.estimate import Estimate, Fit, advice, longest, verdict
+from workstation.measurements import Basis
 from workstation.memory import gib
 
 BAR_WIDTH = 60
@@ -90,12 +91,27 @@ def _speed(found: Estimate) -> str:
     guess = found.prediction
     if guess is None:
         return "" if found.fit.fits else "no speed is predicted for what does not fit"
-    text = f"predicted, not measured: {guess.decode_tokens_per_s:.0f} tokens/s for one request at {guess.context:,} tokens"
+    source = "from measurements" if found.measured else "predicted, not measured"
+    text = f"{source}: {guess.decode_tokens_per_s:.0f} tokens/s for one request at {guess.context:,} tokens"
     if guess.rows > 1:
         text += f", {guess.decode_tokens_per_s_all:,.0f} for {guess.rows} together"
     if guess.time_to_first_token_s is not None:
         text += f"; first token of a {guess.prompt_tokens:,}-token prompt after {guess.time_to_first_token_s:.2f} s"
-    return text
+    return text + (f"\n{_basis(found.measured, found.model.name, guess.prompt_tokens)}" if found.measured else "")
+
+
+def _basis(basis: Basis, model: str, prompt: int) -> str:
+    """What was measured, when, and that the formula carried it over."""
+    decode, first = basis.decode, basis.first_token
+    lines = [f"  decode: `ws bench {decode.bench}` of {decode.when}: {1e3 * (decode.decode_step_s or 0):.2f} ms a step of "
+             f"{decode.rows:.1f} rows at {decode.context:,.0f} tokens"]
+    if first is None:
+        lines.append(f"  first token: not measured; `ws bench latency {model} --batch-size 1 --input-len {prompt}` does")
+    else:
+        many = f"{first.prompts} prompts" if first.prompts > 1 else "a prompt"
+        lines.append(f"  first token: `ws bench {first.bench}` of {first.when}: {first.first_token_s:.3f} s for {many} of "
+                     f"{first.prompt_tokens:,.0f} tokens")
+    return "\n".join([*lines, "  carried over to what is asked by the ratio of the formula's two answers"])
 
 
 def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -12,7 +12,7 @@ from workstation import gpu
 from workstation.catalog import ModelEntry, load_catalogue
 from workstation.cli.serve_settings import SERVE_SETTINGS
 from workstation.config import DType, EngineConfig
-from workstation.errors import ConfigError, DeviceError
+from workstation.errors import ConfigError, DeviceError, WorkstationError
 from workstation.hub import ResolvedModel, check_name, resolve_model
 from workstation.settings import Settings, resolve, unknown_variables
 
@@ -77,6 +77,17 @@ def plan_launch(model: str, flags: Mapping[str, Any], environment: Mapping[str, 
         download_dir=settings["download_dir"], weights=settings["load_format"] != "dummy", say=note,
     )  # fmt: skip
     return Launch(model, found, settings, engine_config(settings, str(found.folder), device))
+
+
+def form_of(launch: Launch) -> str:
+    """How the weights will be kept, as `ws estimate` names it (16-bit, fp8, …); "" where it cannot tell."""
+    from workstation.estimate_model import find_model
+
+    try:
+        found = find_model(launch.asked, load_catalogue(), revision=launch.settings["revision"])
+        return found.weights(launch.settings["quantization"]).name
+    except WorkstationError:
+        return ""
 
 
 def engine_config(settings: Settings, folder: str, device: str) -> EngineConfig:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import time
@@ -20,7 +21,7 @@ _POLL_S = 0.1
 
 
 def ps(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """List the servers that run on this machine."""
+    """List the servers that run on this machine, those that still load with how far they are."""
     from workstation.cli.models import print_columns
     from workstation.runtime import servers
 
@@ -29,18 +30,24 @@ def ps(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = Fa
         typer.echo(json.dumps(rows, indent=2))
         return
     names = ("pid", "model", "url", "state", "uptime")
-    print_columns([name.upper() for name in names], [[str(row[name]) for name in names] for row in rows])
+    shown = [row | {"state": _with_percentage(row["state"], row["progress"])} for row in rows]
+    print_columns([name.upper() for name in names], [[str(row[name]) for name in names] for row in shown])
 
 
 def _row(server: RunningServer) -> dict[str, Any]:
+    state, progress = _state(server.base_url)
     return {
-        "pid": server.pid, "model": server.model, "url": server.base_url, "state": _state(server.base_url),
+        "pid": server.pid, "model": server.model, "url": server.base_url, "state": state, "progress": progress,
         "uptime": duration(time.time() - server.started),
     }  # fmt: skip
 
 
-def _state(url: str) -> str:
-    """What /health says, within two seconds."""
+def _with_percentage(state: str, progress: float | None) -> str:
+    return state if progress is None else f"{state} {math.floor(100 * progress)} %"
+
+
+def _state(url: str) -> tuple[str, float | None]:
+    """What /health says, within two seconds, and the share of the weights that is read while they load."""
     import httpx
 
     from workstation.cli.servers import root_of
@@ -48,10 +55,15 @@ def _state(url: str) -> str:
     try:
         answer = httpx.get(f"{root_of(url)}/health", timeout=2.0)
     except httpx.HTTPError:
-        return "no answer"
+        return "no answer", None
     if answer.status_code == 200:
-        return "ready"
-    return "not ready"
+        return "ready", None
+    try:
+        said = answer.json()
+        state, progress = said["status"], said.get("progress")
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return "not ready", None
+    return {"starting": "loading"}.get(state, str(state)), progress if isinstance(progress, (int, float)) else None
 
 
 def duration(seconds: float) -> str:

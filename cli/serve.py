@@ -15,7 +15,7 @@ import typer
 
 from workstation.catalog import check_sampling
 from workstation.cli.flags import with_flags
-from workstation.cli.plan import Launch, note, plan_launch, settle
+from workstation.cli.plan import Launch, form_of, note, plan_launch, settle
 from workstation.cli.serve_settings import REMOVED_FLAGS, SERVE_SETTINGS
 from workstation.errors import ConfigError
 from workstation.settings import Settings
@@ -209,4 +209,5 @@ def run(launch: Launch) -> None:
             bar.close()
             note(ready_text(server.base_url, server.model, engine.info, bool(options.api_keys)))
 
-        serve(options, engine, loader, name=served_names(launch)[0], book=book, on_ready=ready)
+        serve(options, engine, loader, name=served_names(launch)[0], folder=str(launch.model.folder.resolve()),
+              form=form_of(launch), book=book, on_ready=ready)

@@ -16,11 +16,18 @@ class Target:
     server: RunningServer | None = None
 
 
-def find_server(url: str | None) -> Target:
-    """The server to use. Raises ConfigError for a malformed url or several servers, StartupError when none runs."""
+def find_server(url: str | None, *, loading: bool = False) -> Target:
+    """The server to use; one that still loads only where `loading` says so.
+
+    Raises ConfigError for a malformed url or several servers, StartupError when none runs or answers yet.
+    """
     if url is not None:
         return Target(root_of(url))
-    found = servers()
+    known_here = servers()
+    found = [server for server in known_here if loading or server.state != "loading"]
+    if known_here and not found:
+        first = known_here[0]
+        raise StartupError(f"{first.model} at {first.base_url} is still loading; `ws ps` tells how far it is")
     if not found:
         raise StartupError("no server runs here; start one with `ws serve demo`, or give --url")
     if len(found) > 1:

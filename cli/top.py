@@ -68,7 +68,7 @@ def _source(url: str | None, api_key: str | None, replay: Path | None, recorder:
     from workstation.tui.recording import FrameFile
 
     key = api_key.split(",")[0].strip() if api_key else None
-    return Client(find_server(url).url, key, recorder=recorder if isinstance(recorder, FrameFile) else None)
+    return Client(find_server(url, loading=True).url, key, recorder=recorder if isinstance(recorder, FrameFile) else None)
 
 
 def check_terminal() -> None:

@@ -36,7 +36,7 @@ def when_ready(process: Popen[bytes], log: Path) -> RunningServer:
     began = time.monotonic()
     while time.monotonic() - began < PATIENCE_S:
         for server in runtime.servers():
-            if server.pid == process.pid:
+            if server.pid == process.pid and server.state == "ready":
                 return server
         assert process.poll() is None, log.read_text()
         time.sleep(0.1)

@@ -221,11 +221,19 @@ def test_a_runtime_file_is_private_and_found(tmp_path: Path, monkeypatch: pytest
     path = runtime.write(server)
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert set(json.loads(path.read_text())) == {"pid", "host", "port", "model", "base_url", "started", "start_ticks"}
+    assert set(json.loads(path.read_text())) == {"pid", "host", "port", "model", "base_url", "started", "start_ticks", "state",
+                                                  "folder", "form"}
     assert server.base_url == "http://127.0.0.1:8000"
     assert runtime.servers() == [server]
     runtime.remove(path)
     assert runtime.servers() == []
+
+
+def test_a_runtime_file_without_a_state_is_a_ready_servers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    path = runtime.write(runtime.describe("127.0.0.1", 8000, "demo"))
+    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "state"}))
+    assert [server.state for server in runtime.servers()] == ["ready"]
 
 
 def test_files_of_dead_servers_are_cleaned_away(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -244,4 +252,4 @@ def test_files_of_dead_servers_are_cleaned_away(tmp_path: Path, monkeypatch: pyt
 def test_without_a_runtime_dir_the_cache_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("XDG_RUNTIME_DIR")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert runtime.folder() == tmp_path / "ws" / "run"
+    assert runtime.place() == tmp_path / "ws" / "run"

@@ -21,6 +21,7 @@ from workstation.errors import EngineDeadError
 from workstation.server.app import create_app
 from workstation.server.options import ServedModel, ServerOptions
 from workstation.server.protocol import limited_protocol
+from workstation.text.tokenizer import Tokenizer
 
 HI = [{"role": "user", "content": "hello world"}]
 
@@ -200,16 +201,26 @@ def test_who_comes_after_the_cut_is_told_the_same(model: ServedModel) -> None:
     asyncio.run(go())
 
 
-def test_health_answers_while_a_huge_prompt_is_tokenised(model: ServedModel) -> None:
+def test_others_are_answered_while_a_huge_prompt_is_tokenised(model: ServedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    answered, encode = threading.Event(), Tokenizer.encode
+    waits: list[bool] = []
+
+    def slow(self: Tokenizer, text: str, **options: Any) -> list[int]:
+        waits.append(answered.wait(20))  # on the event loop nobody could be answered meanwhile
+        return encode(self, text, **options)
+
+    monkeypatch.setattr(Tokenizer, "encode", slow)
+
     async def go() -> None:
         app = create_app(FakeEngine(window=100_000), model)
         huge = Client(app, {"prompt": "ab" * 390_000, "max_tokens": 1}, "/v1/completions")
-        ticks = 0
-        while not huge.task.done():
-            await asyncio.sleep(0)
-            ticks += 1
-        assert huge.status == 400  # too long for the window, found out only by tokenising
-        assert ticks > 20  # the event loop went on meanwhile
+        while not waits and not huge.task.done():
+            health = Client(app, {}, "/health", "GET")
+            await health.task
+            assert health.status == 200
+            answered.set()
+        await huge.task
+        assert huge.status == 400 and waits == [True]  # too long for the window, found out only by tokenising
 
     asyncio.run(go())
 

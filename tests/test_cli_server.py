@@ -16,7 +16,7 @@ import httpx
 import pytest
 from tiny import write_tiny
 
-from workstation import runtime
+from workstation import measurements, runtime
 from workstation.catalog import demo_folder
 from workstation.cli.main import main
 from workstation.runtime import RunningServer
@@ -35,7 +35,7 @@ def launch(folder: Path, log: Path, *arguments: str) -> subprocess.Popen[bytes]:
 def wait_ready(process: subprocess.Popen[bytes], log: Path) -> RunningServer:
     deadline = time.monotonic() + PATIENCE_S
     while time.monotonic() < deadline:
-        found = [server for server in runtime.servers() if server.pid == process.pid]
+        found = [server for server in runtime.servers() if server.pid == process.pid and server.state == "ready"]
         if found:
             return found[0]
         assert process.poll() is None, log.read_text()
@@ -96,6 +96,8 @@ def test_one_server_from_ready_to_stopped(
     assert ws("bench", "serve", "--num-prompts", "5", "--input-len", "20", "--output-len", "6", "--json") == 0
     figures = json.loads(capsys.readouterr().out)
     assert (figures["completed"], figures["input_tokens"], figures["output_tokens"]) == (5, 100, 30)
+    kept = measurements.read()[-1]
+    assert (kept.bench, kept.folder, kept.requests) == ("serve", str(folder.resolve()), 5) and kept.form in ("16-bit", "32-bit")
 
     engine = children(server.pid)
     assert ws("stop") == 0

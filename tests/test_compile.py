@@ -85,7 +85,7 @@ def test_a_computed_configuration_compiles_and_fits(problem: Problem, device: De
 def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
     problem = Problem(scheme, "linear", 8, 6144, 4096)
     assembly = compile_for(problem, default_config(problem, H200), H200.capability).asm["ptx"]
-    assert "wgmma.mma_async.sync.aligned.m64n16" in assembly
+    assert "wgmma.mma_async.sync.aligned.m64n16" in assembly or "wgmma.mma_async.sync.aligned.m64n8" in assembly
     assert "mma.sync" not in assembly
 
 

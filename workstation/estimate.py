@@ -15,6 +15,7 @@ from workstation.config import EngineConfig
 from workstation.errors import ConfigError, OutOfMemoryError
 from workstation.estimate_model import AT_LOAD, EstimatedModel, Weights
 from workstation.estimate_speed import Speed, decode_seconds, prompt_seconds
+from workstation.measurements import Basis
 from workstation.memory import DeviceMemory, MemoryPlan, blocks_for, gib, least_plan, plan_memory
 
 DTYPE_BYTES = 2
@@ -100,7 +101,10 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """All an estimate says; `plan` is what one request would need when `fit.fits` is false."""
+    """All an estimate says; `plan` is what one request would need when `fit.fits` is false.
+
+    measured: what the prediction was carried over from; None when it is the card's table.
+    """
 
     model: EstimatedModel
     machine: Machine
@@ -110,6 +114,7 @@ class Estimate:
     frontier: tuple[Frontier, ...]
     forms: tuple[Fit, ...]
     prediction: Prediction | None
+    measured: Basis | None = None
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -131,7 +136,8 @@ class Estimate:
             "max_model_len": plan.max_model_len, "kv_tokens": plan.kv_tokens, "plan": plan.as_dict(),
             "longest_context": {name: longest(self, name) for name in KV_BYTES},
             "frontier": [asdict(row) for row in self.frontier], "quantizations": [asdict(row) for row in self.forms],
-            "prediction": asdict(self.prediction) if self.prediction else None, "verdict": verdict(self),
+            "prediction": asdict(self.prediction) if self.prediction else None,
+            "measured": self.measured.as_dict() if self.measured else None, "verdict": verdict(self),
             "advice": advice(self),
         }  # fmt: skip
 

@@ -55,6 +55,7 @@ class EstimatedModel:
     Attributes:
         own: the weights as the checkpoint has them.  others: the same shape in the usual forms, smallest last.
         entry: from the catalogue, or None.  kv_cache: what the checkpoint says about its KV cache ("" for nothing).
+        folder: where its config.json lies on this disk, or None.
     """
 
     name: str
@@ -63,6 +64,7 @@ class EstimatedModel:
     others: tuple[Weights, ...]
     entry: ModelEntry | None = None
     kv_cache: str = ""
+    folder: Path | None = None
 
     def kv_cache_dtype(self, asked: str) -> str:
         """`--kv-cache-dtype` as `ws serve` takes it for this model: "fp8", or "auto" for 16 bits."""
@@ -91,13 +93,14 @@ def find_model(
     """
     path = Path(model).expanduser()
     if model not in entries and path.is_file():
-        return _described(path.parent.name or path.name, read_shape(parse_json_object(path.read_bytes(), path.name)))
+        found = _described(path.parent.name or path.name, read_shape(parse_json_object(path.read_bytes(), path.name)))
+        return replace(found, folder=path.parent.resolve())
     entry = entries.get(model)
     if entry is None:
         hub.check_name(model, entries)
     folder = _folder(model, entry, revision)
     if folder is not None:
-        return _from_folder(entry.name if entry else model, folder, entry)
+        return replace(_from_folder(entry.name if entry else model, folder, entry), folder=folder.resolve())
     if entry is not None and entry.shape:
         return _described(entry.name, read_shape(entry.shape), entry)
     if entry is not None and entry.needs:

@@ -35,7 +35,7 @@ def read_bytes(shape: ModelShape, weight_bytes: int, dtype_bytes: int = 2) -> in
     return weight_bytes - (0 if shape.tie_embeddings else shape.vocab_size * shape.hidden_size * dtype_bytes)
 
 
-def kv_bytes_read(shape: ModelShape, context: int, kv_dtype_bytes: int) -> int:
+def kv_bytes_read(shape: ModelShape, context: float, kv_dtype_bytes: int) -> float:
     """Bytes of KV one decode row reads at `context` tokens; a sliding layer reads its window."""
     token = 2 * shape.num_kv_heads * shape.head_dim * kv_dtype_bytes
     return sum(token * (context if group.kind == "full" else min(context, group.window)) * len(group.layers)
@@ -43,7 +43,7 @@ def kv_bytes_read(shape: ModelShape, context: int, kv_dtype_bytes: int) -> int:
 
 
 def decode_seconds(
-    shape: ModelShape, weight_bytes: int, speed: Speed, *, rows: int, context: int, kv_dtype_bytes: int = 2,
+    shape: ModelShape, weight_bytes: int, speed: Speed, *, rows: float, context: float, kv_dtype_bytes: int = 2,
 ) -> float:
     """Predicted seconds of one decode step of `rows` sequences that hold `context` tokens each."""
     bandwidth = BANDWIDTH_SHARE * speed.bandwidth
@@ -53,8 +53,11 @@ def decode_seconds(
     return weights + kv + shape.num_layers * LAYER_SECONDS + rows * ROW_SECONDS
 
 
-def prompt_seconds(shape: ModelShape, weight_bytes: int, speed: Speed, tokens: int) -> float | None:
-    """Predicted seconds from an idle server's first step to the first token of a prompt; None without matrix rates."""
+def prompt_seconds(shape: ModelShape, weight_bytes: int, speed: Speed, tokens: float, prompts: int = 1) -> float | None:
+    """Predicted seconds from an idle server's first step to the first token of a prompt; None without matrix rates.
+
+    Of several prompts of that length that begin together: to the first token of the last.
+    """
     if speed.dense is None or speed.dense16 is None:
         return None
     body = _products(shape) - shape.vocab_size * shape.hidden_size  # the head computes the last token only
@@ -64,7 +67,7 @@ def prompt_seconds(shape: ModelShape, weight_bytes: int, speed: Speed, tokens: i
         keys = tokens if group.kind == "full" else min(tokens, 2 * group.window)
         # Scores and values, 2 FLOP each, half of it hidden by causality.
         attention += 2 * tokens * keys * shape.num_heads * shape.head_dim * len(group.layers)
-    seconds = products + attention / (ATTENTION_SHARE * speed.dense16)
+    seconds = prompts * (products + attention / (ATTENTION_SHARE * speed.dense16))
     floor = read_bytes(shape, weight_bytes) / (BANDWIDTH_SHARE * speed.bandwidth)
     return max(floor, seconds) + shape.num_layers * LAYER_SECONDS
 

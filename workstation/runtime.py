@@ -18,6 +18,8 @@ class RunningServer:
         pid: of the API process.  start_ticks: when that process began (clock ticks since boot), so that a reused pid is
             not mistaken for it; 0 where unknown.
         base_url: for clients on this machine, without /v1.  started: Unix seconds.
+        state: "loading" from the moment the port is open, "ready" once requests were answered.
+        folder, form: of its weights, as `ws estimate` names the form; "" where unknown.
     """
 
     pid: int
@@ -27,15 +29,20 @@ class RunningServer:
     base_url: str
     started: float
     start_ticks: int = 0
+    state: str = "ready"
+    folder: str = ""
+    form: str = ""
 
 
-def describe(host: str, port: int, model: str) -> RunningServer:
+def describe(host: str, port: int, model: str, state: str = "ready", *, folder: str = "", form: str = "") -> RunningServer:
     """This process as a running server."""
     shown = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, f"[{host}]" if ":" in host else host)
-    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), _start_ticks(os.getpid()))
+    began = _start_ticks(os.getpid())
+    return RunningServer(os.getpid(), host, port, model, f"http://{shown}:{port}", time.time(), began, state,
+                         folder, form)
 
 
-def folder() -> Path:
+def place() -> Path:
     """`$XDG_RUNTIME_DIR/ws`, else `~/.cache/ws/run`."""
     base = os.environ.get("XDG_RUNTIME_DIR")
     if base:
@@ -45,12 +52,15 @@ def folder() -> Path:
 
 
 def write(server: RunningServer) -> Path:
-    """Leave the file, readable by this user only. Raises StartupError when the folder cannot be used."""
-    place = folder()
-    path = place / f"{server.pid}-{server.port}.json"
+    """Leave the file, readable by this user only, or replace this server's earlier one.
+
+    Raises StartupError when the folder cannot be used.
+    """
+    folder = place()
+    path = folder / f"{server.pid}-{server.port}.json"
     draft = path.with_suffix(".tmp")
     try:
-        place.mkdir(mode=0o700, parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         with contextlib.suppress(FileNotFoundError):
             draft.unlink()
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -69,9 +79,9 @@ def remove(path: Path) -> None:
 
 
 def servers() -> list[RunningServer]:
-    """Servers that live, oldest first. Files of dead ones are removed."""
+    """Servers that live, oldest first, those that still load among them. Files of dead ones are removed."""
     found = []
-    for path in sorted(folder().glob("*.json")) if folder().is_dir() else []:
+    for path in sorted(place().glob("*.json")) if place().is_dir() else []:
         server = _read(path)
         if server is None:
             continue
@@ -98,10 +108,11 @@ def _read(path: Path) -> RunningServer | None:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
         kinds: dict[str, tuple[type, ...]] = {"int": (int,), "str": (str,), "float": (int, float)}
-        if not all(isinstance(value[item.name], kinds[str(item.type)]) for item in fields(RunningServer)) or value["pid"] <= 0:
+        given = {item.name: value.get(item.name, item.default) for item in fields(RunningServer)}
+        if not all(isinstance(given[item.name], kinds[str(item.type)]) for item in fields(RunningServer)) or given["pid"] <= 0:
             return None
-        return RunningServer(**{item.name: value[item.name] for item in fields(RunningServer)})
-    except (OSError, ValueError, KeyError, TypeError):
+        return RunningServer(**given)
+    except (OSError, ValueError, AttributeError):
         return None
 
 

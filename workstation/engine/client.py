@@ -46,6 +46,13 @@ class Health:
     cause: str = ""
     loading: Progress | None = None
 
+    @property
+    def progress(self) -> float | None:
+        """Share of the weights' bytes that is read, 0 to 1; None when nothing loads."""
+        if self.loading is None or self.loading.total_bytes <= 0:
+            return None
+        return min(1.0, self.loading.done_bytes / self.loading.total_bytes)
+
 
 class Inbox:
     """One request's events between the engine's messages and the request's reader, who iterates and at last closes it.

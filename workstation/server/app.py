@@ -268,6 +268,8 @@ class Api:
                 "restarts": health.restarts}
         if health.cause and state != "ready":
             body["cause"] = health.cause
+        if health.progress is not None:
+            body["progress"] = round(health.progress, 4)
         return Response(wire.encode(body), 200 if state == "ready" else 503, media_type="application/json")
 
     async def version(self, request: Request) -> Response:

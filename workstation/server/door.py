@@ -63,8 +63,9 @@ def loading_door(engine: EngineClient, name: str, options: ServerOptions, book: 
     stats = StatsRoutes(desk, Gate(engine), options, book)
 
     async def health(request: Request) -> Response:
-        state = engine.health().state
-        return Response(wire.encode({"status": state}), 503, {"retry-after": str(RETRY_SECONDS)}, "application/json")
+        now = engine.health()
+        body = {"status": now.state} | ({} if now.progress is None else {"progress": round(now.progress, 4)})
+        return Response(wire.encode(body), 503, {"retry-after": str(RETRY_SECONDS)}, "application/json")
 
     async def others(request: Request) -> Response:
         return error_response(OverloadedError("the model is still loading", retry_after=RETRY_SECONDS))

@@ -9,6 +9,7 @@ import logging
 import signal
 import socket
 from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
@@ -53,14 +54,16 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def run(options: ServerOptions, engine: EngineClient, load_model: Callable[[], ServedModel], *, name: str = "",
-        book: LogBook | None = None, on_ready: Callable[[RunningServer], None] | None = None) -> None:
+        folder: str = "", form: str = "", book: LogBook | None = None,
+        on_ready: Callable[[RunningServer], None] | None = None) -> None:
     """Serve until SIGTERM or SIGINT; returns after a clean drain.
 
-    While the engine loads the port answers 503, and `/stats` with the progress.
+    While the engine loads the port answers 503, and `/stats` with the progress; the runtime file is there from then on.
 
     Args:
         engine: not started yet.  load_model: called in a thread while the engine loads.
-        name: of the model, for dashboards that watch it load.  book: what `/stats/log` answers.
+        name: of the model, for those who watch it load.  folder, form: of its weights, for the runtime file.
+        book: what `/stats/log` answers.
         on_ready: called once requests are answered.
 
     Raises StartupError (nothing was served) or EngineDeadError (the engine could not be kept alive).
@@ -70,7 +73,9 @@ def run(options: ServerOptions, engine: EngineClient, load_model: Callable[[], S
                           param="api_key")
     sock = bind(options.host, options.port)
     try:
-        uvloop_run(Serving(options, engine, load_model, sock, on_ready, name, book or LogBook()).run())
+        host, port = sock.getsockname()[:2]
+        record = runtime.describe(host, port, name, "loading", folder=folder, form=form)
+        uvloop_run(Serving(options, engine, load_model, sock, on_ready, record, book or LogBook()).run())
     finally:
         sock.close()
 
@@ -97,14 +102,16 @@ class Serving:
     """One serving run: start, serve, drain, stop."""
 
     def __init__(self, options: ServerOptions, engine: EngineClient, load_model: Callable[[], ServedModel],
-                 sock: socket.socket, on_ready: Callable[[RunningServer], None] | None, name: str, book: LogBook) -> None:
+                 sock: socket.socket, on_ready: Callable[[RunningServer], None] | None, record: RunningServer,
+                 book: LogBook) -> None:
         self._options = options
         self._engine = engine
         self._load_model = load_model
         self._sock = sock
         self._on_ready = on_ready
+        self._record = record
         self._book = book
-        self._door = loading_door(engine, name, options, book)
+        self._door = loading_door(engine, record.model, options, book)
         self._first_signal = asyncio.Event()
         self._second_signal = asyncio.Event()
 
@@ -115,16 +122,24 @@ class Serving:
         server = self._uvicorn()
         serving = asyncio.ensure_future(server.serve(sockets=[self._sock]))
         try:
-            model = await self._start()
-            if model is not None:
-                await self._until_listening(server, serving)
-                await self._serve(model, serving)
+            await self._until_listening(server, serving)
+            await self._known(serving)
         finally:
             server.should_exit = True
             await asyncio.wait({serving}, timeout=10)
             server.force_exit = True
             await asyncio.gather(serving, return_exceptions=True)
             await self._engine.stop()
+
+    async def _known(self, serving: asyncio.Future[None]) -> None:
+        """Load and serve, with the runtime file there meanwhile."""
+        path = runtime.write(self._record)
+        try:
+            model = await self._start()
+            if model is not None:
+                await self._serve(model, serving, replace(self._record, model=model.name, state="ready"))
+        finally:
+            runtime.remove(path)
 
     def _uvicorn(self) -> _Uvicorn:
         options = self._options
@@ -158,21 +173,16 @@ class Serving:
                 task.cancel()
             await asyncio.gather(engine, stopped, return_exceptions=True)
 
-    async def _serve(self, model: ServedModel, serving: asyncio.Future[None]) -> None:
+    async def _serve(self, model: ServedModel, serving: asyncio.Future[None], record: RunningServer) -> None:
         """Open the door and stay until the end."""
         app = create_app(self._engine, model, self._options, self._book)
         self._door.open(app, app.state.api.close)
-        host, port = self._sock.getsockname()[:2]
-        record = runtime.describe(host, port, model.name)
-        path = runtime.write(record)
+        runtime.write(record)
         log.info("%s is ready at %s", model.name, record.base_url)
-        try:
-            if self._on_ready is not None:
-                self._on_ready(record)
-            with calm_collector(freeze=True):
-                await self._until_end(serving, app.state.api.gate)
-        finally:
-            runtime.remove(path)
+        if self._on_ready is not None:
+            self._on_ready(record)
+        with calm_collector(freeze=True):
+            await self._until_end(serving, app.state.api.gate)
 
     async def _until_listening(self, server: uvicorn.Server, serving: asyncio.Future[None]) -> None:
         while not server.started:
