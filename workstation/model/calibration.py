@@ -116,7 +116,7 @@ class CalibratedRounding:
         return self._rounded.pop(module)
 
     def _round_layer(self) -> None:
-        states = self.states or self._embedded()
+        self.states = self.states or self._embedded()
         self._rounded = {}
         self._read()
         layer, linears = self._decoder.layers[0], list(layer_linears(self._shape, self._layer))
@@ -126,12 +126,13 @@ class CalibratedRounding:
                 self._restore(fused, linear)
         else:
             recorders = _record(layer)
-            for batch, state in zip(self._batches, states, strict=True):
+            for batch, state in zip(self._batches, self.states, strict=True):
                 self._forward(batch, state)
             _set_linears(layer, ours)
             for fused, recorder in zip(linears, recorders, strict=True):
                 self._round(fused, recorder)
-        self.states = [self._forward(batch, state) for batch, state in zip(self._batches, states, strict=True)]
+        for batch, state in zip(self._batches, self.states, strict=True):
+            state.copy_(self._forward(batch, state))
 
     def _round(self, fused: FusedLinear, recorder: Recorder) -> None:
         """Rounds a fused layer, whose parts have the same inputs and so the same groups, in place and for `take`."""
