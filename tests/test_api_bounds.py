@@ -156,7 +156,11 @@ def test_the_edges_of_a_field_are_valid_or_refused(model: ServedModel, field: st
     check(FakeEngine(), model, bodies(field, RAW))
 
 
-@pytest.mark.parametrize("field", ["stop", "allowed_token_ids", "logit_bias", "prompt", "messages", "n"])
+# One of each kind by default: a list, a table, what holds text, a number.
+@pytest.mark.parametrize("field", [
+    "stop", "logit_bias", "messages", "n", pytest.param("prompt", marks=pytest.mark.long),
+    pytest.param("allowed_token_ids", marks=pytest.mark.long),
+])
 def test_a_million_items_are_refused(model: ServedModel, field: str) -> None:
     check(FakeEngine(), model, bodies(field, HUGE))
 

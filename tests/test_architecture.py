@@ -287,7 +287,7 @@ ROPE_FIELDS = ["rope_type", "type", "factor", "original_max_position_embeddings"
                "beta_fast", "mscale", "attention_factor", "low_freq_factor", "high_freq_factor", "rope_theta"]
 
 
-@settings(max_examples=400, derandomize=True, deadline=None, database=None)
+@settings(max_examples=200, derandomize=True, deadline=None, database=None)
 @given(base=st.sampled_from([LLAMA, QWEN2, MISTRAL]), fields=st.dictionaries(st.sampled_from(FIELDS), JSON, max_size=3),
        rope=st.dictionaries(st.sampled_from(ROPE_FIELDS), JSON, max_size=4))
 def test_any_json_value_gives_a_shape_or_a_named_error(

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -52,12 +48,11 @@ def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str)
             assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
 
 
+@pytest.mark.timeout(900)
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.interpreted("interpreted_codes.py")
 def test_products_with_codes_hold_in_the_interpreter() -> None:
-    """In a process of its own: whether Triton interprets or compiles is settled when it is first imported."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "WS_KERNELS": "triton", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "interpreted_codes.py"]
-    done = subprocess.run(command, cwd=Path(__file__).parent, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-2000:]
+    """What the file above tests."""
 
 
 @pytest.mark.parametrize("columns", [128, 320, 48])

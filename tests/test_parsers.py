@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from products import some_of
 
 from workstation.errors import ConfigError
 from workstation.parsers.detect import THINK_FORMATS, TOOL_FORMATS, Formats, find_formats
@@ -141,8 +142,8 @@ def test_calls_begin_once_end_once_and_are_counted_from_zero(case: str) -> None:
     assert [part.index for part in parts if isinstance(part, CallEnd)] == list(range(count))
 
 
-@pytest.mark.parametrize("case", ["hermes", "qwen coder", "glm", "pythonic", "mistral", "deepseek v3", "harmony", "llama json"])
-@pytest.mark.parametrize("filler", ["x", " ", '{"a": [', "<tool_call>", '\\"'])
+@some_of(1, filler=["x", " ", '{"a": [', "<tool_call>", '\\"'],
+         case=["hermes", "qwen coder", "glm", "pythonic", "mistral", "deepseek v3", "harmony", "llama json"])
 def test_a_million_characters_take_linear_time(case: str, filler: str) -> None:
     half = len(RECORDED[case][3]) * 2 // 3
 
@@ -156,7 +157,8 @@ def test_a_million_characters_take_linear_time(case: str, filler: str) -> None:
         parser.finish()
         return time.process_time() - began
 
-    assert seconds(1_000_000) < 14 * seconds(100_000) + 0.2
+    # Ten times the text: ten times the work, and a hundred times if a square is in it. Between the two no noise decides.
+    assert seconds(1_000_000) < 40 * max(seconds(100_000), 0.02)
 
 
 @pytest.mark.parametrize("name", TOOL_FORMATS)
