@@ -3,8 +3,8 @@
 One warp keeps a ring in shared memory filled: words of codes, the scales of their groups, and rows of x. One warpgroup takes
 words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
 columns), turns a plane after the other into 16-bit floats, exactly, and multiplies; a group's float32 sum meets its scale.
-Widening takes 1.4 of the loop's 2.3 instructions a weight and stops while a group's products end, so three or four programs share a
-multiprocessor.
+Widening takes 1.4 of the loop's 2.3 instructions a weight and stops while a group's products end, so three or four programs
+share a multiprocessor.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
