@@ -1,10 +1,13 @@
-# Two commands for a newcomer: `make demo` and `make test`. PYTHON and VENV may be set.
+# Two commands for a newcomer: `make demo` and `make test`. PYTHON, VENV and WORKERS may be set.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PORT ?= 8000
 # A machine without an NVIDIA driver needs no CUDA libraries; PIP_ARGS may add what pip should know.
 PIP_ARGS ?=
+# How many processes share the tests, a file each at a time, in the order of `tests/conftest.py`: the longest first.
+WORKERS ?= 2
+SHARED := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-long test-clients lint screenshot clean
 
@@ -12,10 +15,10 @@ demo: $(VENV)/.installed
 	$(BIN)/ws serve demo --port $(PORT)
 
 test: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q $(SHARED)
 
 test-long: $(VENV)/.installed-dev
-	$(BIN)/python -m pytest -q -m long --timeout 3600
+	$(BIN)/python -m pytest -q $(SHARED) -m long --timeout 3600
 
 # Codex, Claude Code, opencode, aider, LangChain, LiteLLM and the SDKs, each in an environment of its own (Node is needed).
 test-clients: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Products with 4-bit codes, interpreted on the CPU; `test_code_kernels.py` runs this file in a process apart.
+"""Products with 4-bit codes, interpreted on the CPU; `test_interpreted.py` runs this file in a process apart.
 
 float32 and float16 only: the interpreter's bfloat16 dot is wrong.
 """

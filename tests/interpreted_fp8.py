@@ -1,4 +1,4 @@
-"""The FP8 kernels, interpreted on the CPU; `test_kernels.py` runs this file in a process apart. float32 and float16 only."""
+"""The FP8 kernels, interpreted on the CPU in float32 and float16; `test_interpreted.py` runs this file in a process apart."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The small matrix products, interpreted on the CPU; `test_gemm_small.py` runs this file in a process apart.
+"""The small matrix products, interpreted on the CPU; `test_interpreted.py` runs this file in a process apart.
 
 float32, float16 and FP8 only: the interpreter's bfloat16 dot is wrong.
 """

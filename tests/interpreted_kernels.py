@@ -1,4 +1,4 @@
-"""The Triton kernels, interpreted on the CPU; `test_kernels.py` runs this file in a process apart.
+"""The Triton kernels, interpreted on the CPU; `test_interpreted.py` runs this file in a process apart.
 
 float32 and float16 only: the interpreter's bfloat16 dot is wrong.
 """

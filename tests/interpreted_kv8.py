@@ -1,4 +1,4 @@
-"""The kernels over an FP8 cache, interpreted on the CPU; `test_kv8_kernels.py` runs this file in a process apart.
+"""The kernels over an FP8 cache, interpreted on the CPU; `test_interpreted.py` runs this file in a process apart.
 
 float32 and float16 only. "bytes": as on a GPU without FP8.
 """

@@ -1,4 +1,4 @@
-"""The sampling kernels, interpreted on the CPU, in small chunks; `test_sampling_kernels.py` runs this file in a process apart.
+"""The sampling kernels, interpreted on the CPU, in small chunks; `test_interpreted.py` runs this file in a process apart.
 
 Everything that torch allocates and does not fill, results and scratch, starts as garbage here.
 """

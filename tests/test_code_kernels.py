@@ -1,4 +1,4 @@
-"""Products with 4-bit codes: decoders word by word, kernels interpreted, compiled for other GPUs, and on one that is here."""
+"""Products with 4-bit codes: decoders word by word, kernels compiled for other GPUs, and on one that is here."""
 
 from __future__ import annotations
 
@@ -46,13 +46,6 @@ def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str)
         for column, half in ((left, plane & np.uint32(0xFFFF)), (right, plane >> np.uint32(16))):
             expected = values[torch.from_numpy((column >> np.uint32(4 * index) & np.uint32(15)).astype(np.int64))]
             assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.interpreted("interpreted_codes.py")
-def test_products_with_codes_hold_in_the_interpreter() -> None:
-    """What the file above tests."""
 
 
 @pytest.mark.parametrize("columns", [128, 320, 48])

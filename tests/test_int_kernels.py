@@ -1,4 +1,4 @@
-"""Products with integer weights: the kernels in the interpreter, compiled for GPUs that are not here, and on one that is."""
+"""Products with integer weights: the kernels compiled for GPUs that are not here, and on one that is."""
 
 from __future__ import annotations
 
@@ -31,13 +31,6 @@ PARKED = 16
 def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton 3.9 warns until multiply-add fusion, which we want, is asked for by name."""
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.interpreted("interpreted_int.py")
-def test_integer_products_hold_in_the_interpreter() -> None:
-    """What the file above tests."""
 
 
 def compiled(device: Device, form: tuple[int, int, bool], output: Output, m: int) -> tuple[Any, Resources]:

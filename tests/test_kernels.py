@@ -1,4 +1,4 @@
-"""Every op's plain-torch twin against a naive float32 oracle; the Triton kernels in the interpreter, in a process apart."""
+"""Every op's plain-torch twin against a naive float32 oracle, and what the doors refuse."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ from workstation.kernels import ops
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.interpreted("interpreted_kernels.py", "interpreted_fp8.py")
-def test_triton_kernels_hold_in_the_interpreter() -> None:
-    """What the files above test."""
 
 
 @DTYPES

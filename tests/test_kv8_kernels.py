@@ -1,4 +1,4 @@
-"""An FP8 cache: the plain-torch twins, the compiled kernels on a GPU, and (in a process apart) the interpreted ones."""
+"""An FP8 cache: the plain-torch twins, and the compiled kernels on a GPU."""
 
 from __future__ import annotations
 
@@ -26,13 +26,6 @@ from workstation.kernels.reference_fp8 import from_codes, to_codes
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 SHAPES = pytest.mark.parametrize("shapes", [DECODES, PREFILLS, DECODES[1:4] + PREFILLS[1:]], ids=["decode", "prefill", "mixed"])
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.interpreted("interpreted_kv8.py")
-def test_triton_kernels_hold_in_the_interpreter() -> None:
-    """What the files above test."""
 
 
 @DTYPES

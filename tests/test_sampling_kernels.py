@@ -1,4 +1,4 @@
-"""The sampling kernels: in the interpreter, compiled for GPUs that are not here, and, where there is one, on a GPU."""
+"""The sampling kernels: compiled for GPUs that are not here, and, where there is one, on a GPU."""
 
 from __future__ import annotations
 
@@ -21,13 +21,6 @@ RULES: list[dict[str, Any]] = [
     {"top_k": 20, "top_p": 0.95, "temperature": 0.6}, {"top_p": 0.9}, {"top_k": 50},
     {"top_p": 0.95, "min_p": 0.02}, {"temperature": 6.0, "top_p": 0.9}, {"top_k": 60_000},
 ]  # fmt: skip
-
-
-@pytest.mark.timeout(900)
-@pytest.mark.usefixtures("interpreted")
-@pytest.mark.interpreted("interpreted_sampling.py")
-def test_sampling_kernels_hold_in_the_interpreter() -> None:
-    """What the files above test."""
 
 
 def test_logits_of_another_width_than_the_rooms_are_refused() -> None:
