@@ -6,7 +6,9 @@ import ast
 import subprocess
 import sys
 import tomllib
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -38,6 +40,7 @@ MAY_NAME_PLAIN_DATA = BASE | {"text"}
 ENGINE_DOORS = {PLAIN_DATA, "workstation.engine.client", "workstation.engine.snapshot", "workstation.engine",
                 "workstation.engine.wire"}
 UNSAFE_MODULES = {"pickle", "cPickle", "dill", "marshal", "shelve", "cloudpickle"}
+UNSAFE_CALLS = {"eval", "exec", "torch.load", "torch.save", "__import__"}
 MAX_LINES = 400
 
 
@@ -81,8 +84,19 @@ def _module_level(tree: ast.AST) -> list[ast.AST]:
     return found
 
 
+@cache
 def parse(path: Path) -> ast.Module:
     return ast.parse(path.read_text(), filename=str(path))
+
+
+@cache
+def names(path: Path, *, module_level: bool = False) -> list[str]:
+    return imports(parse(path), module_level=module_level)
+
+
+def bad(found: dict[Path, Any]) -> dict[str, Any]:
+    """The files with something found, for an assertion to show."""
+    return {str(path.relative_to(ROOT)): what for path, what in found.items() if what}
 
 
 def violations(layer: str, names: list[str]) -> list[str]:
@@ -111,11 +125,9 @@ def test_there_is_something_to_check() -> None:
     assert {"kernels", "cli", "engine", "model", "quant", "server", "text", "memory"} <= units
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_follow_the_arrows(path: Path) -> None:
-    if path == ROOT / "workstation" / "__init__.py":
-        return  # the package's door: LLM and SamplingParams, lazily
-    assert violations(unit(path), imports(parse(path))) == []
+def test_imports_follow_the_arrows() -> None:
+    door = ROOT / "workstation" / "__init__.py"  # of the package: LLM and SamplingParams, lazily
+    assert bad({path: violations(unit(path), names(path)) for path in sources() if path != door}) == {}
 
 
 def test_the_checker_sees_an_arrow_that_points_up() -> None:
@@ -126,32 +138,30 @@ def test_the_checker_sees_an_arrow_that_points_up() -> None:
     assert violations("engine", ["workstation.kernels.ops", "workstation.config.EngineConfig"]) == []
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_is_at_most_400_lines(path: Path) -> None:
-    assert len(path.read_text().splitlines()) <= MAX_LINES
+def test_a_file_is_at_most_400_lines() -> None:
+    lengths = {path: len(path.read_text().splitlines()) for path in sources()}
+    assert bad({path: length for path, length in lengths.items() if length > MAX_LINES}) == {}
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_unpickles_or_evaluates(path: Path) -> None:
-    tree = parse(path)
-    assert not [name for name in imports(tree) if name.split(".")[0] in UNSAFE_MODULES]
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Call):
-            called = ast.unparse(node.func)
-            assert called not in ("eval", "exec", "torch.load", "torch.save", "__import__"), f"line {node.lineno}"
+def test_nothing_unpickles_or_evaluates() -> None:
+    called = {path: [ast.unparse(node.func) for node in ast.walk(parse(path))
+                     if isinstance(node, ast.Call) and isinstance(node.func, (ast.Name, ast.Attribute))] for path in sources()}
+    assert bad({path: sorted(UNSAFE_CALLS.intersection(calls)) for path, calls in called.items()}) == {}
+    assert bad({path: [name for name in names(path) if name.split(".")[0] in UNSAFE_MODULES] for path in sources()}) == {}
 
 
-@pytest.mark.parametrize("path", sources(), ids=lambda path: str(path.relative_to(ROOT)))
-def test_light_layers_import_neither_torch_nor_transformers_at_module_level(path: Path) -> None:
-    if unit(path) in TORCH_FREE:
-        heavy = {"torch", "transformers", "triton"}
-        assert not [name for name in imports(parse(path), module_level=True) if name.split(".")[0] in heavy]
+def test_light_layers_import_neither_torch_nor_transformers_at_module_level() -> None:
+    heavy = {"torch", "transformers", "triton"}
+    light = [path for path in sources() if unit(path) in TORCH_FREE]
+    assert bad({path: [name for name in names(path, module_level=True) if name.split(".")[0] in heavy] for path in light}) == {}
 
 
-@pytest.mark.parametrize("path", [p for p in sources() if unit(p) in ("server", "cli")], ids=lambda p: p.name)
-def test_the_engine_is_reached_through_its_plain_data_doors(path: Path) -> None:
-    inside = [name for name in imports(parse(path), module_level=True) if name.startswith("workstation.engine.")]
-    assert not [name for name in inside if name.rsplit(".", 1)[0] not in ENGINE_DOORS and name not in ENGINE_DOORS]
+def test_the_engine_is_reached_through_its_plain_data_doors() -> None:
+    outside = [path for path in sources() if unit(path) in ("server", "cli")]
+    inside = {path: [name for name in names(path, module_level=True) if name.startswith("workstation.engine.")]
+              for path in outside}
+    assert bad({path: [name for name in found if name.rsplit(".", 1)[0] not in ENGINE_DOORS and name not in ENGINE_DOORS]
+                for path, found in inside.items()}) == {}
 
 
 def test_linked_folders_hold_no_init_file() -> None:
