@@ -140,24 +140,21 @@ def decode(stored: Stored, form: IntFormat, rows: int, columns: int) -> torch.Te
     is_ct, awq = form.packing == "ct", form.packing == "awq"
     group_of = stored.get("weight_g_idx" if is_ct else "g_idx")
     every = np.arange(rows)
-    wide = torch.zeros(rows, columns)
+    words = stored["weight_packed"] if is_ct else stored["qweight"] if awq else stored["qweight"].t().contiguous()
+    packed, scales = words.numpy(), (stored["weight_scale"].t() if is_ct else stored["scales"]).float().numpy()
+    zeros = [np.zeros(rows, dtype=np.int64)] * len(scales)
+    if is_ct and "weight_zero_point" in stored:
+        zeros = [field(row, every, bits) - middle for row in stored["weight_zero_point"].t().contiguous().numpy()]
+    elif not is_ct:
+        zeros = [field(row, every, bits, awq=awq) for row in stored["qzeros"].numpy()]
+        if form.packing == "gptq":
+            zeros = [(z + 1) % (1 << bits) for z in zeros]
+    wide = np.zeros((rows, columns), dtype=np.float32)
     for k in range(columns):
         group = int(group_of[k]) if group_of is not None else k // form.size if form.size else 0
-        if is_ct:
-            q = field(stored["weight_packed"].numpy(), k, bits) - middle
-            scale, z = stored["weight_scale"][:, group], np.zeros(rows, dtype=np.int64)
-            if "weight_zero_point" in stored:
-                z = field(stored["weight_zero_point"][:, group].contiguous().numpy(), every, bits) - middle
-        else:
-            scale = stored["scales"][group]
-            z = field(stored["qzeros"][group].numpy(), every, bits, awq=awq)
-            if awq:
-                q = field(stored["qweight"][k].numpy(), every, bits, awq=True)
-            else:
-                q = field(stored["qweight"].t().contiguous().numpy(), k, bits)
-                z = (z + 1) % (1 << bits) if form.packing == "gptq" else z
-        wide[:, k] = torch.from_numpy(q - z).float() * scale.float()
-    return wide
+        q = field(packed[k], every, bits, awq=True) if awq else field(packed, k, bits) - (middle if is_ct else 0)
+        wide[:, k] = (q - zeros[group]).astype(np.float32) * scales[group]
+    return torch.from_numpy(wide)
 
 
 def grouping(columns: int, form: IntFormat, seed: int) -> np.ndarray:
