@@ -21,7 +21,7 @@ PATIENCE_S = 90.0
 def serving_demo(log: Path, *flags: str) -> Iterator[tuple[Popen[bytes], RunningServer]]:
     """A ready server; it must end well."""
     command = [sys.executable, "-m", "workstation.cli.main", "serve", "demo", "--port", "0", "--device", "cpu",
-               "--num-threads", "1", *flags]
+               "--num-threads", "1", "--kv-cache-memory-bytes", "256M", *flags]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("WS_")}
     with log.open("wb") as file:
         process = Popen(command, stdout=file, stderr=file, env=environment)

@@ -66,7 +66,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny(tmp_path_factory.mktemp("bench") / "tiny", "llama", vocab_size=160)
 
 
-FLAGS: dict[str, Any] = {"device": "cpu", "num_threads": "1", "max_num_seqs": "8"}
+FLAGS: dict[str, Any] = {"device": "cpu", "num_threads": "1", "max_num_seqs": "8", "kv_cache_memory_bytes": "16M"}
 
 
 def test_throughput_counts_what_was_asked_for(tiny: Path) -> None:
@@ -103,7 +103,10 @@ def test_the_report_of_the_comparison_shows_ratios(capsys: pytest.CaptureFixture
     assert "1.50x" in text and "2.50x" in text and "10.00x" in text and "32 of 33" in text
 
 
-def test_the_bench_command_prints_json(tiny: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_bench_command_prints_json(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("WS_NUM_GPU_BLOCKS_OVERRIDE", "64")
     arguments = ["--input-len", "8", "--output-len", "4", "--num-prompts", "2", "--device", "cpu", "--json"]
     with pytest.raises(SystemExit) as caught:
         main(["bench", "throughput", str(tiny), *arguments])

@@ -73,8 +73,10 @@ def children(pid: int) -> list[int]:
 
 
 def test_one_server_from_ready_to_stopped(
-    served: tuple[subprocess.Popen[bytes], RunningServer, Path], folder: Path, capsys: pytest.CaptureFixture[str]
+    served: tuple[subprocess.Popen[bytes], RunningServer, Path], folder: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WS_NUM_GPU_BLOCKS_OVERRIDE", "100")
     process, server, log = served
     said = log.read_text()
     assert f"little is ready at {server.base_url}/v1" in said and "curl http://127.0.0.1" in said

@@ -171,7 +171,7 @@ def test_what_ends_a_request_badly_is_not_joined_with_its_tokens() -> None:
 
 
 def test_an_offline_answer_cut_by_a_stop_string_still_says_what_was_cached() -> None:
-    llm = LLM("demo", device="cpu", num_threads=1, max_num_seqs=2)
+    llm = LLM("demo", device="cpu", num_threads=1, max_num_seqs=2, num_gpu_blocks_override=64, max_model_len=256)
     prompt = "Copy this: " + "the quick brown fox jumps over the lazy dog " * 4
     whole = llm.generate([prompt], SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True))[0]
     middle = whole.outputs[0].text[8:14]

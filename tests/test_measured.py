@@ -162,7 +162,7 @@ def test_a_sequences_mean_context_counts_each_of_its_steps() -> None:
 
 def test_latency_remembers_what_it_ran_and_both_times(tmp_path: Path) -> None:
     folder = write_tiny(tmp_path / "tiny", "llama", vocab_size=160)
-    flags: dict[str, Any] = {"device": "cpu", "num_threads": "1", "dtype": "float32"}
+    flags: dict[str, Any] = {"device": "cpu", "num_threads": "1", "dtype": "float32", "kv_cache_memory_bytes": "16M"}
     figures = bench_offline.latency(str(folder), flags, bench_offline.Shape(2, 8, 4, False, 0), 1, 1)
     (kept,) = measurements.read()
     assert (kept.bench, kept.folder, kept.form, kept.model) == ("latency", str(folder.resolve()), "32-bit", "tiny")
