@@ -6,7 +6,7 @@ import asyncio
 import os
 import signal
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ def shared(folder: Path, loop: asyncio.Runner) -> Iterator[EngineProcess]:
         loop.run(engine.start())
         yield engine
         loop.run(engine.stop())
+        assert not Path(engine._directory).exists()
 
 
 @pytest.fixture
@@ -54,16 +55,6 @@ def engine(shared: EngineProcess, loop: asyncio.Runner) -> EngineProcess:
     return shared
 
 
-def with_own_engine(folder: Path, test: Callable[[EngineProcess], Awaitable[None]]) -> None:
-    async def main() -> None:
-        engine = EngineProcess(config(folder))
-        await engine.start()
-        try:
-            await test(engine)
-        finally:
-            await engine.stop()
-
-    asyncio.run(asyncio.wait_for(main(), 100))
 
 
 async def tokens(engine: EngineProcess, name: str, prompt: list[int] | None = None, count: int = 8) -> list[int]:
@@ -102,7 +93,7 @@ def test_a_killed_engine_fails_what_was_in_flight_and_serves_the_same_tokens_aga
         victim = asyncio.create_task(tokens(engine, "victim", count=500))
         await kill_under(engine, victim)
         with pytest.raises(EngineDeadError, match="SIGKILL"):
-            await asyncio.wait_for(victim, 5)
+            await victim
         with pytest.raises(EngineDeadError):
             await tokens(engine, "early")
         await until_ready(engine)
@@ -147,18 +138,23 @@ def test_a_request_present_at_two_deaths_is_refused_and_others_are_not(engine: E
 def test_an_engine_that_keeps_dying_is_given_up_with_its_cause(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "MAX_RESTARTS", 1)
 
-    async def test(engine: EngineProcess) -> None:
-        for _ in range(2):
-            await until_ready(engine)
-            assert engine.pid is not None
-            os.kill(engine.pid, signal.SIGKILL)
-            while engine.health().state == "ready":
-                await asyncio.sleep(0.05)
-        cause = await asyncio.wait_for(engine.gave_up(), 20)
-        assert "died 2 times" in cause and "SIGKILL" in cause
-        assert engine.health().state == "dead"
+    async def test() -> None:
+        engine = EngineProcess(config(folder))
+        await engine.start()
+        try:
+            for _ in range(2):
+                await until_ready(engine)
+                assert engine.pid is not None
+                os.kill(engine.pid, signal.SIGKILL)
+                while engine.health().state == "ready":
+                    await asyncio.sleep(0.05)
+            cause = await engine.gave_up()
+            assert "died 2 times" in cause and "SIGKILL" in cause
+            assert engine.health().state == "dead"
+        finally:
+            await engine.stop()
 
-    with_own_engine(folder, test)
+    asyncio.run(asyncio.wait_for(test(), 100))
 
 
 def test_leaving_a_stream_early_aborts_it_and_frees_its_blocks(engine: EngineProcess, loop: asyncio.Runner) -> None:
@@ -185,7 +181,7 @@ def test_a_refusal_by_the_engine_arrives_as_its_own_error(engine: EngineProcess,
     loop.run(asyncio.wait_for(test(), 100))
 
 
-def test_a_folder_that_cannot_be_served_is_a_named_error_and_leaves_no_process(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_served_is_a_named_error_and_leaves_neither_process_nor_directory(tmp_path: Path) -> None:
     async def main() -> EngineProcess:
         engine = EngineProcess(config(tmp_path / "nowhere"))
         with pytest.raises(ModelFolderError, match="nowhere"):
@@ -196,14 +192,8 @@ def test_a_folder_that_cannot_be_served_is_a_named_error_and_leaves_no_process(t
     assert engine.pid is not None
     with pytest.raises(ProcessLookupError):
         os.kill(engine.pid, 0)
+    assert engine._directory and not Path(engine._directory).exists()
 
 
-def test_the_private_directory_is_closed_to_others_and_goes_away(folder: Path) -> None:
-    seen: list[Path] = []
-
-    async def test(engine: EngineProcess) -> None:
-        seen.append(Path(engine._directory))
-        assert seen[0].stat().st_mode & 0o777 == 0o700
-
-    with_own_engine(folder, test)
-    assert not seen[0].exists()
+def test_the_private_directory_is_closed_to_others(engine: EngineProcess) -> None:
+    assert Path(engine._directory).stat().st_mode & 0o777 == 0o700
