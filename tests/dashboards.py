@@ -178,7 +178,7 @@ def drive(machine: Machine, test: Callable[[Dashboard, Pilot[None]], Awaitable[N
 
 async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
     """Wait for something that the next frames bring."""
-    for _ in range(400):
+    for _ in range(1500):
         if true():
             return
         await pilot.pause(0.02)

@@ -78,7 +78,7 @@ def begin_stream(client: httpx.Client, tokens: int) -> Iterator[str]:
 
 
 def test_sigterm_lets_streams_finish_and_refuses_new_requests(folder: Path) -> None:
-    with serving(folder, delay=0.02) as (process, url), httpx.Client(base_url=url, timeout=20) as client:
+    with serving(folder, delay=0.05) as (process, url), httpx.Client(base_url=url, timeout=20) as client:
         assert [server.base_url for server in runtime.servers()] == [url]
         lines = begin_stream(client, 60)
         next(lines)

@@ -76,7 +76,7 @@ class Client:
         return b"".join(message.get("body", b"") for message in self.sent).decode()
 
     async def until(self, check: Callable[[], bool]) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not check():
                 await asyncio.sleep(0.002)
 
@@ -235,7 +235,7 @@ def real_server(app: Any, options: ServerOptions | None = None) -> Iterator[str]
     thread = threading.Thread(target=lambda: asyncio.run(server.serve(sockets=[sock])), daemon=True)
     thread.start()
     try:
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + 60
         while not server.started and time.monotonic() < deadline:
             time.sleep(0.01)
         yield f"http://127.0.0.1:{sock.getsockname()[1]}"
@@ -314,7 +314,7 @@ def test_closing_the_openai_stream_aborts_the_request(model: ServedModel) -> Non
         stream = client.chat.completions.create(model="fake", messages=HI, stream=True, max_tokens=4000)  # type: ignore[arg-type]
         next(iter(stream))
         stream.close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while engine.active and time.monotonic() < deadline:
             time.sleep(0.01)
         assert engine.aborted == [engine.seen[0].request_id]

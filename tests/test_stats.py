@@ -129,12 +129,12 @@ def test_the_last_picture_stays_when_the_engine_goes_away(model: ServedModel, mo
     async def test(client: httpx.AsyncClient) -> Any:
         before = (await client.get("/stats")).json()
         engine.state = "restarting"
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.3)
         return before, (await client.get("/stats")).json()
 
     before, after = with_server(engine, model, test)
     assert after["server"]["state"] == "restarting" and [row["id"] for row in after["requests"]] == ["a"]
-    assert after["time"] == pytest.approx(before["time"], abs=0.02)
+    assert after["time"] == pytest.approx(before["time"], abs=0.2)
 
 
 def test_many_dashboards_cost_the_engine_one_look_a_tenth_of_a_second(model: ServedModel) -> None:
@@ -198,13 +198,13 @@ def test_a_slow_reader_makes_no_frames_pile_up(model: ServedModel) -> None:
         frames = desk.stream(4, 10)
         await anext(frames)
         await asyncio.sleep(0.6)
-        looked = desk.looks
+        looked, asked = desk.looks, time.time()
         newest = json.loads((await anext(frames)).removeprefix(b"data: "))
         await frames.aclose()
-        return looked, time.time() - newest["time"]
+        return looked, asked - newest["time"]
 
     looked, age = asyncio.run(main())
-    assert looked == 1 and age < 0.5
+    assert looked == 1 and age < 0.3
 
 
 def test_single_blocks_are_listed_in_the_range_asked_for(model: ServedModel) -> None:

@@ -45,12 +45,12 @@ def test_a_live_request_is_seen_aborted_and_gone_and_a_dead_engine_says_so(folde
 
 
 async def _watch_one(engine: EngineProcess) -> None:
-    params = SamplingParams(temperature=0.0, max_tokens=200, ignore_eos=True)
+    params = SamplingParams(temperature=0.0, max_tokens=480, ignore_eos=True)
     stream = engine.generate(EngineRequest("a", [5, 6, 7, 8] * 5, params, label="editor"))
     await anext(stream)
     picture = await engine.look(Look(request_id="a", first=1, last=4))
     assert [(row.id, row.label, row.state) for row in picture.rows] == [("a", "editor", "decode")]
-    assert picture.detail is not None and picture.detail.params.max_tokens == 200
+    assert picture.detail is not None and picture.detail.params.max_tokens == 480
     held = {block for block in picture.detail.samples[0].tables[0] if block}
     assert {number + 1 for number, state in enumerate(picture.states) if state} == held
     assert [block.block for block in picture.blocks] == [1, 2, 3, 4] and picture.blocks[0].owners[0].request_id == "a"

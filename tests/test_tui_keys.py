@@ -67,7 +67,7 @@ def test_x_aborts_only_after_a_yes() -> None:
             await pilot.press(answer)
             await until(pilot, lambda: not isinstance(app.screen, Question))
             await pilot.pause(0.2)
-            assert machine.aborted == expected
+            await until(pilot, lambda expected=expected: machine.aborted == expected)  # type: ignore[misc]
         await until(pilot, lambda: ids(app) == ["bbbb2222", "cccc3333"])
 
     drive(machine, test)

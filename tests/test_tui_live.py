@@ -50,7 +50,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Popen[bytes
 
 async def until(pilot: Pilot[str], true: Callable[[], bool]) -> None:
     """Wait for something that the next frames bring."""
-    for _ in range(1500):
+    for _ in range(4000):
         if true():
             return
         await pilot.pause(0.02)
