@@ -65,6 +65,12 @@ def graph_shapes(max_rows: int, prompts: Sequence[int]) -> list[Shape]:
     return sorted([*(Shape(size) for size in [*sizes, top]), *mixed], key=lambda shape: (shape.all_tokens, shape.chunks))
 
 
+def largest_shape(max_rows: int, max_tokens: int) -> Shape:
+    """Of a step with max_tokens, nearly all of them prompts'; too large to be captured, as a rule."""
+    decodes = 1 if max_tokens > 1 and max_rows > 1 else 0
+    return Shape(decodes, max_tokens - decodes, min(GRAPH_CHUNKS, max_rows))
+
+
 _NOTHING = np.empty(0, dtype=np.int64)
 _NO_STEP = HostStep(_NOTHING, _NOTHING, _NOTHING, _NOTHING, _NOTHING, np.zeros(1, dtype=np.int64), 0, 1, 1)
 
@@ -119,17 +125,23 @@ class StepGraphs:
         self._max_model_len = max_model_len
         self._device = device
         self._captured: dict[Shape, _Captured] = {}
+        self._pool: Any = None
+
+    def run(self, shape: Shape, logits: torch.Tensor) -> None:
+        """Run a step of this shape that does nothing, kernel by kernel."""
+        self._run(shape, self._idle_inputs(shape), logits[:shape.sequences])
 
     def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
         """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
 
         logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
         """
-        pool = torch.cuda.graph_pool_handle()
+        self._pool = torch.cuda.MemPool()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         found = {}
         for shape in reversed(shapes):
             try:
-                found[shape] = self._capture(shape, pool, logits[:shape.sequences])
+                found[shape] = self._capture(shape, stream, logits[:shape.sequences])
             except torch.OutOfMemoryError:
                 log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
         self._captured = {shape: found[shape] for shape in shapes if shape in found}
@@ -173,14 +185,22 @@ class StepGraphs:
         fields.sampled[0, :samples.shape[1]] = ends
         return packed
 
-    def _capture(self, shape: Shape, pool: Any, logits: torch.Tensor) -> _Captured:
-        inputs = torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
-        self._run(shape, inputs, logits)  # compiles kernels and warms libraries, which a capture may not
+    def _capture(self, shape: Shape, stream: Any, logits: torch.Tensor) -> _Captured:
+        inputs = self._idle_inputs(shape)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
+            # Compiles kernels and warms libraries, which a capture may not; and takes the memory that the capture will find,
+            # for one that runs out of memory ends the process.
+            self._run(shape, inputs, logits)
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=self._pool.id, stream=stream):
             self._run(shape, inputs, logits)
         return _Captured(inputs, logits, graph)
+
+    def _idle_inputs(self, shape: Shape) -> torch.Tensor:
+        """Packed inputs of a step that only pads."""
+        return torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
 
     def _run(self, shape: Shape, inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         fields = _device_fields(shape, inputs)
