@@ -1,10 +1,10 @@
 """Memory, planned against measured, on a GPU: `PYTHONPATH=. python benchmarks/memory.py ROOT [--cases 1 2 …]`.
 
-ROOT holds folders with a config.json: qwen3-0.6b, llama-8b, llama-8b-fp8, llama-8b-int4, llama-70b-fp8, llama-70b-int4 (weights are
-random). Each case runs in a process of its own: start, then a full load with the planned batch and one prompt of the planned
-context, sampled in every way. Weights, pool, logits, context and graphs are what the start took (`EngineInfo.measured`); the
-workspace is the most that tensors took beside them at any time; the total is the card's (NVML, second form), from before CUDA was
-opened to its highest reading. Prints a JSON line a case, then a table in MiB, planned and measured.
+ROOT holds folders with a config.json: qwen3-0.6b, llama-8b, llama-8b-fp8, llama-8b-int4, llama-70b-fp8, llama-70b-int4 (weights
+are random). Each case runs in a process of its own: start, then a full load with the planned batch and one prompt of the
+planned context, sampled in every way. Weights, pool, logits, context and graphs: what the start took (`EngineInfo.measured`);
+the workspace is the most that tensors took beside them at any time; the total is the card's (NVML, second form), from before
+CUDA was opened to its highest reading. Prints a JSON line a case, then a table in MiB, planned and measured.
 """
 
 from __future__ import annotations
@@ -18,20 +18,27 @@ import time
 from pathlib import Path
 from typing import Any
 
-SETTINGS = ("gpu_memory_utilization", "max_model_len", "num_gpu_blocks_override", "quantization", "kv_cache_dtype", "max_num_seqs")
-CASES: list[tuple[str, dict[str, Any]]] = [
-    ("qwen3-0.6b", {"gpu_memory_utilization": 0.5, "max_model_len": 8192}),
-    ("qwen3-0.6b", {"gpu_memory_utilization": 0.9, "max_model_len": 32768, "num_gpu_blocks_override": 24_000, "max_num_seqs": 512}),
-    ("llama-8b", {"gpu_memory_utilization": 0.9, "max_model_len": 8192}),
-    ("llama-8b", {"gpu_memory_utilization": 0.9, "max_model_len": 131072, "num_gpu_blocks_override": 16_000}),
-    ("llama-8b-fp8", {"gpu_memory_utilization": 0.95, "max_model_len": 131072}),
-    ("llama-8b-fp8", {"gpu_memory_utilization": 0.9, "max_model_len": 32768, "num_gpu_blocks_override": 20_000}),
-    ("llama-8b-fp8", {"gpu_memory_utilization": 0.7, "max_model_len": 32768, "kv_cache_dtype": "fp8"}),
-    ("llama-8b", {"gpu_memory_utilization": 0.9, "max_model_len": 16384, "num_gpu_blocks_override": 20_000, "quantization": "int8"}),
-    ("llama-8b-int4", {"gpu_memory_utilization": 0.9, "max_model_len": 32768, "num_gpu_blocks_override": 20_000}),
-    ("llama-8b", {"gpu_memory_utilization": 0.8, "max_model_len": 8192, "quantization": "nf4"}),
-    ("llama-70b-int4", {"gpu_memory_utilization": 0.9, "max_model_len": 32768, "num_gpu_blocks_override": 6_000}),
-    ("llama-70b-fp8", {"gpu_memory_utilization": 0.95, "max_model_len": 8192}),
+SHORT = {"gpu_memory_utilization": "utilisation", "max_model_len": "context", "num_gpu_blocks_override": "blocks",
+         "quantization": "weights", "kv_cache_dtype": "KV", "max_num_seqs": "rows"}
+
+
+def case(name: str, utilisation: float, context: int, **settings: Any) -> tuple[str, dict[str, Any]]:
+    return name, {"gpu_memory_utilization": utilisation, "max_model_len": context, **settings}
+
+
+CASES = [
+    case("qwen3-0.6b", 0.5, 8192),
+    case("qwen3-0.6b", 0.9, 32768, num_gpu_blocks_override=24_000, max_num_seqs=512),
+    case("llama-8b", 0.9, 8192),
+    case("llama-8b", 0.9, 131072, num_gpu_blocks_override=16_000),
+    case("llama-8b-fp8", 0.95, 131072),
+    case("llama-8b-fp8", 0.9, 32768, num_gpu_blocks_override=20_000),
+    case("llama-8b-fp8", 0.7, 32768, kv_cache_dtype="fp8"),
+    case("llama-8b", 0.9, 16384, num_gpu_blocks_override=20_000, quantization="int8"),
+    case("llama-8b-int4", 0.9, 32768, num_gpu_blocks_override=20_000),
+    case("llama-8b", 0.8, 8192, quantization="nf4"),
+    case("llama-70b-int4", 0.9, 32768, num_gpu_blocks_override=6_000),
+    case("llama-70b-fp8", 0.95, 8192),
 ]
 PARTS = ("weights", "kv", "workspace", "logits", "context", "graphs", "total")
 MIB = 2**20
@@ -72,8 +79,8 @@ def full_load(llm: Any) -> None:
     pool = info.num_blocks * info.block_size
     length = min(512, pool // (2 * info.max_num_seqs))
     common: dict[str, Any] = {"max_tokens": 24, "ignore_eos": True}
-    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9, "top_k": 40}, {"presence_penalty": 0.5},
-                                  {"temperature": 0.7, "min_p": 0.1, "logprobs": 5}]
+    ways: list[dict[str, Any]] = [{"temperature": 0.0}, {"temperature": 0.9, "top_p": 0.9, "top_k": 40},
+                                  {"presence_penalty": 0.5}, {"temperature": 0.7, "min_p": 0.1, "logprobs": 5}]
     prompts = [{"prompt_token_ids": [5 + (number * 7 + at * 13) % 90_000 for at in range(length)]}
                for number in range(info.max_num_seqs)]
     params = [SamplingParams(**common, **ways[number % len(ways)]) for number in range(info.max_num_seqs)]
@@ -89,12 +96,14 @@ def measure(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
 
     from workstation import LLM
 
-    llm = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", **{"max_num_seqs": 256, **settings})
+    given = {"max_num_seqs": 256, **settings}
+    llm = LLM(model=folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", **given)
     torch.cuda.reset_peak_memory_stats()
     full_load(llm)
     info = llm.engine.info
     plan, found = info.plan, dict(info.measured)
     beside = found["weights"] + found["kv"] + found["logits"]
+    found["at_start"] = found["workspace"]
     found["workspace"] = max(found["workspace"], torch.cuda.max_memory_allocated() - beside)
     found["total"] = card.stop()
     planned = {name: plan[name] for name in PARTS[:-1]} | {"workspace": plan["workspace"] + plan["sampler"]}
@@ -106,8 +115,7 @@ def measure(folder: str, settings: dict[str, Any]) -> dict[str, Any]:
 def table(results: list[dict[str, Any]]) -> str:
     lines = ["| configuration | " + " | ".join(PARTS) + " |", "| --- |" + " --- |" * len(PARTS)]
     for result in results:
-        words = [result["model"], *(f"{name.split('_')[0] if name != 'num_gpu_blocks_override' else 'blocks'} {result[name]}"
-                                    for name in SETTINGS if name in result)]
+        words = [result["model"], *(f"{short} {result[name]}" for name, short in SHORT.items() if name in result)]
         cells = [f"{result['planned'][name] / MIB:,.0f} / {result['measured'][name] / MIB:,.0f}"
                  if name in result["measured"] else f"{result['planned'][name] / MIB:,.0f} / -" for name in PARTS]
         lines.append(f"| {', '.join(words)} | {' | '.join(cells)} |")

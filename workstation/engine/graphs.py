@@ -30,6 +30,7 @@ log = logging.getLogger("ws.engine")
 Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 
 MOST_DECODES = 512
+SPARE_BYTES = 64 * 1024 * 1024
 
 
 class Shape(NamedTuple):
@@ -125,7 +126,6 @@ class StepGraphs:
         self._max_model_len = max_model_len
         self._device = device
         self._captured: dict[Shape, _Captured] = {}
-        self._pool: Any = None
 
     def run(self, shape: Shape, logits: torch.Tensor) -> None:
         """Run a step of this shape that does nothing, kernel by kernel."""
@@ -136,12 +136,12 @@ class StepGraphs:
 
         logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
         """
-        self._pool = torch.cuda.MemPool()
+        pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         found = {}
         for shape in reversed(shapes):
             try:
-                found[shape] = self._capture(shape, stream, logits[:shape.sequences])
+                found[shape] = self._capture(shape, pool, stream, logits[:shape.sequences])
             except torch.OutOfMemoryError:
                 log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
         self._captured = {shape: found[shape] for shape in shapes if shape in found}
@@ -185,16 +185,18 @@ class StepGraphs:
         fields.sampled[0, :samples.shape[1]] = ends
         return packed
 
-    def _capture(self, shape: Shape, stream: Any, logits: torch.Tensor) -> _Captured:
+    def _capture(self, shape: Shape, pool: Any, stream: Any, logits: torch.Tensor) -> _Captured:
         inputs = self._idle_inputs(shape)
         torch.cuda.synchronize(self._device)
-        with torch.cuda.stream(stream), torch.cuda.use_mem_pool(self._pool):
-            # Compiles kernels and warms libraries, which a capture may not; and takes the memory that the capture will find,
-            # for one that runs out of memory ends the process.
+        with torch.cuda.stream(stream):
+            # Compiles kernels and warms libraries, which a capture may not; and proves that there is memory, and some to spare:
+            # a capture that runs out of it ends the process (torch 2.11).
+            spare = torch.empty(SPARE_BYTES, dtype=torch.uint8, device=self._device)
             self._run(shape, inputs, logits)
+            del spare
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool.id, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._run(shape, inputs, logits)
         return _Captured(inputs, logits, graph)
 

@@ -91,7 +91,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     if config.online:
         grammars.prepare()  # stops other threads of this process for a second, which must not be in the middle of answers
     try:
-        with ledger.part("weights"):
+        with ledger.part("workspace"):
             model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
                                load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
         loaded = time.monotonic()
@@ -118,9 +118,10 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
 
 def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, *, eager: bool) -> None:
     """Nothing is compiled or taken later that could be now: run the largest step, capture the others."""
-    for source, target, tensor in (("weights", "workspace", runner.model.cos_sin), ("workspace", "kv", runner.pool),
-                                   ("workspace", "logits", runner.logits_room)):
-        ledger.move(source, target, tensor.nbytes)
+    model = runner.model
+    for part, count in (("weights", model.weight_bytes - model.cos_sin.nbytes), ("kv", runner.pool.nbytes),
+                        ("logits", runner.logits_room.nbytes)):
+        ledger.move("workspace", part, count)  # what is left of it: tables, rows, and what allocations were rounded up by
     with ledger.working():
         runner.warm_up(plan.max_num_batched_tokens)
     if not eager:
