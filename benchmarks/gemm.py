@@ -139,6 +139,8 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
         if (tiles == 1 and silu) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
             continue
+        if problem.scheme == "nf4" and panels == 2 and tiles * block_m > 16:
+            continue  # no registers
         block_n = teams * (1 if silu else tiles) * tuning.CHANNELS
         config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
         stages = ring * tuning.KIB // tuning.stage_bytes(problem, config)

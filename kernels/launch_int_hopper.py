@@ -49,7 +49,7 @@ def hopper_int_call(
     if table is not None:
         groups = max(1, (128 if tiles * config.block_m <= 32 else 64) // span)
         stages = max(stages, table_stages(step, teams * tiles * CHANNELS, config.block_m))
-        registers = _table_registers(tiles, config.block_m, groups * span)
+        registers = _table_registers(tiles, config.block_m, groups * span, step)
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
@@ -73,6 +73,7 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     return min(MOST_REGISTERS, (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8)
 
 
-def _table_registers(tiles: int, block_m: int, columns: int) -> int:
-    """The same beside a table, with so many columns' products in flight."""
-    return min(MOST_REGISTERS, -(-(40 + tiles * (columns + 10 * block_m) // 4) // 8) * 8)
+def _table_registers(tiles: int, block_m: int, columns: int, step: int) -> int:
+    """The same beside a table, with so many columns' products in flight, and the places of a step's copies."""
+    places = 16 * tiles * (step // 256 - 1)
+    return min(MOST_REGISTERS, -(-(44 + tiles * (columns + 10 * block_m) // 4 + places) // 8) * 8)

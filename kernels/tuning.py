@@ -153,8 +153,8 @@ def _channels(problem: Problem, config: GemmConfig) -> int:
 
 
 def table_stages(step: int, channels: int, rows: int) -> int:
-    """The least stages of a ring beside a table, for so many channels and rows a program."""
-    return OPTING // (step * (channels // 2 + 2 * rows)) + 1
+    """The least stages of a ring beside a table, for so many channels and rows a program. Scales and barriers come on top."""
+    return -(-OPTING // (step * (channels // 2 + 2 * rows)))
 
 
 def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfig:
