@@ -56,9 +56,12 @@ class Decoder:
         residual = F.embedding(inputs.token_ids, self.embedding)
         qkv = self.layers[0].attention.qkv(ops.rms_norm(residual, self.layers[0].attention_norm, eps))
         for layer, group, kv_layer, following in self._steps:
-            out, residual = layer(qkv, residual, positions, kv_layer, slots[group], plans[group])
+            out = layer.attention(qkv, positions, kv_layer, slots[group], plans[group])
+            del qkv  # the largest tensors of a step live no longer than they are read: `memory.plan_memory` counts on it
+            out, residual = layer.feed_forward(out, residual)
             if following is not None:
                 qkv, residual = following.enter(out, residual)
+                del out
         normed, _ = ops.add_rms_norm(out, residual, self.final_norm, eps)
         assert isinstance(normed, torch.Tensor)
         return normed
