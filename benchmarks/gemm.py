@@ -137,11 +137,12 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
     for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
-        if (tiles == 1 and silu) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
+        paired = problem.scheme == "nf4" and teams == 2  # a warpgroup for gate, one for up
+        if (tiles == 1 and silu and not paired) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
             continue
         if problem.scheme == "nf4" and panels == 2 and tiles * block_m > 16:
             continue  # no registers
-        block_n = teams * (1 if silu else tiles) * tuning.CHANNELS
+        block_n = teams * tiles * tuning.CHANNELS // (2 if silu else 1)
         config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
         stages = ring * tuning.KIB // tuning.stage_bytes(problem, config)
         programs = -(-problem.n // (teams * tiles * tuning.CHANNELS)) * -(-problem.m // block_m)

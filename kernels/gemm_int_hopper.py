@@ -9,7 +9,7 @@ multiprocessor: three or four, or two beside tables of 32 KiB.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
-share it, and the table.
+share it, and the table; of a gate and its up each can have one, and the second hands its sums to the first.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -153,8 +153,8 @@ def _settle(first, second, parts, held, s_ring, slot, GROUPS: gl.constexpr, RUNS
 
 @gluon.jit
 def _consume(
-    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k, size, zero_stride,
-    first_channel, tile_stride, first_row, tile_number, split,
+    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed, begin, steps, m, n, k,
+    size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
     TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
     PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
@@ -200,8 +200,18 @@ def _consume(
                 held = held + read
             first, second = _settle(first, second, parts, held, scales, tile * RUNS + run, GROUPS, RUNS, TILES, ACC)
         mbarrier.arrive(free.index(stage), count=1)
-    conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
-             tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    if SILU and TILES == 1 and TEAM == 1:
+        up_sums.store(first)
+        align()
+        mbarrier.arrive(summed, count=1)
+    elif SILU and TILES == 1:
+        mbarrier.wait(summed, 0)
+        second = up_sums.load(ACC)
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, 2, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    else:
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
 
 
 @gluon.jit
@@ -268,15 +278,17 @@ def hopper_int_kernel(
     at a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: 4-bit
     codes' `code_decode.filler`, None for integers. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as
     `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with
-    REGISTERS a thread, and one warp that copies.
+    REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
     split = gl.program_id(1)
-    team_stride: gl.constexpr = TILES * 64 if not SILU else 64
-    first_channel = tile_number // row_tiles * (TEAMS * team_stride)
+    PAIRED: gl.constexpr = SILU and TILES == 1
+    WIDE: gl.constexpr = 64 if PAIRED else TEAMS * 64 if SILU else TEAMS * TILES * 64
+    first_channel = tile_number // row_tiles * WIDE
     first_row = tile_number % row_tiles * BLOCK_M
     tile_stride = n if SILU else 64
+    team_stride = n if PAIRED else WIDE // TEAMS
     STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
     RUNS: gl.constexpr = STEP // SPAN
     begin = split * chunk
@@ -292,6 +304,13 @@ def hopper_int_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=TEAMS)
+    up_sums = x_ring  # not used
+    summed = ready
+    if PAIRED:
+        SUMS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        up_sums = gl.allocate_shared_memory(gl.float32, [64, BLOCK_M], SUMS)
+        summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(summed, count=1)
     align()
     table = gl.inline_asm_elementwise(RESERVE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) if TABLE is not None else 0
     scale_bytes: gl.constexpr = RUNS * s.dtype.primitive_bitwidth // 8
@@ -299,9 +318,9 @@ def hopper_int_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split, BITS, TABLE, SPAN,
-                            GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
+                            begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number,
+                            split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -309,14 +328,16 @@ def hopper_int_kernel(
             [COPYING],
         )  # fmt: skip
     else:
+        first_number = tile_number if PAIRED else tile_number * 2
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel, tile_stride, first_row, tile_number * 2, split, BITS, TABLE,
-                            SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel + team_stride, tile_stride, first_row, tile_number * 2 + 1,
-                            split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
+                            begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row, first_number,
+                            split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
+                            begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride, first_row,
+                            first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
