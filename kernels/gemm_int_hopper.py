@@ -92,14 +92,19 @@ def _middle(BITS: gl.constexpr, target: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _filled(table, TABLE: gl.constexpr, A: gl.constexpr):
-    """The warpgroup fills the table. Where a thread's bank of it lies, [64, 32]."""
+def _filled(table, filled, TABLE: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, A: gl.constexpr):
+    """The first warpgroup fills the table, the second awaits that. Where a thread's bank of it lies, [64, 32]."""
+    if TEAM == 0:
+        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        thread = gl.arange(0, 128, layout=THREADS)
+        place = gl.full([128], table, gl.int32, THREADS)
+        gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
+        align()
+        if TEAMS == 2:
+            mbarrier.arrive(filled, count=1)
+    else:
+        mbarrier.wait(filled, 0)
     lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    thread = gl.arange(0, 128, layout=THREADS)
-    place = gl.full([128], table, gl.int32, THREADS)
-    gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
-    align()
     return gl.full([64, UNIT], table + lane * 4, gl.int32, A)
 
 
@@ -153,8 +158,8 @@ def _settle(first, second, parts, held, s_ring, slot, GROUPS: gl.constexpr, RUNS
 
 @gluon.jit
 def _consume(
-    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed, begin, steps, m, n, k,
-    size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
+    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
+    n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
     TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
     PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
@@ -169,7 +174,7 @@ def _consume(
     scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * RUNS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    less = _filled(table, TABLE, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
+    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
     up_less = less
     if zero is not None:
         points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
@@ -304,8 +309,10 @@ def hopper_int_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=TEAMS)
-    up_sums = x_ring  # not used
-    summed = ready
+    up_sums, filled, summed = x_ring, ready, ready  # where there is no need of them
+    if TEAMS == 2 and TABLE is not None:
+        filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(filled, count=1)
     if PAIRED:
         SUMS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
         up_sums = gl.allocate_shared_memory(gl.float32, [64, BLOCK_M], SUMS)
@@ -318,9 +325,10 @@ def hopper_int_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
-                            begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number,
-                            split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            tile_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -331,13 +339,14 @@ def hopper_int_kernel(
         first_number = tile_number if PAIRED else tile_number * 2
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
-                            begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row, first_number,
-                            split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, summed,
-                            begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride, first_row,
-                            first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            first_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
                             STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
+                            first_row, first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS,
+                            BLOCK_M, PANELS, STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
