@@ -79,6 +79,6 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
 
 def _table_registers(tiles: int, block_m: int, columns: int, groups: int) -> int:
     """The same beside a table, with so many columns' products in flight, and so many groups a step, whose places are kept."""
-    places = 8 * tiles * (groups - 4)
+    places = 10 * tiles * (groups - 4)
     sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
     return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + places) // 8) * 8)
