@@ -17,6 +17,8 @@ from workstation.kernels.launch_gemm_hopper import boxes, split_space
 from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_stages
 
 COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
+ALONE = 80 << 10  # bytes of a ring beside a table, above which a program has a multiprocessor, and its registers, to itself
+FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
 
 
@@ -50,10 +52,9 @@ def hopper_int_call(
     groups, stages = 1, config.stages
     registers = _registers(tiles, config.block_m, span, zeros=zero is not None)
     if table is not None:
-        few = tiles * config.block_m <= 32
-        groups = 2 if few and span < CHUNK else 1
+        groups = 2 if span < CHUNK and tiles * config.block_m <= FEW_SUMS else 1
         stages = max(stages, table_stages(step, teams * tiles * CHANNELS, config.block_m))
-        registers = _table_registers(tiles, config.block_m, max(span, CHUNK if few else CHUNK // 2), step // min(span, 64))
+        registers = _table_registers(tiles, config.block_m, span, step, stages * teams)
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
@@ -77,8 +78,10 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     return min(MOST_REGISTERS, (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8)
 
 
-def _table_registers(tiles: int, block_m: int, columns: int, groups: int) -> int:
-    """The same beside a table, with so many columns' products in flight, and so many groups a step, whose places are kept."""
-    places = 10 * tiles * (groups - 4)
+def _table_registers(tiles: int, block_m: int, span: int, step: int, rings: int) -> int:
+    """The same beside a table: operands in flight, sums, groups' places. rings: steps in shared memory times warpgroups."""
+    columns = max(span, CHUNK if tiles * block_m <= FEW_SUMS else CHUNK // 2)
     sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
-    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + places) // 8) * 8)
+    groups = step // min(span, 64)
+    alone = 16 if rings * step * (tiles * CHANNELS // 2 + block_m) > ALONE else 0
+    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4) + alone) // 8) * 8)
