@@ -19,6 +19,7 @@ lookup's load runs on that of shared memory, which has a quarter. A scale costs 
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -85,6 +86,7 @@ ONE_BFLOAT16, ONE_FLOAT16 = (tl.constexpr(_SCALED.format(type=name)) for name in
 TWO_BFLOAT16, TWO_FLOAT16 = (tl.constexpr(_SCALED_TWICE.format(type=name)) for name in ("bf16x2", "f16x2"))
 
 
+@cache
 def decoder(values: Table | None, target: str) -> str:
     """The assembly that turns words into planes of `target`, "bf16" or "fp16".
 
@@ -96,6 +98,7 @@ def decoder(values: Table | None, target: str) -> str:
                          second=_two_planes("$2", "$3", values, target))  # fmt: skip
 
 
+@cache
 def filler(values: Table, target: str) -> str:
     """The assembly by which 128 threads fill a table in shared memory for `LOOKUPS`: two values for every two codes."""
     planes = _two_planes("one", "two", values, target)

@@ -9,7 +9,7 @@ multiprocessor: three or four, or two beside tables of 32 KiB.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
-share it, and the table.
+share it, and the table; of a gate and its up each can have one, and the second hands its sums to the first.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -92,14 +92,19 @@ def _middle(BITS: gl.constexpr, target: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
-def _filled(table, TABLE: gl.constexpr, A: gl.constexpr):
-    """The warpgroup fills the table. Where a thread's bank of it lies, [64, 32]."""
+def _filled(table, filled, TABLE: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, A: gl.constexpr):
+    """The first warpgroup fills the table, the second awaits that. Where a thread's bank of it lies, [64, 32]."""
+    if TEAM == 0:
+        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        thread = gl.arange(0, 128, layout=THREADS)
+        place = gl.full([128], table, gl.int32, THREADS)
+        gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
+        align()
+        if TEAMS == 2:
+            mbarrier.arrive(filled, count=1)
+    else:
+        mbarrier.wait(filled, 0)
     lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    thread = gl.arange(0, 128, layout=THREADS)
-    place = gl.full([128], table, gl.int32, THREADS)
-    gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
-    align()
     return gl.full([64, UNIT], table + lane * 4, gl.int32, A)
 
 
@@ -153,8 +158,8 @@ def _settle(first, second, parts, held, s_ring, slot, GROUPS: gl.constexpr, RUNS
 
 @gluon.jit
 def _consume(
-    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k, size, zero_stride,
-    first_channel, tile_stride, first_row, tile_number, split,
+    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
+    n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
     TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
     PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
@@ -169,7 +174,7 @@ def _consume(
     scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * RUNS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    less = _filled(table, TABLE, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
+    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
     up_less = less
     if zero is not None:
         points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
@@ -200,8 +205,18 @@ def _consume(
                 held = held + read
             first, second = _settle(first, second, parts, held, scales, tile * RUNS + run, GROUPS, RUNS, TILES, ACC)
         mbarrier.arrive(free.index(stage), count=1)
-    conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
-             tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    if SILU and TILES == 1 and TEAM == 1:
+        up_sums.store(first)
+        align()
+        mbarrier.arrive(summed, count=1)
+    elif SILU and TILES == 1:
+        mbarrier.wait(summed, 0)
+        second = up_sums.load(ACC)
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, 2, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    else:
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
 
 
 @gluon.jit
@@ -268,15 +283,17 @@ def hopper_int_kernel(
     at a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: 4-bit
     codes' `code_decode.filler`, None for integers. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as
     `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with
-    REGISTERS a thread, and one warp that copies.
+    REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
     split = gl.program_id(1)
-    team_stride: gl.constexpr = TILES * 64 if not SILU else 64
-    first_channel = tile_number // row_tiles * (TEAMS * team_stride)
+    PAIRED: gl.constexpr = SILU and TILES == 1
+    WIDE: gl.constexpr = 64 if PAIRED else TEAMS * 64 if SILU else TEAMS * TILES * 64
+    first_channel = tile_number // row_tiles * WIDE
     first_row = tile_number % row_tiles * BLOCK_M
     tile_stride = n if SILU else 64
+    team_stride = n if PAIRED else WIDE // TEAMS
     STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
     RUNS: gl.constexpr = STEP // SPAN
     begin = split * chunk
@@ -292,6 +309,15 @@ def hopper_int_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=TEAMS)
+    up_sums, filled, summed = x_ring, ready, ready  # where there is no need of them
+    if TEAMS == 2 and TABLE is not None:
+        filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(filled, count=1)
+    if PAIRED:
+        SUMS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        up_sums = gl.allocate_shared_memory(gl.float32, [64, BLOCK_M], SUMS)
+        summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(summed, count=1)
     align()
     table = gl.inline_asm_elementwise(RESERVE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) if TABLE is not None else 0
     scale_bytes: gl.constexpr = RUNS * s.dtype.primitive_bitwidth // 8
@@ -299,9 +325,10 @@ def hopper_int_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split, BITS, TABLE, SPAN,
-                            GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            tile_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -309,14 +336,17 @@ def hopper_int_kernel(
             [COPYING],
         )  # fmt: skip
     else:
+        first_number = tile_number if PAIRED else tile_number * 2
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel, tile_stride, first_row, tile_number * 2, split, BITS, TABLE,
-                            SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n,
-                            k, size, zero_stride, first_channel + team_stride, tile_stride, first_row, tile_number * 2 + 1,
-                            split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            first_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
+                            first_row, first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS,
+                            BLOCK_M, PANELS, STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],

@@ -8,6 +8,7 @@ import torch
 import triton
 
 from workstation.kernels.code_decode import filler
+from workstation.kernels.code_tables import CHUNK
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_hopper import hopper_int_kernel
@@ -16,6 +17,8 @@ from workstation.kernels.launch_gemm_hopper import boxes, split_space
 from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_stages
 
 COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
+ALONE = 80 << 10  # bytes of a ring beside a table, above which a program has a multiprocessor, and its registers, to itself
+FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
 
 
@@ -28,9 +31,11 @@ def hopper_int_call(
     """
     bits, zero, table = _form(weight, x.dtype if isinstance(x, torch.Tensor) else x)
     teams = config.warps // 4
-    tiles = 2 if silu else config.block_n // (teams * CHANNELS)
+    tiles = config.block_n // (teams * CHANNELS)
+    if silu:
+        tiles = 2 if tiles else 1  # a warpgroup has gate and up, or one of two has either
     chunk = triton.cdiv(triton.cdiv(k, config.block_k), config.splits) * config.block_k
-    wide = teams * (1 if silu else tiles) * CHANNELS
+    wide = teams * tiles * CHANNELS // (2 if silu else 1)
     grid = (triton.cdiv(n, wide) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
     partial, arrivals = split_space(grid, teams * tiles * CHANNELS * config.block_m, out)
     channels = 2 * n if silu else n
@@ -47,9 +52,9 @@ def hopper_int_call(
     groups, stages = 1, config.stages
     registers = _registers(tiles, config.block_m, span, zeros=zero is not None)
     if table is not None:
-        groups = max(1, (128 if tiles * config.block_m <= 32 else 64) // span)
+        groups = 2 if span < CHUNK and tiles * config.block_m <= FEW_SUMS else 1
         stages = max(stages, table_stages(step, teams * tiles * CHANNELS, config.block_m))
-        registers = _table_registers(tiles, config.block_m, groups * span, step)
+        registers = _table_registers(tiles, config.block_m, span, step, stages * teams)
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
@@ -73,7 +78,10 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     return min(MOST_REGISTERS, (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8)
 
 
-def _table_registers(tiles: int, block_m: int, columns: int, step: int) -> int:
-    """The same beside a table, with so many columns' products in flight, and the places of a step's copies."""
-    places = 16 * tiles * (step // 256 - 1)
-    return min(MOST_REGISTERS, -(-(44 + tiles * (columns + 10 * block_m) // 4 + places) // 8) * 8)
+def _table_registers(tiles: int, block_m: int, span: int, step: int, rings: int) -> int:
+    """The same beside a table: operands in flight, sums, groups' places. rings: steps in shared memory times warpgroups."""
+    columns = max(span, CHUNK if tiles * block_m <= FEW_SUMS else CHUNK // 2)
+    sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
+    groups = step // min(span, 64)
+    alone = 16 if rings * step * (tiles * CHANNELS // 2 + block_m) > ALONE else 0
+    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4) + alone) // 8) * 8)

@@ -33,6 +33,8 @@ from workstation.kernels.tuning import (
 )
 
 ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
+HAS_HOPPER = torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))
+ON_HOPPER = pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
 # Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255.
 PARKED = 16
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -185,12 +187,13 @@ def check_together(output: Output, m: int, waits: int) -> None:
 
 
 def test_a_ring_s_products_of_two_groups_are_in_flight_together() -> None:
-    check_together("silu_mul", 1, 2)
+    check_together("silu_mul", 1, 4)
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("output", "m", "waits"), [("linear", 1, 4), ("linear", 16, 2), ("linear", 32, 2), ("linear", 64, 8),
-                                                    ("silu_mul", 16, 2), ("silu_mul", 32, 4)])  # fmt: skip
+@pytest.mark.parametrize(("output", "m", "waits"), [
+    ("linear", 1, 4), ("linear", 16, 4), ("linear", 32, 4), ("linear", 64, 8), ("silu_mul", 16, 4), ("silu_mul", 32, 4),
+    ("silu_mul", 256, 8)])  # fmt: skip
 def test_every_ring_s_products_are_in_flight_together(output: Output, m: int, waits: int) -> None:
     check_together(output, m, waits)
 
@@ -213,7 +216,7 @@ def test_every_ring_of_codes_compiles_and_fits(scheme: Scheme, output: Output, b
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("form", ["mxfp4", "nvfp4", "nvfp4_divided"])
 def test_rings_multiply_small_floats_of_any_shape(form: str, dtype: torch.dtype) -> None:
@@ -229,19 +232,28 @@ TABLE_RINGS = [
     (8, 8, 2, 2, 1, 4, 1152, 4096), (13, 16, 1, 1, 2, 2, 1104, 4224), (16, 16, 2, 2, 1, 1, 1152, 4224),
     (33, 32, 1, 2, 1, 1, 1152, 4096), (100, 64, 1, 1, 1, 3, 1104, 4224), (256, 64, 1, 2, 1, 2, 1152, 4224),
 ]  # fmt: skip
+# The same of gate and up in one warpgroup or in two.
+TABLE_PAIRS = [
+    (1, 8, 2, 1, 1, 2, 1152, 4096), (2, 8, 1, 2, 1, 1, 1152, 4224), (9, 16, 1, 2, 2, 1, 1152, 4224),
+    (7, 8, 2, 2, 1, 3, 1280, 4224), (33, 32, 1, 2, 1, 3, 1152, 4224), (130, 64, 1, 2, 1, 1, 1152, 4096),
+    (40, 32, 2, 1, 1, 1, 1152, 4224),
+]  # fmt: skip
+TABLE_FORMS = [form for form in FORMS if FORMS[form][2] is ScaleKind.F32]
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", [form for form in FORMS if FORMS[form][2] is ScaleKind.F32])
-@pytest.mark.parametrize("shape", TABLE_RINGS, ids=str)
-def test_rings_look_up_codes_of_any_shape(shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", TABLE_FORMS)
+@pytest.mark.parametrize(("silu", "shape"), [(silu, shape) for silu, shapes in ((False, TABLE_RINGS), (True, TABLE_PAIRS))
+                                             for shape in shapes], ids=str)  # fmt: skip
+def test_rings_look_up_codes_of_any_shape(silu: bool, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     m, block_m, tiles, teams, panels, splits, n, k = shape
     case = make_case(m, n, k, form, dtype, "cuda")
-    config = GemmConfig("hopper", 64 * tiles * teams, block_m, 256 * panels, splits, 4 * teams, 2, True)
+    block_n = 64 * tiles * teams // (2 if silu else 1)
+    config = GemmConfig("hopper", block_n, block_m, 256 * panels, splits, 4 * teams, 2, True)
     for _ in range(2):  # what one product leaves behind must not disturb the next
-        check_product(case, config, dtype, silu=n % 128 == 0 and block_m <= 32)
+        check_product(case, config, dtype, silu=silu)
 
 
 @pytest.mark.gpu
