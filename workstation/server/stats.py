@@ -21,7 +21,7 @@ DEFAULT_CELLS = 400
 
 
 class ModelStats(Struct):
-    """What is served, fixed while the engine lives. plan: the memory plan, bytes by name."""
+    """What is served, fixed while the engine lives. plan: the memory plan, bytes by part.  measured: what the start took."""
 
     name: str
     architecture: str
@@ -35,6 +35,7 @@ class ModelStats(Struct):
     kv_bytes: int
     plan: dict[str, int]
     kv_cache_dtype: str = ""
+    measured: dict[str, int] = {}
 
 
 class LoadingStats(Struct):
