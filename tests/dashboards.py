@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import msgspec
 from textual.pilot import Pilot
-from textual.widgets import Static
 
 from workstation.engine.request import EngineStats
 from workstation.engine.snapshot import Picture, RequestRow
@@ -21,6 +20,7 @@ from workstation.tui.app import Dashboard
 from workstation.tui.client import Client
 from workstation.tui.frame import Frame, parse
 from workstation.tui.http import Answer, HTTPFault
+from workstation.tui.panel import Panel
 
 STATES = bytes([1] * 20 + [2] * 10 + [3] * 30 + [0] * 140)
 NOW = 1_000_000_000.0
@@ -187,7 +187,7 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
 
 def said(app: Dashboard, name: str) -> str:
     """A panel's text."""
-    return str(app.screen_stack[0].query_one(f"#{name}", Static).render())
+    return app.screen_stack[0].query_one(f"#{name}", Panel).text
 
 
 def ids(app: Dashboard) -> list[str]:

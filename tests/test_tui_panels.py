@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 
 import pytest
@@ -13,6 +14,8 @@ from dashboards import (
     screen_text,
     until,
 )
+from rich.text import Text
+from textual.app import App, ComposeResult
 from textual.pilot import Pilot
 
 from workstation.tui import gpu_panels, panels
@@ -20,6 +23,7 @@ from workstation.tui.app import Dashboard
 from workstation.tui.details import details, missed
 from workstation.tui.drawing import Glyphs, seconds
 from workstation.tui.frame import parse
+from workstation.tui.panel import Panel
 from workstation.tui.request_table import columns
 
 # ── the card ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,3 +132,49 @@ def test_a_request_without_a_token_for_long_is_stuck_and_one_that_moves_is_not()
         frame = frame_of(machine)
         history.feed(frame)
     assert history.stuck(frame) == {"req-aaaa1111"}
+
+
+# ── figures ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("lines", "widths"), [(2, range(40, 80)), (3, range(58, 160))])
+def test_figures_and_their_sparklines_fit_the_panel(lines: int, widths: range) -> None:
+    frame, history = frame_of(machine_in("full")), panels.History()
+    for second in range(100):
+        frame.data["time"] = 1000.0 + second
+        history.feed(frame)
+    for width in widths:
+        for make in (panels.batch, panels.speed):
+            rows = make(frame, history, Glyphs(), width, lines).plain.splitlines()
+            assert len(rows) == lines and max(map(len, rows)) <= width
+            assert sum("█" in row for row in rows) >= lines - 1
+
+
+def test_a_share_is_drawn_against_the_whole_and_a_rate_against_its_largest() -> None:
+    assert Glyphs().spark([0.1, 0.5, 1.0], 4, 1.0) == " ▁▄█" and Glyphs().spark([10, 50], 2) == "▂█"
+
+
+class Painted(App[None]):
+    """Counts the lines that a panel is asked for."""
+
+    def compose(self) -> ComposeResult:
+        self.panel = Panel("panel")
+        self.asked: list[int] = []
+        drawn = self.panel.render_line
+        self.panel.render_line = lambda y: (self.asked.append(y), drawn(y))[1]  # type: ignore[method-assign,func-returns-value]
+        yield self.panel
+
+
+def test_a_panel_draws_only_the_lines_that_say_something_new() -> None:
+    async def go() -> None:
+        app = Painted()
+        async with app.run_test(size=(20, 4)) as pilot:
+            app.panel.show(Text("one\ntwo\nthree", no_wrap=True))
+            await pilot.pause()
+            app.asked.clear()
+            app.panel.show(Text("one\nother\nthree", no_wrap=True))
+            await pilot.pause()
+            assert app.asked == [1]
+            assert app.panel.render_line(1).text == "other".ljust(20)
+
+    asyncio.run(go())

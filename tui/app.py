@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, ClassVar, TypeVar
@@ -26,7 +25,6 @@ from workstation.tui.request_table import ORDERS, RequestTable
 from workstation.tui.screens import Choice, Question, Sheet, keys
 
 RETRY_SECONDS = 1.0
-SLOW_SECONDS = 1.0
 MAX_BLOCKS = 1024
 LOG_LINES = 200
 THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "solarized-light", "ansi-dark")
@@ -64,7 +62,6 @@ class Dashboard(App[str]):
         self._owns_server = owns_server
         self._waiting = waiting or (lambda: "connecting")
         self._period = 1.0 / rate
-        self._lines: list[dict[str, Any]] = []
         self._look, self._hurry = asyncio.Event(), asyncio.Event()
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -128,6 +125,8 @@ class Dashboard(App[str]):
                 self.take(frame)
             if not self.frozen or self.trouble:
                 self.draw()
+            if self.canvas.due(within=self._period):
+                self._hurry.set()
             await asyncio.sleep(max(0.02, pause - (time.monotonic() - began)))
 
     def take(self, frame: Frame) -> None:
@@ -139,16 +138,16 @@ class Dashboard(App[str]):
 
     @work(exclusive=True, group="slow")
     async def watch_slowly(self) -> None:
-        """Once a second, and when another request is chosen: that request (its blocks are lit) and the log."""
+        """Before figures are drawn, and when another request is chosen: that request (its blocks are lit) and the log."""
         while True:
-            if not (self.frozen or self.trouble or self.newest is None):
-                await self._show_chosen(self.newest)
-                self._lines = await self._or_none(self.source.log(LOG_LINES)) or self._lines
-                self.canvas.draw_log(self._lines)
+            await self._hurry.wait()
             self._hurry.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SLOW_SECONDS):
-                    await self._hurry.wait()
+            if not (self.frozen or self.trouble or self.newest is None):
+                before, knew = self.canvas.details, self.canvas.lines
+                await self._show_chosen(self.newest)
+                self.canvas.lines = await self._or_none(self.source.log(LOG_LINES)) or knew
+                if subject(self.canvas.details) != subject(before) or not knew:
+                    self.draw_now()
 
     async def _show_chosen(self, frame: Frame) -> None:
         chosen = self.canvas.table.chosen_id
@@ -156,8 +155,7 @@ class Dashboard(App[str]):
         blocks: set[int] = set()
         if answer is not None:
             blocks = {block for sample in answer["samples"] for table in sample["tables"] for block in table}
-        self.canvas.lit = frame.cells_of(blocks)
-        self.canvas.draw_side(answer)
+        self.canvas.lit, self.canvas.details = frame.cells_of(blocks), answer
         sheet = self.screen_stack[-1] if self.screen_stack else None
         if isinstance(sheet, Sheet) and answer is not None and sheet.subject == chosen:
             sheet.show(details(answer, self.canvas.glyphs))
@@ -234,7 +232,7 @@ class Dashboard(App[str]):
         self.canvas.table.focus()
 
     def action_log(self) -> None:
-        self._open("Log", log_lines(self._lines) if self._lines else Text("nothing was said yet"))
+        self._open("Log", log_lines(self.canvas.lines) if self.canvas.lines else Text("nothing was said yet"))
 
     def _open(self, title: str, text: Text, subject: str = "") -> None:
         sheet = Sheet(title, text, subject)
@@ -280,3 +278,8 @@ class Dashboard(App[str]):
         answer = await self.push_screen_wait(question)
         if answer != "n":
             self.exit(STOP if answer == "s" else LEAVE)
+
+
+def subject(answer: dict[str, Any] | None) -> str:
+    """The id of the request that details are of."""
+    return "" if answer is None else str(answer["request"]["id"])

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import unicodedata
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -62,14 +64,15 @@ class Frame:
 
     Attributes:
         data: the answer as in docs/stats.md, strings cleaned.
-        owned, shared, cached, free: blocks of each cell.  heat: 0 to 255 a cell, when it was asked for.
+        owned, shared, cached: blocks of each cell in these states.  sizes: all blocks of each cell, the free ones as well.
+        heat: 0 to 255 a cell, when it was asked for.
     """
 
     data: dict[str, Any]
-    owned: list[int]
-    shared: list[int]
-    cached: list[int]
-    free: list[int]
+    owned: Sequence[int]
+    shared: Sequence[int]
+    cached: Sequence[int]
+    sizes: Sequence[int]
     heat: bytes | None = None
 
     @property
@@ -83,7 +86,8 @@ class Frame:
         return len(self.owned)
 
     def cell(self, number: int) -> Cell:
-        return Cell(self.owned[number], self.shared[number], self.cached[number], self.free[number])
+        owned, shared, cached = self.owned[number], self.shared[number], self.cached[number]
+        return Cell(owned, shared, cached, self.sizes[number] - owned - shared - cached)
 
     def span(self, cell: int) -> tuple[int, int]:
         """First and last block (1-based, both included) of a cell."""
@@ -100,10 +104,10 @@ class Frame:
         if self.count <= room:
             return self
         edges = [self.count * cell // room for cell in range(room + 1)]
-        owned, shared, cached, free = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
-                                       for values in (self.owned, self.shared, self.cached, self.free))
+        owned, shared, cached, sizes = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
+                                        for values in (self.owned, self.shared, self.cached, self.sizes))
         heat = None if self.heat is None else bytes(max(self.heat[begin:end]) for begin, end in pairwise(edges))
-        return Frame(self.data, owned, shared, cached, free, heat)
+        return Frame(self.data, owned, shared, cached, sizes, heat)
 
 
 def parse(body: bytes) -> Frame:
@@ -129,18 +133,22 @@ def _frame(data: dict[str, Any]) -> Frame:
     if not (0 <= count <= min(MAX_CELLS, total) and width in (1, 2, 4)) or (total > 0) != (count > 0):
         raise ValueError("a map of this size was not asked for")
     owned, shared, cached = (_numbers(folded[name], width, count) for name in ("owned", "shared", "cached"))
-    edges = [total * cell // count for cell in range(count + 1)] if count else [0]
-    free = [edges[i + 1] - edges[i] - owned[i] - shared[i] - cached[i] for i in range(count)]
     heat = folded.get("heat")
-    return Frame(data, owned, shared, cached, free, None if heat is None else bytes(_numbers(heat, 1, count)))
+    return Frame(data, owned, shared, cached, _sizes(total, count), None if heat is None else bytes(_numbers(heat, 1, count)))
 
 
-def _numbers(text: str, width: int, count: int) -> list[int]:
+@lru_cache(4)
+def _sizes(total: int, count: int) -> Sequence[int]:
+    """Blocks of each cell: the same object for every frame of a screen."""
+    return array("Q", [total * (cell + 1) // count - total * cell // count for cell in range(count)])
+
+
+def _numbers(text: str, width: int, count: int) -> Sequence[int]:
     data = base64.b64decode(text, validate=True)
     if len(data) != width * count:
         raise ValueError("a list of cells has the wrong length")
     if width == 1:
-        return list(data)
+        return data
     values = array("H" if width == 2 else "I")
     values.frombytes(data)
-    return values.tolist()
+    return values

@@ -26,11 +26,13 @@ def _series() -> deque[float]:
 class History:
     """What one frame does not say: two minutes for sparklines, and what has not moved. `feed` each new frame."""
 
-    decode: deque[float] = field(default_factory=_series)
+    generated: deque[float] = field(default_factory=_series)
     prompt: deque[float] = field(default_factory=_series)
     rows: deque[float] = field(default_factory=_series)
     step: deque[float] = field(default_factory=_series)
     load: deque[float] = field(default_factory=_series)
+    tokens: deque[float] = field(default_factory=_series)
+    decode: deque[float] = field(default_factory=_series)
     prefill: deque[float] = field(default_factory=_series)
     full_since: float | None = None
     _fed: float = -SECOND
@@ -42,12 +44,14 @@ class History:
         if 0 <= now - self._fed < SECOND:
             return
         self._fed = now
-        self.decode.append(speed["generate_rate"] or 0.0)
+        self.generated.append(speed["generate_rate"] or 0.0)
         self.prompt.append(speed["prompt_rate"] or 0.0)
         self.rows.append(batch["running"])
         self.step.append(batch["step_seconds"])
         self.load.append((gpu or {}).get("utilization") or 0.0)
-        self.prefill.append(batch.get("step_prompt_tokens") or 0)
+        self.tokens.append(batch["step_tokens"])
+        self.prefill.append(batch.get("step_prompt_tokens", 0))
+        self.decode.append(batch["step_tokens"] - batch.get("step_prompt_tokens", 0))
         if held_share(frame) <= FULL_SHARE:
             self.full_since = None
         elif self.full_since is None:
@@ -135,8 +139,15 @@ def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
     return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
 
 
+def map_foot(frame: Frame, width: int, glyphs: Glyphs) -> Text:
+    """The lower border of the map's box. Not a border's subtitle, whose every change draws the whole box again."""
+    left, line, right = "+-+" if glyphs.ascii else "╰─╯"
+    words = f" {blocks_line(frame, width - 6)} " if frame.count else ""
+    return Text(left + f"{words}{line}".rjust(max(0, width - 2), line) + right, no_wrap=True)
+
+
 def blocks_line(frame: Frame, width: int) -> str:
-    """The map's bottom line, as much of it as there is room for."""
+    """The pool in figures, as many of them as there is room for."""
     blocks, speed = frame.data["blocks"], frame.data["speed"]
     parts = [f"{percent(held_share(frame))} held", f"waste {blocks['waste'] * 100:.1f} %", f"hits {percent(speed['hit_rate'])}",
              f"evicted {count(speed['eviction_rate'])}/s", f"preempted {count(speed['preemption_rate'])}/s",
@@ -168,33 +179,50 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
     return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
 
-def batch(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
-    now = frame.data["batch"]
-    room = max(4, min(24, width - 40))
-    text = Text(f" rows {now['running']}/{frame.data['model']['max_num_seqs']} wait {now['waiting']} "
-                f"preempted {now['preempted']} ".ljust(32), no_wrap=True)
-    text.append(glyphs.spark(history.rows, room), style=COLOURS["owned"])
-    text.append(f"\n step {seconds(now['step_seconds'])}  budget {now['step_tokens']}/{now['budget']} ".ljust(33))
-    text.append(glyphs.spark(history.step, room), style=AMBER)
-    if width >= 56:
-        text.append(f" prefill {now.get('step_prompt_tokens', 0):,} ".rjust(16), style="dim")
-        text.append(glyphs.spark(history.prefill, 8), style=GREEN)
-    return text
+def batch(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int = 3) -> Text:
+    """Rows, the step's time and tokens. Two lines leave room for fewer sparklines."""
+    now, rows = frame.data["batch"], frame.data["model"]["max_num_seqs"]
+    filled = f"rows {now['running']:>{len(str(rows))}}/{rows} "
+    used = f"{now['step_tokens']:>{len(str(now['budget']))}}/{now['budget']}"
+    if lines < 3:
+        text = Text(f" {filled}wait {now['waiting']} preempted {now['preempted']} ".ljust(33), no_wrap=True)
+        text.append(glyphs.spark(history.rows, min(24, width - 35)), style=COLOURS["owned"])
+        text.append(f"\n step {seconds(now['step_seconds']):>6}  budget {used} ".ljust(34))
+        return text.append(glyphs.spark(history.step, min(24, width - 35)), style=AMBER)
+    half = width // 2
+    text = Text(f" {filled} wait {now['waiting']}  preempted {now['preempted']} ".ljust(max(37, half)), no_wrap=True)
+    text.append(f" {glyphs.spark(history.rows, width - text.cell_len - 2)}\n", style=COLOURS["owned"])
+    prefill = now.get("step_prompt_tokens", 0)
+    text.append_text(gauge("step", seconds(now["step_seconds"]), glyphs.spark(history.step, half - 19), AMBER))
+    text.append_text(gauge("budget", used, glyphs.spark(history.tokens, width - half - 19, now["budget"]), AMBER)).append("\n")
+    text.append_text(gauge("decode", f"{now['step_tokens'] - prefill:,}", glyphs.spark(history.decode, half - 19), GREEN))
+    return text.append_text(gauge("prefill", f"{prefill:,}", glyphs.spark(history.prefill, width - half - 19), GREEN))
 
 
-def speed(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
+def gauge(name: str, value: str, spark: str, style: str) -> Text:
+    """A name, its value at a fixed place and the last two minutes; 19 characters and the sparkline's."""
+    return Text(f" {name:<7}{value:>9} ", no_wrap=True).append(spark, style=style).append(" ")
+
+
+def speed(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int = 3) -> Text:
+    """Tokens a second of answers and of prompts, and latencies."""
     now = frame.data["speed"]
-    room = max(4, min(20, (width - 34) // 2))
-    text = Text(f" gen {count(now['generate_rate'])} tok/s ", no_wrap=True)
-    text.append(glyphs.spark(history.decode, room), style=GREEN)
-    text.append(f" prompt {count(now['prompt_rate'])} ").append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+    if lines < 3:
+        room = max(3, min(20, (width - 33) // 2))
+        text = Text(f" gen {count(now['generate_rate']):>6} tok/s ", no_wrap=True)
+        text.append(glyphs.spark(history.generated, room), style=GREEN)
+        text.append(f" prompt {count(now['prompt_rate']):>6} ")
+        text.append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+    else:
+        text = Text(no_wrap=True)
+        for name, key, past, style in (("generate", "generate_rate", history.generated, GREEN),
+                                       ("prompt", "prompt_rate", history.prompt, COLOURS["owned"])):
+            text.append(f"{chr(10) if text else ''} {name:<8} {count(now[key]):>9} tok/s ")
+            text.append(glyphs.spark(past, width - 28), style=style)
     spreads = [f"{name} {pair(now[key]['p50'], now[key]['p99'])}"
                for name, key in (("TTFT", "ttft"), ("ITL", "itl"), ("e2e", "e2e"))]
-    shown = spreads if width >= sum(map(len, spreads)) + 7 else spreads[:2]
-    text.append("\n " + " · ".join(shown))
-    if width >= 56:
-        text.append("  p50/p99", style="dim")
-    return text
+    text.append(f"\n {fitting(spreads, ' · ', width - 1)}")
+    return text.append("  p50/p99", style="dim") if width >= len(" · ".join(spreads)) + 10 else text
 
 
 def pair(middle: float | None, high: float | None) -> str:
