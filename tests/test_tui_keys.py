@@ -235,3 +235,19 @@ def test_a_long_table_scrolls_with_its_cursor() -> None:
         assert chosen is not None and chosen[-8:] in "\n".join(screen_text(app))
 
     drive(machine, test)
+
+
+def test_a_table_scrolled_to_its_end_stays_filled_when_most_requests_end() -> None:
+    machine = Machine()
+    machine.rows = [row(f"req-{number:08d}", 500.0 - number) for number in range(300)]
+
+    async def test(app: Dashboard, pilot: Pilot[str]) -> None:
+        await until(pilot, lambda: len(ids(app)) == 300)
+        await pilot.press("end")
+        machine.rows = machine.rows[:40]
+        await until(pilot, lambda: len(ids(app)) == 40)
+        await pilot.pause()
+        text = "\n".join(screen_text(app))
+        assert ">00000039" in text and "00000035" in text and app.canvas.table.max_scroll_y == app.canvas.table.scroll_y
+
+    drive(machine, test)

@@ -63,6 +63,7 @@ class Dashboard(App[str]):
         self._waiting = waiting or (lambda: "connecting")
         self._period = 1.0 / rate
         self._look, self._hurry = asyncio.Event(), asyncio.Event()
+        self._moved = True
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -138,16 +139,16 @@ class Dashboard(App[str]):
 
     @work(exclusive=True, group="slow")
     async def watch_slowly(self) -> None:
-        """Before figures are drawn, and when another request is chosen: that request (its blocks are lit) and the log."""
+        """Before figures are drawn, and when another request was chosen: that request (its blocks are lit) and the log."""
         while True:
+            if not (self.frozen or self.trouble or self.newest is None):
+                moved, self._moved = self._moved, False
+                await self._show_chosen(self.newest)
+                self.canvas.lines = await self._or_none(self.source.log(LOG_LINES)) or self.canvas.lines
+                if moved:
+                    self.draw_now()
             await self._hurry.wait()
             self._hurry.clear()
-            if not (self.frozen or self.trouble or self.newest is None):
-                before, knew = self.canvas.details, self.canvas.lines
-                await self._show_chosen(self.newest)
-                self.canvas.lines = await self._or_none(self.source.log(LOG_LINES)) or knew
-                if subject(self.canvas.details) != subject(before) or not knew:
-                    self.draw_now()
 
     async def _show_chosen(self, frame: Frame) -> None:
         chosen = self.canvas.table.chosen_id
@@ -161,6 +162,7 @@ class Dashboard(App[str]):
             sheet.show(details(answer, self.canvas.glyphs))
 
     def on_request_table_moved(self) -> None:
+        self._moved = True
         self._hurry.set()
 
     async def _or_none(self, asked: Awaitable[Answer]) -> Answer | None:
@@ -278,8 +280,3 @@ class Dashboard(App[str]):
         answer = await self.push_screen_wait(question)
         if answer != "n":
             self.exit(STOP if answer == "s" else LEAVE)
-
-
-def subject(answer: dict[str, Any] | None) -> str:
-    """The id of the request that details are of."""
-    return "" if answer is None else str(answer["request"]["id"])

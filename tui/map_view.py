@@ -82,6 +82,7 @@ class MapView(Widget, can_focus=True):
         self._folded = Folded()
         self._cells = b""
         self._pointed: int | None = None
+        self._lit: tuple[set[int], int, int] = (set(), 0, 0)
         self._styles: list[tuple[str, Style]] = []  # by look, marks included, for the background of now
 
     def notify_style_update(self) -> None:
@@ -117,12 +118,21 @@ class MapView(Widget, can_focus=True):
         if heat and frame.heat is not None:
             # What is warm has a look above that of what is held, which has one above those of states.
             cells = bytearray(map(max, cells.translate(HELD_LOOKS), frame.heat.translate(WARM_LOOKS)))
-        for number in lit:
-            if number < len(cells):
-                cells[number] |= LIT
+        if lit:
+            cells = bytearray((int.from_bytes(cells) | self._lights(lit, len(cells))).to_bytes(len(cells)))
         if self._pointed is not None and self._pointed < len(cells):
             cells[self._pointed] |= CURSOR
         self._show(bytes(cells))
+
+    def _lights(self, lit: set[int], count: int) -> int:
+        """The marks of all lit cells as one number. The same set comes with many frames."""
+        if lit is not self._lit[0] or count != self._lit[1]:
+            marks = bytearray(count)
+            for number in lit:
+                if number < count:
+                    marks[number] = LIT
+            self._lit = (lit, count, int.from_bytes(marks))
+        return self._lit[2]
 
     def _show(self, cells: bytes) -> None:
         size = self.size

@@ -97,7 +97,7 @@ class RequestTable(ScrollView, can_focus=True):
 
     @dataclass
     class Moved(Message):
-        """Another request was chosen."""
+        """Another request was chosen by a key or the mouse."""
 
         request_id: str | None
 
@@ -128,8 +128,6 @@ class RequestTable(ScrollView, can_focus=True):
                    for number, (then, now) in enumerate(zip_longest(before, self._drawn())) if then != now]
         if changed:
             self.refresh(*changed)
-        if self.chosen_id != chosen_before:
-            self.post_message(self.Moved(self.chosen_id))
 
     def on_resize(self) -> None:
         self._texts = {}
@@ -137,10 +135,16 @@ class RequestTable(ScrollView, can_focus=True):
         self.refresh()
 
     def _fit(self) -> None:
-        """Tell how far there is to scroll. A change lays out the whole screen, so rows that fit make none."""
+        """Tell how far there is to scroll. Only a scrollbar that comes or goes is worth laying out the whole screen."""
         seen = self.scrollable_content_region
-        size = Size(seen.width, max(seen.height, len(self._rows) + 1))
-        if size != self.virtual_size:
+        size, before = Size(seen.width, max(seen.height, len(self._rows) + 1)), self.virtual_size
+        if size == before:
+            return
+        if size.width == before.width and min(size.height, before.height) > seen.height:
+            self.set_reactive(RequestTable.virtual_size, size)
+            self.vertical_scrollbar.window_virtual_size = size.height
+            self.scroll_to(y=min(self.scroll_y, self.max_scroll_y), animate=False)
+        else:
             self.virtual_size = size
 
     def _drawn(self) -> list[tuple[str, bool, bool]]:
