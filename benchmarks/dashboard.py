@@ -35,6 +35,7 @@ from workstation.tui.drawing import Glyphs
 from workstation.tui.frame import Frame, parse
 
 KEPT = 64
+RATE = 4  # what `ws top` draws unless it is told otherwise
 CACHE = tempfile.TemporaryDirectory()  # of bytecode, as an installed package has it
 
 
@@ -100,7 +101,8 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.started = time.perf_counter()
-        command = [sys.executable, "-m", "workstation.cli.main", "top", url, "--rate", str(rate)]
+        command = [sys.executable, "-m", "workstation.cli.main", "top", url]
+        command += ["--rate", str(rate)] if rate != RATE else []
         environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONPYCACHEPREFIX": CACHE.name}
         environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment,
@@ -235,7 +237,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=65_536)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=int, default=4)
+    parser.add_argument("--rate", type=int, default=RATE)
     parser.add_argument("--seconds", type=float, default=15.0)
     parser.add_argument("--times", type=int, default=5, help="starts and rounds, for their medians")
     parser.add_argument("--size", default="120x40,200x60")

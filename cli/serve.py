@@ -69,7 +69,7 @@ command = with_flags(_command, _POSITIONAL, SERVE_SETTINGS, REMOVED_FLAGS)
 def in_background(model: str, given: Mapping[str, Any], settings: Settings, *, dashboard: bool, detach: bool) -> None:
     """`--dashboard` and `--detach`: the server in a process of its own, watched or left there."""
     from workstation.cli import detached
-    from workstation.cli.top import check_terminal
+    from workstation.cli.dashboard import check_terminal
 
     if dashboard and detach:
         raise ConfigError("--dashboard stays and --detach leaves; give one", param="detach")

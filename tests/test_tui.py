@@ -16,7 +16,7 @@ from dashboards import (
 )
 from textual.pilot import Pilot
 
-from workstation.cli.top import plain
+from workstation.cli.dashboard import plain
 from workstation.tui.app import Dashboard
 from workstation.tui.drawing import Glyphs, state_of
 from workstation.tui.frame import Cell, parse

@@ -102,3 +102,10 @@ def test_a_picture_of_an_impossible_size_is_refused(size: str, tmp_path: Path, c
     with pytest.raises(SystemExit) as ended:
         main(["top", "--replay", str(tmp_path / "frames"), "--svg", str(tmp_path / "a.svg"), "--size", size])
     assert ended.value.code == 2 and "--size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--once", "--json"), ("--json", "--svg", "x.svg"), ("--once", "--size", "80x24")])
+def test_ways_to_show_one_frame_are_refused_together(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["top", "http://127.0.0.1:9", *options])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar, TypeVar
 
 from rich.text import Text
@@ -64,6 +65,7 @@ class Dashboard(App[str]):
         self._period = 1.0 / rate
         self._look, self._hurry = asyncio.Event(), asyncio.Event()
         self._moved = True
+        self._held = ExitStack()
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -78,6 +80,7 @@ class Dashboard(App[str]):
                 yield SystemCommand(binding.description, f"key {binding.key}", getattr(self, f"action_{binding.action}"))
 
     def on_mount(self) -> None:
+        self._held.enter_context(self.batch_update())  # the first picture has its numbers; an empty one before it costs as much
         self.canvas.title()
         self.canvas.table.focus()
         self.canvas.fit(self.screen_stack[0], self.size.width, self.size.height)
@@ -87,6 +90,7 @@ class Dashboard(App[str]):
 
     def _begin(self) -> None:
         self.draw_now()
+        self._held.close()
         self.watch_server()
         self.watch_slowly()
         self.watch_cell()
