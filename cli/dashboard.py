@@ -132,8 +132,8 @@ def plain(frame: Frame, url: str, glyphs: Glyphs, width: int = 100) -> str:
     history = panels.History()
     history.feed(frame)
     parts = [
-        panels.head(frame, url, "", width, 0.0), gpu_panels.memory(frame, width, glyphs, 2),
-        gpu_panels.readings(frame, "", width),
+        panels.head(frame, url, "", width, 0.0), gpu_panels.memory(frame, width, glyphs),
+        gpu_panels.readings(frame, "", width), f" {gpu_panels.bottom_line(frame, width)}",
         block_rows(frame, width, glyphs) if frame.count else panels.loading_bar(frame, width, glyphs),
         panels.legend(frame, glyphs, frame.count, False, width), f" {panels.blocks_line(frame, width - 1)}",
         panels.batch(frame, history, glyphs, width), panels.speed(frame, history, glyphs, width), "",

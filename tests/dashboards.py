@@ -104,7 +104,8 @@ class Machine:
             return httpx.Response(200, json={"id": name, "aborted": True})
         return httpx.Response(200, json={
             "version": 1, "request": msgspec.to_builtins(request_stats(found[0], 100.0)), "max_tokens": 512,
-            "timeline": {"queue": 0.0, "prefill": 0.25, "decode": 4.0}, "sampling": {"temperature": 0.7, "seed": None},
+            "timeline": {"queue": 0.0, "prefill": 0.25, "decode": 4.0},
+            "sampling": {"temperature": 0.7, "top_k": 40, "seed": None},
             "samples": [{"index": 0, "tokens": 1100, "computed": 1100, "tables": [[1, 2, 21]], "finished": None}]})
 
 
@@ -120,13 +121,16 @@ def machine_in(state: str) -> Machine:
         machine.changes |= {"server": server, "requests": [],
                             "blocks": {**made["blocks"], "total": 0, "free": 0, "held": 0, "shared": 0, "cached": 0,
                                        "cells": {"count": 0, "width": 1, "owned": "", "shared": "", "cached": ""}}}
-    if state in ("ready", "full", "down"):
+    if state in ("ready", "full", "down", "four-gpus"):
         plan = {"graphs": 1 << 30, "workspace": 2 << 30, "logits": 1 << 29}
         model = {**made["model"], "name": "llama-70b-fp8", "dtype": "bfloat16", "kv_cache_dtype": "fp8", "plan": plan,
                  "device_name": "NVIDIA H200", "weight_bytes": 68 << 30, "kv_bytes": 54 << 30}
         cards = [{"index": 0, "name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 128 << 30, "utilization": 0.97,
                   "own": True}]
         machine.changes |= {"gpu": GPU, "model": model, "cards": cards}
+    if state == "four-gpus":
+        machine.changes["gpu"] = {**GPU, "fan": 0.4, "throttle": "power cap, thermal", "own_bytes": 120 << 30}
+        machine.changes["cards"] = [{**card, "index": number, "own": number == 1} for number in range(4) for card in cards]
     if state == "full":
         machine.states = bytes([1] * 150 + [2] * 50)
         machine.rows = [row(f"req-{number:08d}", 40.0 - number, label=f"client-{number}", generated=100 * number)

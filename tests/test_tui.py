@@ -102,6 +102,7 @@ def test_a_server_that_goes_away_is_called_down_and_found_again(monkeypatch: pyt
         machine.down = True
         await until(pilot, lambda: "DOWN" in said(app, "head"))
         assert "no server answers" in said(app, "foot") and len(ids(app)) == 3
+        await until(pilot, lambda: app.canvas.table.styles.text_opacity < 1)
         machine.down = False
         await until(pilot, lambda: "READY" in said(app, "head"))
 

@@ -50,7 +50,7 @@ def test_every_reading_that_failed_is_a_dash_and_nothing_breaks(missing: str) ->
     machine = machine_in("ready")
     machine.changes["gpu"] = {**machine.changes["gpu"], missing: None}
     frame = frame_of(machine)
-    text = f"{gpu_panels.readings(frame, '', 80)} {gpu_panels.throttling(frame)} {gpu_panels.memory(frame, 80, Glyphs(), 2)}"
+    text = f"{gpu_panels.readings(frame, '', 80)} {gpu_panels.bottom_line(frame, 80)} {gpu_panels.memory(frame, 80, Glyphs())}"
     assert missing in ("total_bytes", "used_bytes") or " -" in text or "-/" in text or "↓-" in text
 
 
@@ -73,16 +73,40 @@ def test_several_cards_have_a_bar_each() -> None:
     drive(machine, test)
 
 
+@pytest.mark.parametrize("tall", [True, False])
+def test_a_machine_with_many_cards_says_how_many_are_not_shown(tall: bool) -> None:
+    machine = machine_in("four-gpus")
+    machine.changes["cards"] = [{**machine.changes["cards"][0], "index": index, "own": index == 1} for index in range(8)]
+    frame = frame_of(machine)
+    lines = gpu_panels.memory(frame, 80, Glyphs(), tall).plain.splitlines()
+    assert len(lines) == gpu_panels.memory_lines(frame, tall) and lines[0].startswith(" GPU1 ")
+    shown = sum("GPU" in line for line in lines)
+    assert lines[-1].split()[0] == str(8 - shown)
+
+
+@pytest.mark.parametrize("width", [46, 60, 80])
+def test_all_readings_of_the_card_fit_their_panel(width: int) -> None:
+    machine = machine_in("ready")
+    machine.changes["gpu"] = {**machine.changes["gpu"], "power_watts": 1000.0, "power_limit_watts": 1000.0, "utilization": 1.0,
+                              "memory_utilization": 1.0, "fan": 1.0, "temperature_celsius": 100.0, "joules_per_token": 0.123}
+    frame = frame_of(machine)
+    text = gpu_panels.readings(frame, "▁" * 12, width).plain
+    assert max(map(len, text.splitlines())) <= width
+    for wanted in ("util 100 %", "mem 100 %", "fan 100 %", "100 °C", "1,000/1,000 W", "1,755", "0.123 J/token"):
+        assert wanted in text
+    assert gpu_panels.bottom_line(frame, width) == "PCIe ↓200M ↑95M · no throttling"
+
+
 def test_without_a_card_there_are_dashes_and_with_one_its_readings() -> None:
     machine = Machine()
     frame = parse(json.dumps(machine.frame()).encode())
     assert "no NVIDIA GPU" in str(gpu_panels.readings(frame, "", 100)) and "process 3.0 GiB" in str(
-        gpu_panels.memory(frame, 100, Glyphs(), 2))
+        gpu_panels.memory(frame, 100, Glyphs()))
     machine.changes = {"gpu": {"name": "H200", "total_bytes": 139 * 2**30, "used_bytes": 120 * 2**30, "utilization": 0.97,
                                "power_watts": 612.0, "power_limit_watts": 700.0, "temperature_celsius": None,
                                "joules_per_token": 0.39}}
     frame = parse(json.dumps(machine.frame()).encode())
-    text = f"{gpu_panels.memory(frame, 100, Glyphs(), 2)}{gpu_panels.readings(frame, '', 100)}"
+    text = f"{gpu_panels.memory(frame, 100, Glyphs())}{gpu_panels.readings(frame, '', 100)}"
     assert "120.0/139.0 GiB" in text and "util 97 %" in text and "- °C" in text and "0.39 J/token" in text
 
 
@@ -93,8 +117,8 @@ def test_without_a_card_there_are_dashes_and_with_one_its_readings() -> None:
 def test_the_tables_columns_fit_any_width(width: int) -> None:
     shown = columns(width)
     names = [name for name, _, _ in shown]
-    assert sum(size for _, size, _ in shown) + 2 * (len(shown) - 1) <= max(width, 67)
-    assert {"id", "client", "state", "prompt", "made", "tok/s", "age"} <= set(names)
+    assert sum(size for _, size, _ in shown) + 2 * (len(shown) - 1) <= width
+    assert {"id", "state"} <= set(names) and (width < 77 or {"client", "prompt", "made", "tok/s", "age"} <= set(names))
     assert not ("route" in names and "TTFT" not in names) and not ("TTFT" in names and "cached" not in names)
 
 
@@ -178,3 +202,18 @@ def test_a_panel_draws_only_the_lines_that_say_something_new() -> None:
             assert app.panel.render_line(1).text == "other".ljust(20)
 
     asyncio.run(go())
+
+
+@pytest.mark.parametrize("width", range(20, 40))
+def test_figures_leave_from_the_right_where_a_panel_is_narrow(width: int) -> None:
+    frame, history = frame_of(machine_in("full")), panels.History()
+    for make in (panels.batch, panels.speed):
+        assert max(map(len, make(frame, history, Glyphs(), width, 2).plain.splitlines())) <= width
+    assert panels.legend(frame, Glyphs(), 200, False, width * 2).cell_len <= max(width * 2, 44)
+
+
+def test_an_idle_engine_has_no_step() -> None:
+    machine = machine_in("ready")
+    machine.changes["batch"] = {**machine.frame()["batch"], "running": 0}
+    said = panels.batch(frame_of(machine), panels.History(), Glyphs(), 60).plain
+    assert "34" not in said and "21 ms" not in said and "0/2048" in said

@@ -18,7 +18,7 @@ from workstation.tui.app import Dashboard
 
 FOLDER = Path(__file__).parent / "snapshots"
 SIZES = [(80, 24), (120, 40), (200, 60)]
-STATES = ["loading", "ready", "full", "down", "no-gpu"]
+STATES = ["loading", "ready", "full", "down", "no-gpu", "four-gpus"]
 
 
 @contextmanager

@@ -73,11 +73,12 @@ class Dashboard(App[str]):
         yield from self.canvas.widgets()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """What the palette (Ctrl+P) lists: Textual's own, and every key of ours."""
-        yield from super().get_system_commands(screen)
+        """What the palette (Ctrl+P) lists: Textual's own, save the quit that asks nothing, and every key of ours."""
+        yield from (command for command in super().get_system_commands(screen) if command.title != "Quit")
         for binding in self.BINDINGS:
             if isinstance(binding, Binding) and binding.description:
-                yield SystemCommand(binding.description, f"key {binding.key}", getattr(self, f"action_{binding.action}"))
+                name = {"question_mark": "?", "slash": "/"}.get(binding.key, binding.key.partition(",")[0])
+                yield SystemCommand(binding.description, f"key {name}", getattr(self, f"action_{binding.action}"))
 
     def on_mount(self) -> None:
         self._held.enter_context(self.batch_update())  # the first picture has its numbers; an empty one before it costs as much
@@ -198,7 +199,7 @@ class Dashboard(App[str]):
     # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def action_help(self) -> None:
-        self._open("Keys", keys(self.canvas.glyphs))
+        self._open("Keys", keys(self.canvas.glyphs, self.size.width * 9 // 10 - 4))  # the sheet's, see app.tcss
 
     def action_freeze(self) -> None:
         self.frozen = not self.frozen
@@ -213,6 +214,11 @@ class Dashboard(App[str]):
         themes = [name for name in THEMES if name in self.available_themes]
         at = themes.index(self.theme) if self.theme in themes else -1
         self.theme = themes[(at + 1) % len(themes)]
+        self.call_after_refresh(self.draw_now)
+
+    def on_descendant_focus(self) -> None:
+        """The lower border of the map's box follows the others."""
+        self.call_after_refresh(self.draw_now)
 
     def action_sort(self) -> None:
         self.canvas.order = ORDERS[(ORDERS.index(self.canvas.order) + 1) % len(ORDERS)]

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from rich.style import Style
 from rich.text import Text
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
@@ -117,7 +118,8 @@ class Canvas:
         for name, make in (("batch", panels.batch), ("speed", panels.speed)):
             self.place(name, make(frame, self.history, self.glyphs, self._width(name), lines))
         self._draw_card(frame, screen.has_class("tall"))
-        self.place("map-foot", panels.map_foot(frame, self._width("map-foot"), self.glyphs))
+        border = Style(color=self._map_box.styles.border_top[1].rich_color)
+        self.place("map-foot", panels.map_foot(frame, self._width("map-foot"), self.glyphs, border))
         if frame.count:
             self.draw_legend(frame)
         stuck = self.history.stuck(frame)
@@ -140,17 +142,16 @@ class Canvas:
         self._panels[name].show(text)
 
     def _draw_card(self, frame: Frame, tall: bool) -> None:
-        lines = gpu_panels.memory_lines(frame) if tall else 1
+        wanted = gpu_panels.memory_lines(frame, tall) + (2 if tall else 0)
         for name in ("memory", "gpu"):
             style = self._panels[name].styles
-            wanted = lines + 2 if tall else 1
             if style.height is None or style.height.value != wanted:
                 style.height = wanted
-        self.place("memory", gpu_panels.memory(frame, self._width("memory"), self.glyphs, lines))
+        self.place("memory", gpu_panels.memory(frame, self._width("memory"), self.glyphs, tall))
         if tall:
-            load = self.glyphs.spark(self.history.load, 12, 1.0)
-            self.place("gpu", gpu_panels.readings(frame, load, self._width("gpu")))
-            self._subtitle(self._panels["gpu"], gpu_panels.throttling(frame))
+            load, width = self.glyphs.spark(self.history.load, 12, 1.0), self._width("gpu")
+            self.place("gpu", gpu_panels.readings(frame, load, width))
+            self._subtitle(self._panels["gpu"], self.glyphs.plain(gpu_panels.bottom_line(frame, width)))
 
     def _draw_map(self, screen: Screen[Any], frame: Frame) -> None:
         empty = not frame.count

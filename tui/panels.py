@@ -6,6 +6,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from rich.style import Style
 from rich.text import Text
 
 from workstation.tui.drawing import AMBER, COLOURS, GREEN, HEAT_COLOURS, RED, Glyphs, clock, count, gib, percent, seconds
@@ -47,11 +48,12 @@ class History:
         self.generated.append(speed["generate_rate"] or 0.0)
         self.prompt.append(speed["prompt_rate"] or 0.0)
         self.rows.append(batch["running"])
-        self.step.append(batch["step_seconds"])
+        took, tokens, prefill = last_step(frame)
+        self.step.append(took or 0.0)
         self.load.append((gpu or {}).get("utilization") or 0.0)
-        self.tokens.append(batch["step_tokens"])
-        self.prefill.append(batch.get("step_prompt_tokens", 0))
-        self.decode.append(batch["step_tokens"] - batch.get("step_prompt_tokens", 0))
+        self.tokens.append(tokens)
+        self.prefill.append(prefill)
+        self.decode.append(tokens - prefill)
         if held_share(frame) <= FULL_SHARE:
             self.full_since = None
         elif self.full_since is None:
@@ -70,6 +72,14 @@ class History:
         """Requests that wait for long or have made no token for long."""
         now = frame.data["time"]
         return {row["id"] for row in frame.requests if is_stuck(row, now - self._moved.get(row["id"], (0, now))[1])}
+
+
+def last_step(frame: Frame) -> tuple[float | None, int, int]:
+    """Seconds of a step, its tokens, and those of prompts among them; nothing while the engine is idle."""
+    now = frame.data["batch"]
+    if not now["running"]:
+        return None, 0, 0
+    return now["step_seconds"], now["step_tokens"], now.get("step_prompt_tokens", 0)
 
 
 def held_share(frame: Frame) -> float:
@@ -107,7 +117,7 @@ def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) ->
         if kind:
             text.append(f" · {kind}", style="not bold")
     state = "down" if trouble else server["state"]
-    right = Text(no_wrap=True)
+    right = Text(style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
     right.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
     if trouble:
         right.append(f"  last frame {seconds(age)} ago ")
@@ -139,11 +149,15 @@ def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
     return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
 
 
-def map_foot(frame: Frame, width: int, glyphs: Glyphs) -> Text:
-    """The lower border of the map's box. Not a border's subtitle, whose every change draws the whole box again."""
+def map_foot(frame: Frame, width: int, glyphs: Glyphs, border: Style) -> Text:
+    """The lower border of the map's box. Not a border's subtitle, whose every change draws the whole box again.
+
+    border: the colour of the box's other borders.
+    """
     left, line, right = "+-+" if glyphs.ascii else "╰─╯"
     words = f" {blocks_line(frame, width - 6)} " if frame.count else ""
-    return Text(left + f"{words}{line}".rjust(max(0, width - 2), line) + right, no_wrap=True)
+    text = Text(no_wrap=True).append(left + line * max(0, width - 3 - len(words)), style=border)
+    return text.append(words).append(line + right, style=border)
 
 
 def blocks_line(frame: Frame, width: int) -> str:
@@ -174,7 +188,8 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
         own = blocks["held"] - blocks["shared"]
         for name, label, number in (("owned", "one request", own), ("shared", "shared", blocks["shared"]),
                                     ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
-            text.append(f" {glyphs.shapes[name][0]} ", style=COLOURS[name]).append(f"{label} {number:,} ")
+            shape, words = f" {glyphs.shapes[name][0]} ", f"{label} {number:,} " if width >= 66 else f"{number:,} "
+            text.append(shape, style=COLOURS[name]).append(words)
     scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} block{'' if blocks['total'] == shown else 's'}"
     return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
@@ -182,20 +197,23 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
 def batch(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int = 3) -> Text:
     """Rows, the step's time and tokens. Two lines leave room for fewer sparklines."""
     now, rows = frame.data["batch"], frame.data["model"]["max_num_seqs"]
+    took, tokens, prefill = last_step(frame)
     filled = f"rows {now['running']:>{len(str(rows))}}/{rows} "
-    used = f"{now['step_tokens']:>{len(str(now['budget']))}}/{now['budget']}"
+    used = f"{tokens:>{len(str(now['budget']))}}/{now['budget']}"
     if lines < 3:
-        text = Text(f" {filled}wait {now['waiting']} preempted {now['preempted']} ".ljust(33), no_wrap=True)
-        text.append(glyphs.spark(history.rows, min(24, width - 35)), style=COLOURS["owned"])
-        text.append(f"\n step {seconds(now['step_seconds']):>6}  budget {used} ".ljust(34))
-        return text.append(glyphs.spark(history.step, min(24, width - 35)), style=AMBER)
+        first = fitting([f" {filled.strip()}", f"wait {now['waiting']}", f"preempted {now['preempted']}"], " ", width)
+        second = fitting([f" step {seconds(took):>6}", f"budget {used}"], "  ", width)
+        room = min(24, width - 34)
+        if room < 4:
+            return Text(f"{first}\n{second}", no_wrap=True)
+        text = Text(f"{first:<33}", no_wrap=True).append(glyphs.spark(history.rows, room), style=COLOURS["owned"])
+        return text.append(f"\n{second:<33}").append(glyphs.spark(history.step, room), style=AMBER)
     half = width // 2
     text = Text(f" {filled} wait {now['waiting']}  preempted {now['preempted']} ".ljust(max(37, half)), no_wrap=True)
     text.append(f" {glyphs.spark(history.rows, width - text.cell_len - 2)}\n", style=COLOURS["owned"])
-    prefill = now.get("step_prompt_tokens", 0)
-    text.append_text(gauge("step", seconds(now["step_seconds"]), glyphs.spark(history.step, half - 19), AMBER))
+    text.append_text(gauge("step", seconds(took), glyphs.spark(history.step, half - 19), AMBER))
     text.append_text(gauge("budget", used, glyphs.spark(history.tokens, width - half - 19, now["budget"]), AMBER)).append("\n")
-    text.append_text(gauge("decode", f"{now['step_tokens'] - prefill:,}", glyphs.spark(history.decode, half - 19), GREEN))
+    text.append_text(gauge("decode", f"{tokens - prefill:,}", glyphs.spark(history.decode, half - 19), GREEN))
     return text.append_text(gauge("prefill", f"{prefill:,}", glyphs.spark(history.prefill, width - half - 19), GREEN))
 
 
@@ -208,11 +226,12 @@ def speed(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int
     """Tokens a second of answers and of prompts, and latencies."""
     now = frame.data["speed"]
     if lines < 3:
-        room = max(3, min(20, (width - 33) // 2))
+        room = min(20, (width - 33) // 2)
         text = Text(f" gen {count(now['generate_rate']):>6} tok/s ", no_wrap=True)
-        text.append(glyphs.spark(history.generated, room), style=GREEN)
-        text.append(f" prompt {count(now['prompt_rate']):>6} ")
-        text.append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+        text.append(glyphs.spark(history.generated, room if room > 2 else width - 18), style=GREEN)
+        if room > 2:
+            text.append(f" prompt {count(now['prompt_rate']):>6} ")
+            text.append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
     else:
         text = Text(no_wrap=True)
         for name, key, past, style in (("generate", "generate_rate", history.generated, GREEN),

@@ -80,7 +80,7 @@ class Replay:
         self._refuse("single blocks")
 
     async def cards(self) -> dict[str, Any]:
-        return {"cards": self._shown.data.get("cards", []), "processes": []}
+        return {"cards": self._shown.data.get("cards", []), "processes": None}
 
     async def log(self, lines: int) -> list[dict[str, Any]]:
         return []

@@ -24,7 +24,8 @@ STUCK_SECONDS = 10.0
 COLUMNS = (("id", 8, True), ("client", 12, True), ("route", 11, True), ("state", 9, True), ("prompt", 8, False),
            ("cached", 6, False), ("made", 7, False), ("tok/s", 5, False), ("TTFT", 7, False), ("blocks", 7, False),
            ("age", 7, False))  # fmt: skip
-LEAVING = ("route", "TTFT", "cached", "blocks")  # in this order, while there is too little room
+# In this order, while there is too little room.
+LEAVING = ("route", "TTFT", "cached", "blocks", "prompt", "tok/s", "made", "age", "client")
 WIDEST_CLIENT = 28
 GAP = 2
 HEADING, CHOSEN, CHOSEN_ELSEWHERE = Style(bold=True, underline=True), Style(reverse=True), Style(bold=True)

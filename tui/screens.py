@@ -14,26 +14,23 @@ from textual.widgets import Static
 
 from workstation.tui.drawing import Glyphs
 
-KEYS = """\
- ?       this help                  q       quit
- Tab     next panel                 ↑ ↓     choose a request, a cell
- Enter   a request's details        x       abort it (asks first)
- s       sort by the next column    /       filter by id, client, route, state
- space   freeze, and go on          h       heat: who is evicted next
- g       the card's page            l       the log
- t       the next theme             Ctrl+P  all commands
- Esc     close, or clear the filter
-
- A cell of the map stands for one or more KV blocks, in physical order:
- █ held by one request   ▓ shared by several   ▒ cached   · free
- (▄ ▚ ░: less than half of the cell's blocks). The chosen request's cells
- are drawn reversed; the mouse or the arrows tell what is in a cell.
- In heat, ▁ was used last and █ is evicted next, and ╎ is held."""
+KEYS = (("?", "this help"), ("q", "quit"), ("Tab", "next panel"), ("↑ ↓", "choose a request, a cell"),
+        ("Enter", "a request's details"), ("x", "abort it (asks first)"), ("s", "sort by the next column"),
+        ("/", "filter requests"), ("space", "freeze, and go on"), ("h", "heat: who goes next"), ("g", "the card's page"),
+        ("l", "the log"), ("t", "the next theme"), ("Ctrl+P", "all commands"), ("Esc", "close, show all"))  # fmt: skip
+MAP = (
+    "A cell of the map stands for one or more KV blocks, in physical order: █ held by one request, ▓ shared by several, "
+    "▒ cached, · free (▄ ▚ ░: less than half of the cell's blocks). The chosen request's cells are drawn reversed; the mouse "
+    "or the arrows tell what is in a cell. In heat, ▁ was used last and █ is evicted next, and ╎ is held.")
+TWO_COLUMNS = 66
 
 
-def keys(glyphs: Glyphs) -> Text:
-    """The help, in characters that the screen can draw."""
-    return Text(glyphs.plain(KEYS))
+def keys(glyphs: Glyphs, width: int) -> Text:
+    """The help, in characters that the screen can draw and as wide as there is room for."""
+    cells = [f"{key:<7} {what:<24}" for key, what in KEYS]
+    step = 2 if width >= TWO_COLUMNS else 1
+    lines = ["  ".join(cells[at:at + step]).rstrip() for at in range(0, len(cells), step)]
+    return Text(glyphs.plain("\n".join((*lines, "", MAP))))
 
 
 class Sheet(ModalScreen[None]):

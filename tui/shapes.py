@@ -169,7 +169,7 @@ class DetailsAnswer(TypedDict):
     request: Request
     max_tokens: Int
     timeline: Timeline
-    sampling: dict[str, float | bool | None]
+    sampling: dict[str, int | float | bool | None]
     samples: list[Sample]
     diverged: NotRequired[Diverged | None]
 
