@@ -47,7 +47,8 @@ def print_frame(as_json: bool, glyphs: Glyphs, url: str | None = None, api_key: 
 
     with opened(url, api_key, record, replay) as source:
         frame = asyncio.run(_one(source))
-        print(json.dumps(frame.data) if as_json else plain(frame, source.url, glyphs))
+        # Decoded and encoded anew, so that nothing in it is a terminal's escape code.
+        print(json.dumps(json.loads(frame.body)) if as_json else plain(frame, source.url, glyphs))
 
 
 def draw_picture(path: Path, size: tuple[int, int], glyphs: Glyphs, url: str | None = None, api_key: str | None = None,
@@ -131,9 +132,11 @@ def plain(frame: Frame, url: str, glyphs: Glyphs, width: int = 100) -> str:
 
     history = panels.History()
     history.feed(frame)
-    parts = [
-        panels.head(frame, url, "", width, 0.0), gpu_panels.memory(frame, width, glyphs),
-        gpu_panels.readings(frame, "", width), f" {gpu_panels.bottom_line(frame, width)}",
+    parts: list[object] = [panels.head(frame, url, "", width, 0.0), gpu_panels.memory(frame, width, glyphs),
+             gpu_panels.readings(frame, "", width)]  # fmt: skip
+    if frame.data["gpu"] is not None:
+        parts.append(f" {gpu_panels.bottom_line(frame, width)}")
+    parts += [
         block_rows(frame, width, glyphs) if frame.count else panels.loading_bar(frame, width, glyphs),
         panels.legend(frame, glyphs, frame.count, False, width), f" {panels.blocks_line(frame, width - 1)}",
         panels.batch(frame, history, glyphs, width), panels.speed(frame, history, glyphs, width), "",

@@ -102,6 +102,7 @@ class Canvas:
         if frame is None:
             self.place("head", panels.head(None, url, trouble or waiting, screen.size.width, 0.0))
             self.place("foot", self._foot(None, trouble, frozen, set()))
+            self._draw_map_foot(None)
             return
         self._draw_map(screen, frame)
         before, self._state = self._state, trouble or frame.data["server"]["state"]
@@ -118,8 +119,7 @@ class Canvas:
         for name, make in (("batch", panels.batch), ("speed", panels.speed)):
             self.place(name, make(frame, self.history, self.glyphs, self._width(name), lines))
         self._draw_card(frame, screen.has_class("tall"))
-        border = Style(color=self._map_box.styles.border_top[1].rich_color)
-        self.place("map-foot", panels.map_foot(frame, self._width("map-foot"), self.glyphs, border))
+        self._draw_map_foot(frame)
         if frame.count:
             self.draw_legend(frame)
         stuck = self.history.stuck(frame)
@@ -161,6 +161,10 @@ class Canvas:
             self.place("legend", Text(""))
             return
         self.map.feed(frame, self.lit, self.heat)
+
+    def _draw_map_foot(self, frame: Frame | None) -> None:
+        border = Style(color=self._map_box.styles.border_top[1].rich_color)
+        self.place("map-foot", panels.map_foot(frame, self._width("map-foot"), self.glyphs, border))
 
     def draw_legend(self, frame: Frame) -> None:
         """The map's last line: what the shapes mean, or what is in the cell that is pointed at."""

@@ -65,7 +65,7 @@ class Frame:
     Attributes:
         data: the answer as in docs/stats.md, strings cleaned.
         owned, shared, cached: blocks of each cell in these states.  sizes: all blocks of each cell, the free ones as well.
-        heat: 0 to 255 a cell, when it was asked for.
+        heat: 0 to 255 a cell, when it was asked for.  body: the answer as it came.
     """
 
     data: dict[str, Any]
@@ -74,6 +74,7 @@ class Frame:
     cached: Sequence[int]
     sizes: Sequence[int]
     heat: bytes | None = None
+    body: bytes = b""
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -107,7 +108,7 @@ class Frame:
         owned, shared, cached, sizes = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
                                         for values in (self.owned, self.shared, self.cached, self.sizes))
         heat = None if self.heat is None else bytes(max(self.heat[begin:end]) for begin, end in pairwise(edges))
-        return Frame(self.data, owned, shared, cached, sizes, heat)
+        return Frame(self.data, owned, shared, cached, sizes, heat, self.body)
 
 
 def parse(body: bytes) -> Frame:
@@ -115,7 +116,7 @@ def parse(body: bytes) -> Frame:
     try:
         data = read(body, FrameAnswer)
         if data["version"] == VERSION:
-            return _frame(data)
+            return _frame(data, body)
     except ValueError:  # something is missing, or the map's numbers do not fit each other
         pass
     try:
@@ -127,14 +128,14 @@ def parse(body: bytes) -> Frame:
     raise BadAnswerError("the frame of /stats is damaged")
 
 
-def _frame(data: dict[str, Any]) -> Frame:
+def _frame(data: dict[str, Any], body: bytes) -> Frame:
     folded, total = data["blocks"]["cells"], data["blocks"]["total"]
     count, width = folded["count"], folded["width"]
     if not (0 <= count <= min(MAX_CELLS, total) and width in (1, 2, 4)) or (total > 0) != (count > 0):
         raise ValueError("a map of this size was not asked for")
     owned, shared, cached = (_numbers(folded[name], width, count) for name in ("owned", "shared", "cached"))
-    heat = folded.get("heat")
-    return Frame(data, owned, shared, cached, _sizes(total, count), None if heat is None else bytes(_numbers(heat, 1, count)))
+    heat = None if folded.get("heat") is None else bytes(_numbers(folded["heat"], 1, count))
+    return Frame(data, owned, shared, cached, _sizes(total, count), heat, body)
 
 
 @lru_cache(4)

@@ -149,13 +149,13 @@ def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
     return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
 
 
-def map_foot(frame: Frame, width: int, glyphs: Glyphs, border: Style) -> Text:
+def map_foot(frame: Frame | None, width: int, glyphs: Glyphs, border: Style) -> Text:
     """The lower border of the map's box. Not a border's subtitle, whose every change draws the whole box again.
 
     border: the colour of the box's other borders.
     """
     left, line, right = "+-+" if glyphs.ascii else "╰─╯"
-    words = f" {blocks_line(frame, width - 6)} " if frame.count else ""
+    words = f" {blocks_line(frame, width - 6)} " if frame is not None and frame.count else ""
     text = Text(no_wrap=True).append(left + line * max(0, width - 3 - len(words)), style=border)
     return text.append(words).append(line + right, style=border)
 
