@@ -11,6 +11,7 @@ from dashboards import (
     drive,
     frame_of,
     machine_in,
+    row,
     screen_text,
     until,
 )
@@ -146,6 +147,18 @@ def test_a_pool_that_stays_full_gives_one_line_of_advice() -> None:
         history.feed(frame)
     assert "KV 100 % held for 39 s" in panels.advice(frame, history, set()) and "--kv-cache-dtype" in panels.advice(
         frame, history, set())
+
+
+@pytest.mark.parametrize(("batch", "why"), [
+    ({"running": 256}, "--max-num-seqs"), ({"running": 3, "step_tokens": 2048}, "--max-num-batched-tokens"),
+    ({"running": 3, "step_tokens": 3}, "the KV pool has no room")])  # fmt: skip
+def test_what_waits_for_long_is_told_why(batch: dict[str, int], why: str) -> None:
+    machine, history = machine_in("ready"), panels.History()
+    machine.rows[2] = row("req-cccc3333", 15.0, state="waiting", scheduled=0.0, first_token=0.0, generated=0, blocks=0)
+    machine.changes["batch"] = {**machine.frame()["batch"], **batch}
+    frame = frame_of(machine)
+    history.feed(frame)
+    assert why in panels.advice(frame, history, history.stuck(frame))
 
 
 def test_a_request_without_a_token_for_long_is_stuck_and_one_that_moves_is_not() -> None:

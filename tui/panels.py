@@ -95,9 +95,12 @@ def advice(frame: Frame, history: History, stuck: set[str]) -> str:
                f"--max-model-len, or use --kv-cache-dtype fp8"
     waiting = sum(row["id"] in stuck and row["state"] in ("waiting", "preempted") for row in frame.requests)
     if waiting:
-        rows = frame.data["batch"]["running"] >= frame.data["model"]["max_num_seqs"]
-        why = "the KV pool is full" if share > FULL_SHARE else "others run first"
-        why = "all rows are taken (--max-num-seqs)" if rows else why
+        batch = frame.data["batch"]
+        why = "the KV pool is full" if share > FULL_SHARE else "the KV pool has no room for all that they may need"
+        if batch["running"] >= frame.data["model"]["max_num_seqs"]:
+            why = "all rows are taken (--max-num-seqs)"
+        elif batch["step_tokens"] >= batch["budget"]:
+            why = "prompts of others run first (--max-num-batched-tokens)"
         return f"{waiting} waiting for more than 10 s: {why}"
     return f"{len(stuck)} without a new token for more than 10 s" if stuck else ""
 
