@@ -124,6 +124,7 @@ def machine_in(state: str) -> Machine:
     if state in ("ready", "full", "down", "four-gpus"):
         plan = {"graphs": 1 << 30, "workspace": 2 << 30, "logits": 1 << 29}
         model = {**made["model"], "name": "llama-70b-fp8", "dtype": "bfloat16", "kv_cache_dtype": "fp8", "plan": plan,
+                 "quantization": "fp8",
                  "device_name": "NVIDIA H200", "weight_bytes": 68 << 30, "kv_bytes": 54 << 30}
         cards = [{"index": 0, "name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 128 << 30, "utilization": 0.97,
                   "own": True}]

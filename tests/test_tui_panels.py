@@ -230,3 +230,12 @@ def test_an_idle_engine_has_no_step() -> None:
     machine.changes["batch"] = {**machine.frame()["batch"], "running": 0}
     said = panels.batch(frame_of(machine), panels.History(), Glyphs(), 60).plain
     assert "34" not in said and "21 ms" not in said and "0/2048" in said
+
+
+@pytest.mark.parametrize(("width", "wanted", "unwanted"), [
+    (24, ["● READY"], ["llama-70b-fp8"]), (40, ["llama-70b", "2 run 1 wait"], ["·"]),
+    (80, ["fp8 · fp8 KV · H200", "02:14:07  2 running 1 waiting"], ["http"]),
+    (120, ["fp8 · fp8 KV · H200", "02:14:07  2 running 1 waiting", "http://h:1"], ["NVIDIA"])])  # fmt: skip
+def test_the_head_says_as_much_as_fits(width: int, wanted: list[str], unwanted: list[str]) -> None:
+    line = panels.head(frame_of(machine_in("ready")), "http://h:1", "", width, 0.0).plain
+    assert len(line) <= width and all(word in line for word in wanted) and not any(word in line for word in unwanted)

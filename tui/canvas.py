@@ -15,7 +15,7 @@ from textual.widgets import Input
 
 from workstation.tui import gpu_panels, panels
 from workstation.tui.details import cell_line, details, log_lines
-from workstation.tui.drawing import AMBER, RED, Glyphs, clock
+from workstation.tui.drawing import AMBER, RED, Glyphs, clock, fitting
 from workstation.tui.frame import Frame
 from workstation.tui.map_view import MapView
 from workstation.tui.panel import Panel
@@ -170,7 +170,7 @@ class Canvas:
         """The map's last line: what the shapes mean, or what is in the cell that is pointed at."""
         shown = frame.fitted(self.map.room)
         if self.pointed is not None and self.pointed < shown.count:
-            self.place("legend", cell_line(shown, self.pointed, self.blocks))
+            self.place("legend", cell_line(shown, self.pointed, self.blocks, self._width("legend")))
         else:
             heat = self.heat and frame.heat is not None
             self.place("legend", panels.legend(frame, self.glyphs, shown.count, heat, self._width("legend")))
@@ -191,7 +191,7 @@ class Canvas:
         advised = panels.advice(frame, self.history, stuck) if frame is not None else ""
         if advised:
             return Text(f" {advised}", style=AMBER, no_wrap=True)
-        return Text(f" {panels.fitting(KEYS, '  ', self._width('foot') - 1)}", no_wrap=True)
+        return Text(f" {fitting(KEYS, '  ', self._width('foot') - 1)}", no_wrap=True)
 
     def _draw_beside(self) -> None:
         """A wide screen's details of the chosen request; as many of the log's newest lines as there is room for."""

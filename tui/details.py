@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from workstation.tui.drawing import AMBER, DASH, RED, Glyphs, seconds
+from workstation.tui.drawing import AMBER, DASH, RED, Glyphs, fitting, seconds
 from workstation.tui.frame import Frame
 
 STATES = ("free", "held by one", "shared", "cached")
@@ -60,8 +60,8 @@ def _timeline(spent: dict[str, float | None], glyphs: Glyphs, width: int) -> Tex
     return text.append("\n")
 
 
-def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None) -> Text:
-    """A cell of the map in one line: its blocks, their owners with token ranges, references, ages."""
+def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None, width: int) -> Text:
+    """A cell of the map in one line: its blocks, their owners with token ranges, references, ages; as many as fit."""
     first, last = frame.span(cell)
     name = f"block {first:,}" if first == last else f"blocks {first:,} to {last:,}"
     if answer is None:
@@ -84,7 +84,7 @@ def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None) -> Text:
     if ages:
         youngest, oldest = seconds(min(ages)), seconds(max(ages))
         parts.append(f"age {youngest}" if youngest == oldest else f"age {youngest} to {oldest}")
-    return Text(" · ".join(parts), no_wrap=True)
+    return Text(fitting(parts, " · ", width), no_wrap=True)
 
 
 def log_lines(lines: list[dict[str, Any]]) -> Text:

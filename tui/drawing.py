@@ -88,6 +88,13 @@ def block_rows(frame: Frame, width: int, glyphs: Glyphs) -> str:
     return "\n".join(drawn[at:at + width] for at in range(0, len(drawn), width))
 
 
+def fitting(parts: list[str], gap: str, width: int) -> str:
+    """As many of the parts, from the first, as fit."""
+    while len(parts) > 1 and len(gap.join(parts)) > width:
+        parts = parts[:-1]
+    return gap.join(parts)
+
+
 def gib(size: float | None) -> str:
     return DASH if size is None else f"{size / GIB:.{1 if size >= GIB / 10 else 2}f}"
 

@@ -9,7 +9,20 @@ from dataclasses import dataclass, field
 from rich.style import Style
 from rich.text import Text
 
-from workstation.tui.drawing import AMBER, COLOURS, GREEN, HEAT_COLOURS, RED, Glyphs, clock, count, gib, percent, seconds
+from workstation.tui.drawing import (
+    AMBER,
+    COLOURS,
+    GREEN,
+    HEAT_COLOURS,
+    RED,
+    Glyphs,
+    clock,
+    count,
+    fitting,
+    gib,
+    percent,
+    seconds,
+)
 from workstation.tui.frame import Frame
 from workstation.tui.request_table import is_stuck
 
@@ -109,29 +122,45 @@ def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) ->
     """One line: model and device at the left; state, uptime and address at the right as far as there is room."""
     if frame is None:
         return Text(f" ws  {url}  {trouble}", style=f"bold {AMBER}", no_wrap=True, overflow="ellipsis")
-    model, server, batch = frame.data["model"], frame.data["server"], frame.data["batch"]
-    text = Text(f" ws  {model['name']}", style="bold", no_wrap=True)
-    kinds = [model["dtype"]]
-    if width >= 90 and model.get("kv_cache_dtype") not in (None, "", model["dtype"]):
-        kinds.append(f"{model['kv_cache_dtype']} KV")
-    if width >= 100:
-        kinds.append(model["device_name"])
-    for kind in kinds:
-        if kind:
-            text.append(f" · {kind}", style="not bold")
-    state = "down" if trouble else server["state"]
-    right = Text(style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
-    right.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
-    if trouble:
-        right.append(f"  last frame {seconds(age)} ago ")
-    elif server.get("loading"):
-        right.append(f"  {progress(frame)} ")
-    else:
-        right.append(f"  {clock(server['uptime'])}  {batch['running']} running {batch['waiting']} waiting ")
-    if width >= 100:
+    name, right = f" ws  {frame.data['model']['name']}", _state(frame, trouble, width, age)
+    kinds = _kinds(frame, url, width - right.cell_len - len(name) - 1)
+    if url in kinds:
         right.append(f" {url} ")
-    text.truncate(max(10, width - right.cell_len), overflow="ellipsis")
+    text = Text(name, style="bold", no_wrap=True)
+    text.append("".join(f" · {kind}" for kind in kinds if kind != url), style="not bold")
+    text.truncate(max(0, width - right.cell_len - 1), overflow="ellipsis")
     return text.append(" " * max(0, width - text.cell_len - right.cell_len)).append_text(right)
+
+
+def _kinds(frame: Frame, url: str, room: int) -> list[str]:
+    """Weights, cache, card and address, those that fit; the cache's type leaves first, then the address."""
+    model = frame.data["model"]
+    cache = model.get("kv_cache_dtype") or ""
+    shown = [model.get("quantization") or model["dtype"], f"{cache} KV" if cache not in ("", model["dtype"]) else "",
+             model["device_name"].removeprefix("NVIDIA "), url]
+    chosen = []
+    for place in (0, 2, 3, 1):
+        if shown[place] and len(shown[place]) + 3 <= room:
+            room -= len(shown[place]) + 3
+            chosen.append(place)
+    return [shown[place] for place in sorted(chosen)]
+
+
+def _state(frame: Frame, trouble: str, width: int, age: float) -> Text:
+    """What the server does and for how long, in the most words that leave room for the model's name."""
+    server, batch = frame.data["server"], frame.data["batch"]
+    state = "down" if trouble else server["state"]
+    text = Text(style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
+    text.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
+    if trouble:
+        return text.append(f"  last frame {seconds(age)} ago " if width >= 40 else " ")
+    if server.get("loading"):
+        loading = server["loading"]
+        words = [f"  {progress(frame)} ", f"  {percent(loading['done_bytes'] / max(1, loading['total_bytes']))} "]
+    else:
+        running, waiting = batch["running"], batch["waiting"]
+        words = [f"  {clock(server['uptime'])}  {running} running {waiting} waiting ", f"  {running} run {waiting} wait "]
+    return text.append(next((word for word in words if text.cell_len + len(word) + 14 <= width), " "))
 
 
 def progress(frame: Frame) -> str:
@@ -170,13 +199,6 @@ def blocks_line(frame: Frame, width: int) -> str:
              f"evicted {count(speed['eviction_rate'])}/s", f"preempted {count(speed['preemption_rate'])}/s",
              f"{blocks['total']:,} × {blocks['size']} tokens"]
     return fitting(parts, " · ", width)
-
-
-def fitting(parts: list[str], gap: str, width: int) -> str:
-    """As many of the parts, from the first, as fit."""
-    while len(parts) > 1 and len(gap.join(parts)) > width:
-        parts = parts[:-1]
-    return gap.join(parts)
 
 
 def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> Text:

@@ -35,6 +35,7 @@ class ModelStats(Struct):
     kv_bytes: int
     plan: dict[str, int]
     kv_cache_dtype: str = ""
+    quantization: str = ""
 
 
 class LoadingStats(Struct):
