@@ -91,7 +91,7 @@ def problems(models: list[str], schemes: list[Scheme], rows: list[int]) -> list[
 
 def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -> list[GemmConfig]:
     """Tiles that fit, each with the splits that give every multiprocessor one to four programs; what runs today first."""
-    least = max(16, 1 << (problem.m - 1).bit_length())
+    least = min(256, max(16, 1 << (problem.m - 1).bit_length()))
     row_tiles = {least, least // 2} if least >= 128 else {least}
     today = choose(problem, device)
     found = [today if today != LIBRARY else default_config(problem, device)]
@@ -121,27 +121,37 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
 
 def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     """Rings for one to four programs a multiprocessor; splits that give it one to three programs."""
-    row_tiles = row_tiles | {8} if problem.m <= 8 else row_tiles
-    if problem.scheme in INTEGER_BITS:
+    table = problem.scheme == "nf4"
+    if table:
+        row_tiles = {8} if problem.m <= 8 else {min(rows, tuning.TABLE_ROWS) for rows in row_tiles}
+    elif problem.m <= 8:
+        row_tiles = row_tiles | {8}
+    if problem.scheme in tuning.GROUPED:
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
-        rings, least, most = (50, 66, 100, 205), 2, 64
+        # Beside a table a ring has at least 48 KiB, and two programs a multiprocessor have 76 each.
+        rings, least, most = (76, 170) if table else (50, 66, 100, 205), 2, 64
     elif problem.scheme in CODE_SCHEMES:
         shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = []
+    crowd = 8 if table else 32  # rows from which two warpgroups share a program
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
     for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
-        if (tiles == 1 and silu) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < 32):
+        paired = table and teams == 2  # a warpgroup for gate, one for up
+        if (tiles == 1 and silu and not paired) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
             continue
-        block_n = teams * (1 if silu else tiles) * tuning.CHANNELS
+        if table and panels == 2 and tiles * block_m > 16:
+            continue  # no registers
+        block_n = teams * tiles * tuning.CHANNELS // (2 if silu else 1)
         config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
-        stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
-        stages = ring * tuning.KIB // stage
+        stages = ring * tuning.KIB // tuning.stage_bytes(problem, config)
         programs = -(-problem.n // (teams * tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
         for splits in (1, 2, 3, 4, 6, 8):
-            fills = splits == 1 or (programs * splits <= 132 * max(1, 200 // ring) and problem.k >= 4 * splits * panels * width)
+            # Several rounds of programs even out what a multiprocessor has to do, if each is short to begin.
+            room = 132 * max(1, 200 // ring) * (4 if table else 1)
+            fills = splits == 1 or (programs * splits <= room and problem.k >= 4 * splits * panels * width)
             if stages >= least and fills:
                 found.append(replace(config, splits=splits, stages=stages))
     return found

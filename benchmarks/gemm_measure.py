@@ -19,7 +19,7 @@ from workstation.kernels.gemm_launch import FP8, Operands
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_int import widened
 from workstation.kernels.reference_int import widen
-from workstation.kernels.tuning import CODE_SCHEMES, INTEGER_BITS, GemmConfig, Problem
+from workstation.kernels.tuning import CODE_SCHEMES, GROUPED, INTEGER_BITS, GemmConfig, Problem
 
 Launch = Callable[[], object]
 
@@ -66,7 +66,7 @@ class Weights:
                 for i in range(count)]  # fmt: skip
 
     def _codes(self, problem: Problem) -> list[CodeWeight]:
-        """NF4 in groups of 64, MXFP4, or NVFP4 with a multiplier; codes as `_integers` has them."""
+        """NF4 in groups of 64, MXFP4, or NVFP4 with a multiplier; codes as `_integers` has them, scales of their own."""
         words = self.wide.view(torch.int16)
         width = problem.k // 4
         size = problem.n * width
@@ -75,16 +75,18 @@ class Weights:
         group, kind, values = {"nf4": (64, ScaleKind.F32, NF4), "mxfp4": (32, ScaleKind.E8M0, E2M1),
                                "nvfp4": (16, ScaleKind.E4M3, E2M1)}[problem.scheme]  # fmt: skip
         groups = kept_groups(group, problem.k)
-        if kind is ScaleKind.F32:
-            scale = numbers.repeat(groups, 1)
-        else:
+
+        def scale() -> torch.Tensor:
+            if kind is ScaleKind.F32:
+                return numbers.repeat(groups, 1)
             low, high = (124, 128) if kind is ScaleKind.E8M0 else (0x30, 0x40)
             stored = torch.randint(low, high, (groups // 4, problem.n, 4), dtype=torch.uint8, device="cuda")
-            scale = stored.view(torch.int32)[..., 0]
+            return stored.view(torch.int32)[..., 0]
+
         factor = numbers if kind is ScaleKind.E4M3 else None
         table = torch.tensor(values, device="cuda")
-        return [CodeWeight(words[i * size : (i + 1) * size].view(problem.n, width), scale, factor, table, values, kind, group,
-                           problem.k) for i in range(count)]  # fmt: skip
+        return [CodeWeight(words[i * size : (i + 1) * size].view(problem.n, width), scale(), factor, table, values, kind,
+                           group, problem.k) for i in range(count)]  # fmt: skip
 
 
 @dataclass
@@ -165,12 +167,14 @@ def launches_of(bench: Bench, operands: Operands, config: GemmConfig) -> tuple[l
 
 
 def time_config(bench: Bench, config: GemmConfig, repeats: int, *, parts_only: bool = False) -> float:
-    """Microseconds a product, its reduction included unless `parts_only`; outputs are shared, weights rotate."""
+    """Microseconds a product, its reduction included unless `parts_only`; outputs are shared, weights rotate, and with them the
+    scales of a ring."""
     calls: list[Launch] = []
     shared, _ = launches_of(bench, bench.inputs[0], config)
+    own = 3 if config.kind == "hopper" and bench.problem.scheme in GROUPED else 2  # x, the weight, its scales
     for operands in bench.inputs:
         product = launches_of(bench, operands, config)[0][0]
-        product = product._replace(arguments=(*product.arguments[:2], *shared[0].arguments[2:]))
+        product = product._replace(arguments=(*product.arguments[:own], *shared[0].arguments[own:]))
         calls += [product.launch] + [call.launch for call in shared[1:] if not parts_only]
     return time_graph(calls, repeats) / len(bench.inputs)
 

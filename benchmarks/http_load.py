@@ -1,16 +1,18 @@
-"""A streaming client that costs little: raw sockets, events counted by their mark, no JSON but the last chunk's usage."""
+"""A streaming client that costs little: raw sockets, events counted by their mark, usage read off the end of any dialect."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
-EVENT, DONE = b"data: {", b"data: [DONE]"
-TAIL = 4000  # bytes kept: the last chunk has usage and timings
+EVENT, LAST_CHUNK = b"data: {", b"\r\n0\r\n\r\n"
+TAIL = 4000  # bytes kept: the last events have usage and timings
+TOKENS = re.compile(rb'"(?:completion|output)_tokens":\s*(\d+)')
 
 
 @dataclass(slots=True)
@@ -55,14 +57,17 @@ class Stream(asyncio.Protocol):
             seen.events += count
             self._last = now
         self._tail = (self._tail + data)[-TAIL:]
-        if self._tail.rstrip().endswith(b"0") and DONE in self._tail:
+        if self._tail.endswith(LAST_CHUNK):
             self._finish(now)
 
     def _finish(self, now: float) -> None:
         assert self._done is not None
-        usage = next(part for part in reversed(self._tail.split(b"data: ")) if b'"usage":{' in part)
         self._seen.last = now - self._began
-        self._seen.tokens = json.loads(usage[:usage.rindex(b"}") + 1])["usage"]["completion_tokens"]
+        counts = TOKENS.findall(self._tail)
+        if not counts:
+            self._done.set_exception(ValueError(f"an answer without usage: {self._tail[-300:]!r}"))
+            return
+        self._seen.tokens = int(counts[-1])
         self._done.set_result(self._seen)
 
 

@@ -1,8 +1,10 @@
 """Free text against a JSON schema, over HTTP: `PYTHONPATH=.:benchmarks python benchmarks/structured.py --port P`.
 
 Against a server that runs: `ws serve MODEL --port P`. Each round sends the same prompts twice, free (greedy, `ignore_eos`) and
-by a schema whose answers are as long: a list of objects that goes on to `max_tokens`. Rounds alternate, so that both meet the
-same machine. JSON lines: tokens a second of each kind, the ratio of the medians, times to the first token, and gaps.
+by a schema whose answers are as long: a list of objects that goes on to `max_tokens`. Of plain types, as tools have them, or
+(`--schema limits`) with lengths, a range and an e-mail address, whose masks cost the host three times as much. Rounds
+alternate, so that both meet the same machine. JSON lines: tokens a second of each kind, the ratio of the medians, times to the
+first token, and gaps.
 """
 
 from __future__ import annotations
@@ -17,11 +19,16 @@ from typing import Any
 
 from http_load import Seen, Stream, all_at_once, connect, request
 
-PERSON = {"type": "object", "properties": {
-    "name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
-    "email": {"type": "string", "format": "email"}, "tags": {"type": "array", "items": {"type": "string"}, "maxItems": 4}},
-    "required": ["name", "age", "email", "tags"], "additionalProperties": False}
-ENDLESS = {"type": "array", "items": PERSON, "minItems": 10_000}
+TEXT = {"type": "string"}
+PLAIN = {"name": TEXT, "age": {"type": "integer"}, "email": TEXT, "tags": {"type": "array", "items": TEXT}}
+LIMITS = {"name": {"type": "string", "maxLength": 40}, "age": {"type": "integer", "minimum": 0, "maximum": 150},
+          "email": {"type": "string", "format": "email"}, "tags": {"type": "array", "items": TEXT, "maxItems": 4}}
+SCHEMAS = {"plain": PLAIN, "limits": LIMITS}
+
+
+def endless(properties: dict[str, Any]) -> dict[str, Any]:
+    person = {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+    return {"type": "array", "items": person, "minItems": 10_000}
 
 
 def bodies(arguments: argparse.Namespace, seed: int, extra: dict[str, Any]) -> list[bytes]:
@@ -50,7 +57,8 @@ def summary(rates: list[float], seen: list[Seen]) -> dict[str, float]:
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     streams = await connect(arguments.port, arguments.streams)
-    kinds: dict[str, dict[str, Any]] = {"free": {}, "schema": {"structured_outputs": {"json": ENDLESS}}}
+    wanted = {"json": endless(SCHEMAS[arguments.schema])}
+    kinds: dict[str, dict[str, Any]] = {"free": {}, "schema": {"structured_outputs": wanted}}
     rates: dict[str, list[float]] = {kind: [] for kind in kinds}
     seen: dict[str, list[Seen]] = {kind: [] for kind in kinds}
     for turn in range(arguments.rounds + 1):  # the first warms up: the grammar is compiled, the kernels are there
@@ -61,13 +69,15 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                 seen[kind] += found
     out: dict[str, Any] = {kind: summary(rates[kind], seen[kind]) for kind in kinds}
     out["ratio"] = round(statistics.median(rates["schema"]) / statistics.median(rates["free"]), 3)
-    return {"streams": arguments.streams, "prompt": arguments.prompt, "max_tokens": arguments.tokens, **out}
+    return {"schema": arguments.schema, "streams": arguments.streams,
+            "prompt": arguments.prompt, "max_tokens": arguments.tokens, **out}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--streams", type=int, nargs="+", default=[64])
+    parser.add_argument("--schema", choices=sorted(SCHEMAS), default="plain")
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--prompt", type=int, default=512, help="token ids of each prompt")
     parser.add_argument("--vocabulary", type=int, default=100_000, help="prompts are random ids below this")

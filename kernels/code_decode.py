@@ -1,14 +1,16 @@
 """4-bit codes in Triton: from words of 16 bits to 16-bit floats, two columns at a time.
 
-A register holds the words of two neighbouring columns, and so eight codes; every decoder makes the four planes of it at once.
+A register holds the words of two neighbouring columns, and so eight codes (`code_weights.py`).
 
     e2m1    a code's bits, put where a float has its sign, its lowest exponent bits and its highest mantissa bit, are the code's
             value but for a power of two, subnormal numbers included: a mask, a multiplication that shifts to two places, a mask
     tables  `prmt` takes four bytes out of eight, so two of them and a third that chooses look up four codes in a table of 16
             bytes; once for the lower and once for the upper halves of the floats, which two more put together
+    lookups a byte of two codes is a line of a table in shared memory that has the two values in each of the 32 banks, so that
+            every thread of a warp reads its own: a byte out of the word, an address, a load
 
-That is 2.1 and 2.8 instructions a weight, of which 1.2 and 2.8 run on the pipe that has half the lanes on Hopper. A scale costs
-one multiplication more for two weights, or two.
+That is 2.1, 2.6 and 1.5 instructions a weight, of which 1.2, 2.6 and 0.5 run on the pipe that has half the lanes on Hopper; a
+lookup's load runs on that of shared memory, which has a quarter. A scale costs one multiplication more for two weights, or two.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -17,6 +19,7 @@ one multiplication more for two weights, or two.
 from __future__ import annotations
 
 import struct
+from functools import cache
 
 import triton
 import triton.language as tl
@@ -45,17 +48,34 @@ shl.b32 sign, $4, 8; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 5; lop3.b
 shl.b32 sign, $4, 4; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 1; lop3.b32 $2, code, 0x0e000e00, sign, 0xea;
 and.b32 sign, $4, 0x80008000; shr.b32 code, $4, 3; lop3.b32 $3, code, 0x0e000e00, sign, 0xea;
 }"""
-# One pair of planes: bytes of codes a0 a1 b0 b1, of column a and its neighbour b, from `index` and `half`.
-_PAIR = """prmt.b32 low, {l0}, {l1}, index; prmt.b32 other, {l2}, {l3}, index; prmt.b32 low, low, other, half;
+# Two planes: bytes of codes a0 b0 a1 b1, of column a and its neighbour b, from `index` and `half`.
+_TWO_PLANES = """prmt.b32 low, {l0}, {l1}, index; prmt.b32 other, {l2}, {l3}, index; prmt.b32 low, low, other, half;
 prmt.b32 high, {h0}, {h1}, index; prmt.b32 other, {h2}, {h3}, index; prmt.b32 high, high, other, half;
-prmt.b32 ${first}, low, high, 0x6240; prmt.b32 ${second}, low, high, 0x7351;
+prmt.b32 {first}, low, high, 0x5140; prmt.b32 {second}, low, high, 0x7362;
+"""
+_SELECT = """.reg .b32 index, half, low, high, other;
+shr.b32 half, {words}, 1; and.b32 index, {words}, 0x77777777; lop3.b32 half, half, 0x44444444, 0x32103210, 0xea;
 """
 _TABLE = """{{
-.reg .b32 index, half, low, high, other;
-prmt.b32 index, $4, $4, 0x3120; shr.b32 half, index, 1; and.b32 index, index, 0x77777777;
-lop3.b32 half, half, 0x44444444, 0x32103210, 0xea;
-{first}shr.b32 index, index, 16; shr.b32 half, half, 16;
+{select}{first}shr.b32 index, index, 16; shr.b32 half, half, 16;
 {second}}}"""
+# The same for a table in shared memory. $1 is the thread's number t: it puts entries 2t and 2t + 1 into all 32 banks, in an
+# order in which eight neighbours meet no bank twice. $2 is where the table lies.
+_FILL = """{{
+.reg .b32 words, at, next, one, two;
+mad.lo.u32 words, $1, 0x202, 0x100;
+{select}{planes}mad.lo.u32 at, $1, 256, $2; and.b32 next, $1, 7; mad.lo.u32 at, next, 16, at;
+{stores}mov.b32 $0, 0;
+}}"""
+_STORE = """xor.b32 next, at, {bank};
+st.shared.v4.b32 [next], {{one, one, one, one}}; st.shared.v4.b32 [next+128], {{two, two, two, two}};
+"""
+# $1 the words, $2 where the thread's bank of the table lies.
+_LOOKUP = """{{
+.reg .b32 at;
+prmt.b32 at, $1, 0, 0x444{plane}; mad.lo.u32 at, at, 128, $2; ld.shared.b32 $0, [at];
+}}"""
+LOOKUPS = tl.constexpr(tuple(_LOOKUP.format(plane=plane) for plane in range(4)))
 _SCALED = """{{
 .reg .b32 zero; mov.b32 zero, 0x80008000; fma.rn.{type} $0, $1, $2, zero;
 }}"""
@@ -66,6 +86,7 @@ ONE_BFLOAT16, ONE_FLOAT16 = (tl.constexpr(_SCALED.format(type=name)) for name in
 TWO_BFLOAT16, TWO_FLOAT16 = (tl.constexpr(_SCALED_TWICE.format(type=name)) for name in ("bf16x2", "f16x2"))
 
 
+@cache
 def decoder(values: Table | None, target: str) -> str:
     """The assembly that turns words into planes of `target`, "bf16" or "fp16".
 
@@ -73,9 +94,22 @@ def decoder(values: Table | None, target: str) -> str:
     """
     if values is None:
         return _E2M1_BFLOAT16 if target == "bf16" else _E2M1_FLOAT16
+    return _TABLE.format(select=_SELECT.format(words="$4"), first=_two_planes("$0", "$1", values, target),
+                         second=_two_planes("$2", "$3", values, target))  # fmt: skip
+
+
+@cache
+def filler(values: Table, target: str) -> str:
+    """The assembly by which 128 threads fill a table in shared memory for `LOOKUPS`: two values for every two codes."""
+    planes = _two_planes("one", "two", values, target)
+    stores = "".join(_STORE.format(bank=16 * i) for i in range(8))
+    return _FILL.format(select=_SELECT.format(words="words"), planes=planes, stores=stores)
+
+
+def _two_planes(first: str, second: str, values: Table, target: str) -> str:
     bits = [_bits(value, target) for value in values]
     tables = {f"{name}{i}": _bytes(bits[4 * i : 4 * i + 4], shift) for name, shift in (("l", 0), ("h", 8)) for i in range(4)}
-    return _TABLE.format(first=_PAIR.format(first=0, second=1, **tables), second=_PAIR.format(first=2, second=3, **tables))
+    return _TWO_PLANES.format(first=first, second=second, **tables)
 
 
 def _bits(value: float, target: str) -> int:
@@ -90,12 +124,17 @@ def _bytes(bits: list[int], shift: int) -> str:
 
 
 @triton.jit
-def planes(words, table, DECODE: tl.constexpr, target: tl.constexpr):
+def planes(words, table, DECODE: tl.constexpr, PAIRED: tl.constexpr, target: tl.constexpr):
     """Four tiles of `words` [rows, columns] int16: their codes' values, but for the power of two that `factor` gives back.
 
-    DECODE: from `decoder`.  table: a pointer to the 16 values, which the interpreter reads instead.
+    DECODE: from `decoder`.  table: a pointer to the 16 values, which the interpreter reads instead.  PAIRED: codes of two
+    columns share a byte, as they do where DECODE looks them up.
     """
-    if INTERPRETED:
+    if INTERPRETED and PAIRED:
+        low, high = tl.split(tl.reshape(words.to(tl.int32), (words.shape[0], words.shape[1] // 2, 2)))
+        return (_pairs(low, table, words.shape), _pairs(low >> 8, table, words.shape), _pairs(high, table, words.shape),
+                _pairs(high >> 8, table, words.shape))  # fmt: skip
+    elif INTERPRETED:
         code = words.to(tl.int32)
         return (tl.load(table + (code & 15)), tl.load(table + (code >> 4 & 15)), tl.load(table + (code >> 8 & 15)),
                 tl.load(table + (code >> 12 & 15)))  # fmt: skip
@@ -105,6 +144,11 @@ def planes(words, table, DECODE: tl.constexpr, target: tl.constexpr):
     else:
         return tl.inline_asm_elementwise(DECODE, "=r,=r,=r,=r,r", [words], pack=2, is_pure=True,
                                          dtype=(tl.float16, tl.float16, tl.float16, tl.float16))  # fmt: skip
+
+
+@triton.jit
+def _pairs(codes, table, SHAPE: tl.constexpr):
+    return tl.reshape(tl.join(tl.load(table + (codes & 15)), tl.load(table + (codes >> 4 & 15))), SHAPE)
 
 
 @triton.jit

@@ -141,11 +141,11 @@ def codes_gemm_kernel(
             first = tl.minimum(at + part * PART // 32 * 128, (k - 1) // 128 * 128)
             scales = _scales(scale, first, scale_stride, kept, SIZE, KIND)
             codes = _codes(words_at + part * PART, at // 4 + part * PART + word, w_stride, EVEN_K, EVICT)
-            values = planes(codes, table, DECODE, target)
+            values = planes(codes, table, DECODE, KIND == F32, target)
             if SILU:
                 up_scales = _scales(scale, first, scale_stride, kept + n, SIZE, KIND)
                 codes = _codes(up_at + part * PART, at // 4 + part * PART + word, w_stride, EVEN_K, EVICT)
-                up_values = planes(codes, table, DECODE, target)
+                up_values = planes(codes, table, DECODE, KIND == F32, target)
             for i in tl.static_range(4):
                 column = part * PART // 32 * 128 + 32 * i + part * PART % 32
                 if EVEN_K:
@@ -205,8 +205,13 @@ def widen_codes_kernel(
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     word = tl.program_id(1) * 32 + tl.arange(0, 32)
     inside = row < rows
-    codes = tl.load(words + row.to(tl.int64)[:, None] * w_stride + word[None, :], mask=inside[:, None], other=0).to(tl.int32)
+    row_words = words + row.to(tl.int64)[:, None] * w_stride
     for i in tl.static_range(4):
+        if KIND == F32:  # two columns' codes share a byte
+            codes = tl.load(row_words + (word // 2 * 2 + i // 2)[None, :], mask=inside[:, None], other=0).to(tl.int32)
+            codes >>= (i % 2 * 8 + word % 2 * 4)[None, :]
+        else:
+            codes = tl.load(row_words + word[None, :], mask=inside[:, None], other=0).to(tl.int32) >> 4 * i
         column = tl.program_id(1) * 128 + 32 * i + tl.arange(0, 32)
         known = inside[:, None] & (column < columns)[None, :]
         group = tl.minimum(column, columns - 1) // SIZE  # may end anywhere among these columns
@@ -222,5 +227,5 @@ def widen_codes_kernel(
         if factor is not None:
             by = tl.load(factor + row, mask=inside, other=1.0)[:, None]
             s = tl.div_rn(s, by) if DIVIDES else s * by
-        value = tl.load(table + (codes >> 4 * i & 15))
+        value = tl.load(table + (codes & 15))
         tl.store(out + row.to(tl.int64)[:, None] * columns + column[None, :], (value * s).to(out.dtype.element_ty), mask=known)

@@ -1,4 +1,4 @@
-"""4-bit codes of few rows for Hopper, in Gluon: the product of `gemm_codes.py`, weights by TMA as in `gemm_hopper.py`.
+"""4-bit codes with scales that are bytes, for Hopper, in Gluon: the product of `gemm_codes.py` for few rows, weights by TMA.
 
 One warp keeps a ring in shared memory filled with words of codes and rows of x. One warpgroup takes a chunk's words into
 registers as a wgmma wants its left operand, decodes its four planes (`code_decode.py`), multiplies them with the scales, which
@@ -15,8 +15,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from workstation.kernels.code_decode import ONE_BFLOAT16, ONE_FLOAT16, REST, TWO_BFLOAT16, TWO_FLOAT16
-from workstation.kernels.gemm_codes import E4M3, E8M0, F32
+from workstation.kernels.code_decode import ONE_BFLOAT16, ONE_FLOAT16, REST
+from workstation.kernels.gemm_codes import E8M0
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch
 
@@ -37,25 +37,15 @@ def _planes(words, DECODE: gl.constexpr, target: gl.constexpr):
 
 
 @gluon.jit
-def _scales(scale, column, stride, channel, SIZE: gl.constexpr, KIND: gl.constexpr):
+def _scales(scale, column, stride, channel, KIND: gl.constexpr):
     """As in `gemm_codes.py`: what the scales of the chunk at `column` are read from."""
     if KIND == E8M0:
         first = gl.load(scale + (column // 128).to(gl.int64) * stride + channel)
-        return first, first, first, first
-    elif KIND == E4M3:
+        return first, first
+    else:
         row = scale + (column // 128 * 2).to(gl.int64) * stride + channel
         first = gl.load(row)
-        return first, gl.load(row + stride), first, first
-    elif SIZE >= 128:
-        first = gl.load(scale + (column // SIZE).to(gl.int64) * stride + channel)
-        return first, first, first, first
-    elif SIZE == 64:
-        row = scale + (column // 64).to(gl.int64) * stride + channel
-        first = gl.load(row)
-        return first, gl.load(row + stride), first, first
-    else:
-        row = scale + (column // 32).to(gl.int64) * stride + channel
-        return gl.load(row), gl.load(row + stride), gl.load(row + 2 * stride), gl.load(row + 3 * stride)
+        return first, gl.load(row + stride)
 
 
 @gluon.jit
@@ -75,30 +65,18 @@ def _byte_factor(word, INDEX: gl.constexpr, KIND: gl.constexpr, target: gl.const
 
 
 @gluon.jit
-def _weights(plane, scales, later, INDEX: gl.constexpr, SIZE: gl.constexpr, KIND: gl.constexpr, target: gl.constexpr):
+def _weights(plane, scales, later, INDEX: gl.constexpr, KIND: gl.constexpr, target: gl.constexpr):
     """A plane [64, 32] times the scales of its groups. later: [32], whether a column is one of the second 16."""
     if KIND == E8M0:
         factor = _byte_factor(scales[0], INDEX, KIND, target)[:, None].broadcast_to([64, UNIT])
-    elif KIND == E4M3:
+    else:
         low = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2), KIND, target)[:, None].broadcast_to([64, UNIT])
         high = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2) + 1, KIND, target)[:, None].broadcast_to([64, UNIT])
         factor = gl.where(later[None, :].broadcast_to([64, UNIT]), high, low)
+    if target == gl.bfloat16:
+        return gl.inline_asm_elementwise(ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=gl.bfloat16, is_pure=True, pack=2)
     else:
-        wide = scales[INDEX * 32 // SIZE if SIZE < 128 else 0]
-        near = wide.to(target)
-        rest = (wide - near.to(gl.float32)).to(target)[:, None].broadcast_to([64, UNIT])
-        factor = near[:, None].broadcast_to([64, UNIT])
-    if KIND != F32:
-        if target == gl.bfloat16:
-            return gl.inline_asm_elementwise(ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=gl.bfloat16, is_pure=True, pack=2)
-        else:
-            return gl.inline_asm_elementwise(ONE_FLOAT16, "=r,r,r", [plane, factor], dtype=gl.float16, is_pure=True, pack=2)
-    elif target == gl.bfloat16:
-        both = [plane, factor, rest]
-        return gl.inline_asm_elementwise(TWO_BFLOAT16, "=r,r,r,r", both, dtype=gl.bfloat16, is_pure=True, pack=2)
-    else:
-        both = [plane, factor, rest]
-        return gl.inline_asm_elementwise(TWO_FLOAT16, "=r,r,r,r", both, dtype=gl.float16, is_pure=True, pack=2)
+        return gl.inline_asm_elementwise(ONE_FLOAT16, "=r,r,r", [plane, factor], dtype=gl.float16, is_pure=True, pack=2)
 
 
 @gluon.jit
@@ -116,7 +94,7 @@ def _whole(acc, factor, channel, channels, DIVIDES: gl.constexpr, SMALLER: gl.co
 def _consume(
     out, partial, arrivals, scale, factor, bias, w_ring, x_ring, ready, free, begin, steps, m, n, k, scale_stride,
     first_channel, tile_stride, first_row, tile_number, split,
-    SIZE: gl.constexpr, KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
+    KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -137,22 +115,22 @@ def _consume(
         for chunk in gl.static_range(CHUNKS):
             # Behind the last chunk that is kept scales meet zeros of x.
             column = gl.minimum(begin + (i * CHUNKS + chunk) * 128, (k - 1) // 128 * 128)
-            scales = _scales(scale, column, scale_stride, channel, SIZE, KIND)
+            scales = _scales(scale, column, scale_stride, channel, KIND)
             panel = stage * TILES * PANELS + chunk // (WORDS // UNIT)
             codes = w_ring.index(panel).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
             values = _planes(codes, DECODE, target)
             held = ()
             if TILES == 2:
-                up_scales = _scales(scale, column, scale_stride, up_channel, SIZE, KIND)
+                up_scales = _scales(scale, column, scale_stride, up_channel, KIND)
                 codes = w_ring.index(panel + PANELS).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
                 up_values = _planes(codes, DECODE, target)
             for index in gl.static_range(4):
                 rhs = x_ring.index((stage * CHUNKS + chunk) * 4 + index).permute((1, 0))
-                lhs = _weights(values[index], scales, later, index, SIZE, KIND, target)
+                lhs = _weights(values[index], scales, later, index, KIND, target)
                 first = warpgroup_mma(lhs, rhs, first, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
                 if TILES == 2:
-                    lhs = _weights(up_values[index], up_scales, later, index, SIZE, KIND, target)
+                    lhs = _weights(up_values[index], up_scales, later, index, KIND, target)
                     second = warpgroup_mma(lhs, rhs, second, is_async=True)
                     held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
@@ -212,13 +190,13 @@ def _produce(
 @gluon.jit(do_not_specialize=["m"])
 def hopper_codes_kernel(
     x, w, scale, factor, out, partial, arrivals, bias, m, n, k, chunk, scale_stride,
-    SIZE: gl.constexpr, KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
+    KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, UNIT]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes [64, WORDS].
 
-    scale, factor, SIZE to SMALLER: as `codes_gemm_kernel`'s. A step: PANELS * WORDS words. out [m, n], bias [n or 2n] or None;
+    scale, factor, KIND to SMALLER: as `codes_gemm_kernel`'s. A step: PANELS * WORDS words. out [m, n], bias [n or 2n] or None;
     partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
@@ -244,7 +222,7 @@ def hopper_codes_kernel(
     gl.warp_specialize(
         [
             (_consume, (out, partial, arrivals, scale, factor, bias, w_ring, x_ring, ready, free, begin, steps, m, n, k,
-                        scale_stride, first_channel, tile_stride, first_row, tile_number, split, SIZE, KIND, DIVIDES, DECODE,
+                        scale_stride, first_channel, tile_stride, first_row, tile_number, split, KIND, DIVIDES, DECODE,
                         SMALLER, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
             (_produce, (x, w, w_ring, x_ring, ready, free, begin, steps, first_channel, tile_stride, first_row, TILES, PANELS,
                         STAGES, step_bytes, PDL)),

@@ -1,14 +1,15 @@
-"""Integer weights of few rows for Hopper, in Gluon: the product of `gemm_int.py`, weights by TMA as in `gemm_hopper.py`.
+"""Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py`, and `gemm_codes.py`'s with float32 scales.
 
-One warp keeps a ring in shared memory filled: words of codes, the scales of their groups, and rows of x. One warpgroup takes
-words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
-columns), turns a plane after the other into 16-bit floats, exactly, and multiplies; a group's float32 sum meets its scale.
-Widening takes 1.4 of the loop's 2.3 instructions a weight and stops while a group's products end, so three or four programs
-share a multiprocessor.
+One warp keeps a ring in shared memory filled by TMA: words of codes, the scales of their groups, and rows of x. One warpgroup
+takes words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
+columns), turns a plane after the other into 16-bit floats, and multiplies; a group's float32 sum meets its scale. Integers are
+widened by arithmetic, exactly, other codes looked up in a table in shared memory (`code_decode.py`), rounded to x's type. Both
+take 1.5 of the loop's 2.3 instructions a weight and stop while a group's products end, so several programs share a
+multiprocessor: three or four, or two beside tables of 32 KiB.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
-share it.
+share it, and the table; of a gate and its up each can have one, and the second hands its sums to the first.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -20,6 +21,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from workstation.kernels.code_decode import LOOKUPS
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
 from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
@@ -27,13 +29,20 @@ from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES
 WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
 UNIT = gl.constexpr(32)  # `int_weights.UNIT`
 COLUMNS = gl.constexpr(64)  # of x, a copy: 128 bytes too
+RESERVE = gl.constexpr(".shared .align 128 .b8 code_pairs[32768]; mov.u32 $0, code_pairs;")
 COPYING = gl.constexpr(40)  # registers of a thread that copies
 
 
 @gluon.jit
-def _plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, target: gl.constexpr):
-    """As `int_codes.plane`: codes INDEX of words [64, 32], `less` added, as `target`."""
-    if BITS == 8 and target == gl.bfloat16:
+def _plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, TABLE: gl.constexpr, target: gl.constexpr):
+    """As `int_codes.plane`: codes INDEX of words [64, 32], `less` added, as `target`. With a table: looked up at `less`."""
+    if TABLE is not None:
+        lookup: gl.constexpr = LOOKUPS[INDEX]
+        if target == gl.bfloat16:
+            return gl.inline_asm_elementwise(lookup, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
+        else:
+            return gl.inline_asm_elementwise(lookup, "=r,r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
+    elif BITS == 8 and target == gl.bfloat16:
         wide: gl.constexpr = BYTES_BFLOAT16[INDEX]
         return gl.inline_asm_elementwise(wide, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
     elif BITS == 8:
@@ -83,10 +92,27 @@ def _middle(BITS: gl.constexpr, target: gl.constexpr, A: gl.constexpr):
 
 
 @gluon.jit
+def _filled(table, filled, TABLE: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, A: gl.constexpr):
+    """The first warpgroup fills the table, the second awaits that. Where a thread's bank of it lies, [64, 32]."""
+    if TEAM == 0:
+        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+        thread = gl.arange(0, 128, layout=THREADS)
+        place = gl.full([128], table, gl.int32, THREADS)
+        gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
+        align()
+        if TEAMS == 2:
+            mbarrier.arrive(filled, count=1)
+    else:
+        mbarrier.wait(filled, 0)
+    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
+    return gl.full([64, UNIT], table + lane * 4, gl.int32, A)
+
+
+@gluon.jit
 def _run(
     w_ring, panels, x_ring, boxes, less, up_less, START: gl.constexpr, SPAN: gl.constexpr,
-    BITS: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr, BLOCK_M: gl.constexpr, ACC: gl.constexpr,
-    A: gl.constexpr,
+    BITS: gl.constexpr, TABLE: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr, BLOCK_M: gl.constexpr,
+    ACC: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
     """Sums over a step's columns [START, START + SPAN), of one tile or two: still in flight, with their operands."""
     PER: gl.constexpr = 16 // BITS
@@ -102,11 +128,11 @@ def _run(
         for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
             box = x_ring.index(boxes + (chunk * PER + index) // 2)
             rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
-            lhs = _plane(words, less, index, BITS, x_ring.dtype)
+            lhs = _plane(words, less, index, BITS, TABLE, x_ring.dtype)
             first = warpgroup_mma(lhs, rhs, first, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
             held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
-                lhs = _plane(up_words, up_less, index, BITS, x_ring.dtype)
+                lhs = _plane(up_words, up_less, index, BITS, TABLE, x_ring.dtype)
                 second = warpgroup_mma(lhs, rhs, second, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
     return first, second, held
@@ -119,24 +145,24 @@ def _scale(s_ring, slot, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _settle(first, second, part, up_part, held, s_ring, slot, RUNS: gl.constexpr, TILES: gl.constexpr, ACC: gl.constexpr):
-    """Wait for a group's sums and add them, scaled. held: what the products in flight still read."""
-    if TILES == 2:
-        done = warpgroup_mma_wait(0, deps=(part, up_part) + held)  # noqa: RUF005
-        first += done[0] * _scale(s_ring, slot, ACC)
-        second += done[1] * _scale(s_ring, slot + RUNS, ACC)
-    else:
-        done = warpgroup_mma_wait(0, deps=(part,) + held)  # noqa: RUF005
-        first += done[0] * _scale(s_ring, slot, ACC)
+def _settle(first, second, parts, held, s_ring, slot, GROUPS: gl.constexpr, RUNS: gl.constexpr, TILES: gl.constexpr,
+            ACC: gl.constexpr):  # fmt: skip
+    """Wait for some groups' sums and add them, scaled. held: what the products in flight still read."""
+    done = warpgroup_mma_wait(0, deps=parts + held)
+    for group in gl.static_range(GROUPS):
+        first += done[group * TILES] * _scale(s_ring, slot + group, ACC)
+        if TILES == 2:
+            second += done[group * TILES + 1] * _scale(s_ring, slot + RUNS + group, ACC)
     return first, second
 
 
 @gluon.jit
 def _consume(
-    out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k, size, zero_stride,
-    first_channel, tile_stride, first_row, tile_number, split,
-    BITS: gl.constexpr, SPAN: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
-    SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
+    n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
+    BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
+    TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
+    PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's products of the ring's steps, group by group, and what becomes of them."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -148,7 +174,7 @@ def _consume(
     scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * RUNS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    less = _middle(BITS, x_ring.dtype, A)
+    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
     up_less = less
     if zero is not None:
         points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
@@ -158,7 +184,7 @@ def _consume(
     for i in range(steps):
         stage = i % STAGES
         mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        for run in gl.static_range(RUNS):
+        for run in gl.static_range(0, RUNS, GROUPS):
             if zero is not None:
                 less = _less(points, BITS, x_ring.dtype)
                 up_less = _less(up_points, BITS, x_ring.dtype)
@@ -168,12 +194,29 @@ def _consume(
                 if TILES == 2:
                     up_points = _zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
             tile = (stage * TEAMS + TEAM) * TILES
-            part, up_part, held = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less, up_less, run * SPAN,
-                                       SPAN, BITS, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
-            first, second = _settle(first, second, part, up_part, held, scales, tile * RUNS + run, RUNS, TILES, ACC)
+            parts = ()
+            held = ()
+            for group in gl.static_range(GROUPS):
+                part, up_part, read = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less, up_less,
+                                           (run + group) * SPAN, SPAN, BITS, TABLE, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
+                parts = parts + (part,)  # noqa: RUF005
+                if TILES == 2:
+                    parts = parts + (up_part,)  # noqa: RUF005
+                held = held + read
+            first, second = _settle(first, second, parts, held, scales, tile * RUNS + run, GROUPS, RUNS, TILES, ACC)
         mbarrier.arrive(free.index(stage), count=1)
-    conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
-             tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    if SILU and TILES == 1 and TEAM == 1:
+        up_sums.store(first)
+        align()
+        mbarrier.arrive(summed, count=1)
+    elif SILU and TILES == 1:
+        mbarrier.wait(summed, 0)
+        second = up_sums.load(ACC)
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, 2, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
+    else:
+        conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, first_row,
+                 tile_number, split, TILES, SILU, SPLITS, BLOCK_M, PDL, ACC)  # fmt: skip
 
 
 @gluon.jit
@@ -227,26 +270,30 @@ def _produce(
 @gluon.jit(do_not_specialize=["m"])
 def hopper_int_kernel(
     x, w, s, out, partial, arrivals, zero, bias, m, n, k, chunk, size, zero_stride,
-    BITS: gl.constexpr, SPAN: gl.constexpr, TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
-    SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, REGISTERS: gl.constexpr,
+    BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAMS: gl.constexpr,
+    TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, COLUMNS]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes
     [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64]; zero: uint8, packed as `int_weights` says, rows
     zero_stride apart, or None.
 
-    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one. A step, STEP columns, is
-    PANELS * WORDS words. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s.
-    4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with REGISTERS a thread, and one
-    warp that copies.
+    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one; GROUPS: those multiplied
+    at a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: 4-bit
+    codes' `code_decode.filler`, None for integers. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as
+    `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with
+    REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
     split = gl.program_id(1)
-    team_stride: gl.constexpr = TILES * 64 if not SILU else 64
-    first_channel = tile_number // row_tiles * (TEAMS * team_stride)
+    PAIRED: gl.constexpr = SILU and TILES == 1
+    WIDE: gl.constexpr = 64 if PAIRED else TEAMS * 64 if SILU else TEAMS * TILES * 64
+    first_channel = tile_number // row_tiles * WIDE
     first_row = tile_number % row_tiles * BLOCK_M
     tile_stride = n if SILU else 64
+    team_stride = n if PAIRED else WIDE // TEAMS
     STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
     RUNS: gl.constexpr = STEP // SPAN
     begin = split * chunk
@@ -262,15 +309,26 @@ def hopper_int_kernel(
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=TEAMS)
+    up_sums, filled, summed = x_ring, ready, ready  # where there is no need of them
+    if TEAMS == 2 and TABLE is not None:
+        filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(filled, count=1)
+    if PAIRED:
+        SUMS: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        up_sums = gl.allocate_shared_memory(gl.float32, [64, BLOCK_M], SUMS)
+        summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+        mbarrier.init(summed, count=1)
     align()
+    table = gl.inline_asm_elementwise(RESERVE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) if TABLE is not None else 0
     scale_bytes: gl.constexpr = RUNS * s.dtype.primitive_bitwidth // 8
     step_bytes: gl.constexpr = TEAMS * TILES * 64 * (PANELS * WORDS * 2 + scale_bytes) + STEP * BLOCK_M * 2
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
-                            size, zero_stride, first_channel, tile_stride, first_row, tile_number, split, BITS, SPAN, 0,
-                            TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            tile_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -278,14 +336,17 @@ def hopper_int_kernel(
             [COPYING],
         )  # fmt: skip
     else:
+        first_number = tile_number if PAIRED else tile_number * 2
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
-                            size, zero_stride, first_channel, tile_stride, first_row, tile_number * 2, split, BITS, SPAN, 0,
-                            TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
-                (_consume, (out, partial, arrivals, zero, bias, w_ring, s_ring, x_ring, ready, free, begin, steps, m, n, k,
-                            size, zero_stride, first_channel + team_stride, tile_stride, first_row, tile_number * 2 + 1,
-                            split, BITS, SPAN, 1, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                            first_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
+                            STAGES, PDL)),
+                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
+                            summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
+                            first_row, first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS,
+                            BLOCK_M, PANELS, STAGES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],

@@ -15,10 +15,11 @@ from workstation.kernels.code_tables import CHUNK, ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.launch_int import widened
-from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MAX_ROWS, MOST_STEP, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.launch_int import suits_groups, widened
+from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MOST_STEP, GemmConfig, Output, Problem, Scheme, most_rows
 
 WIDENED_ROWS = 32
+RING_STEP = 256  # columns of 64 words, the least step of `gemm_int_hopper.py`
 KINDS = {ScaleKind.F32: gemm_codes.F32, ScaleKind.E8M0: gemm_codes.E8M0, ScaleKind.E4M3: gemm_codes.E4M3}
 _SCHEMES: dict[ScaleKind, Scheme] = {ScaleKind.F32: "nf4", ScaleKind.E8M0: "mxfp4", ScaleKind.E4M3: "nvfp4"}
 
@@ -47,18 +48,22 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
     tokens = x.shape[0]
     if tokens == 0:
         return GemmConfig("dot", block_k=CHUNK)  # nothing will be launched
-    if tokens > MAX_ROWS or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
+    scheme = scheme_of(weight)
+    if tokens > most_rows(scheme) or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
         return None
     if x.is_cuda and x.dtype == torch.float32:
         return None
     rings = _rings(weight, output)
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config)
+    config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
+    return None if config.kind == "library" else fitted(config, weight)
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
-    """Whether `gemm_codes_hopper.py` can read the weight."""
-    return weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
+    """Whether `gemm_int_hopper.py`, or for scales that are bytes `gemm_codes_hopper.py`, can read the weight."""
+    whole = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
+    if weight.kind is not ScaleKind.F32:
+        return whole
+    return whole and weight.factor is None and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
 
 
 def _reads(weight: CodeWeight) -> bool:
@@ -72,10 +77,11 @@ def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, devic
     return gemm_launch.chosen(Problem(scheme, output, m, n, k), device, rings=rings)
 
 
-def fitted(config: GemmConfig) -> GemmConfig:
-    """The configuration with a step of one or two chunks of the layout."""
+def fitted(config: GemmConfig, weight: CodeWeight) -> GemmConfig:
+    """The configuration with a step of one or two chunks of the layout; a ring's suits the groups."""
     if config.kind == "hopper":
-        return config
+        table = weight.kind is ScaleKind.F32
+        return replace(config, block_k=RING_STEP) if table and not suits_groups(weight, config.block_k) else config
     return replace(config, block_k=min(max(config.block_k, LEAST_STEP["nf4"]), MOST_STEP["nf4"]))
 
 
@@ -86,7 +92,12 @@ def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int,
     """
     weight: CodeWeight = operands.weight
     if config.kind == "hopper":
-        from workstation.kernels.launch_codes_hopper import hopper_codes_call  # Gluon, for one kind of GPU only
+        # Gluon, for one kind of GPU only
+        if weight.kind is ScaleKind.F32:
+            from workstation.kernels.launch_int_hopper import hopper_int_call
+
+            return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
+        from workstation.kernels.launch_codes_hopper import hopper_codes_call
 
         return Call(*hopper_codes_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)

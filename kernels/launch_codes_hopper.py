@@ -34,7 +34,7 @@ def hopper_codes_call(
         out, partial, arrivals, bias, m, n, k, chunk, weight.scale.stride(0) if kept else channels,
     )  # fmt: skip
     options = {
-        "SIZE": weight.size, "KIND": KINDS[weight.kind].value, "DIVIDES": weight.divides,
+        "KIND": KINDS[weight.kind].value, "DIVIDES": weight.divides,
         **decoding(weight, x.dtype if kept else x), "TILES": tiles, "SILU": silu, "SPLITS": grid[1],
         "BLOCK_M": config.block_m, "PANELS": config.block_k // (4 * WORDS), "STAGES": config.stages, "num_warps": 4,
         "maxnreg": -(-(_registers(tiles, config.block_m) + COPYING) // 16) * 8,

@@ -15,7 +15,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import CHANNELS, MAX_ROWS, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.tuning import CHANNELS, GemmConfig, Output, Problem, Scheme, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -57,23 +57,28 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
     tokens = x.shape[0]
     if tokens == 0:
         return GemmConfig("dot", block_k=_chunk(weight.bits))  # nothing will be launched
-    if tokens > MAX_ROWS or weight.size % UNIT or weight.rows % 16 or weight.columns % 16 or x.stride(0) % 16:
+    scheme = scheme_of(weight)
+    if tokens > most_rows(scheme) or weight.size % UNIT or weight.rows % 16 or weight.columns % 16 or x.stride(0) % 16:
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
     rings = rings_serve(weight, output)
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
+    config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:
     """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes. Zero
     points of narrow groups take more registers than there are."""
-    step = HOPPER_WORDS * WORD_BITS // weight.bits
-    groups = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
+    groups = suits_groups(weight, HOPPER_WORDS * WORD_BITS // weight.bits)
     tiles = output == "linear" or not isinstance(weight.words, torch.Tensor) or weight.rows % (2 * CHANNELS) == 0
     narrow = weight.zero is not None and weight.size < NARROW
     return groups and tiles and not narrow and (not isinstance(weight.scale, torch.Tensor) or weight.scale.stride(0) % 8 == 0)
+
+
+def suits_groups(weight: IntWeight | CodeWeight, step: int) -> bool:
+    """Whether a step of so many columns holds whole groups, or lies in one."""
+    return weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
 
 
 @cache
@@ -92,8 +97,7 @@ def fitted(config: GemmConfig, weight: IntWeight) -> GemmConfig:
     """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
     as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one."""
     if config.kind == "hopper":
-        step = config.block_k
-        whole = weight.size == weight.columns or weight.size % step == 0 or step % weight.size == 0
+        whole = suits_groups(weight, config.block_k)
         return config if whole else replace(config, block_k=HOPPER_WORDS * WORD_BITS // weight.bits)
     if weight.zero is not None:
         config = replace(config, block_m=min(config.block_m, ZEROS_ROWS))

@@ -1,4 +1,4 @@
-"""Launches of `gemm_int_hopper.py`. Called through `launch_int.py`."""
+"""Launches of `gemm_int_hopper.py`. Called through `launch_int.py` and `launch_codes.py`."""
 
 from __future__ import annotations
 
@@ -7,48 +7,81 @@ from typing import Any
 import torch
 import triton
 
+from workstation.kernels.code_decode import filler
+from workstation.kernels.code_tables import CHUNK
+from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_hopper import hopper_int_kernel
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
-from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig
+from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_stages
 
 COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
+ALONE = 80 << 10  # bytes of a ring beside a table, above which a program has a multiprocessor, and its registers, to itself
+FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
+MOST_REGISTERS = 232  # of a thread that multiplies
 
 
 def hopper_int_call(
-    x: Any, weight: IntWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
+    x: Any, weight: IntWeight | CodeWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
 ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
-    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n]."""
+    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n].
+
+    Codes: with float32 scales and no factor.
+    """
+    bits, zero, table = _form(weight, x.dtype if isinstance(x, torch.Tensor) else x)
     teams = config.warps // 4
-    tiles = 2 if silu else config.block_n // (teams * CHANNELS)
+    tiles = config.block_n // (teams * CHANNELS)
+    if silu:
+        tiles = 2 if tiles else 1  # a warpgroup has gate and up, or one of two has either
     chunk = triton.cdiv(triton.cdiv(k, config.block_k), config.splits) * config.block_k
-    wide = teams * (1 if silu else tiles) * CHANNELS
+    wide = teams * tiles * CHANNELS // (2 if silu else 1)
     grid = (triton.cdiv(n, wide) * triton.cdiv(m, config.block_m), triton.cdiv(k, chunk))
     partial, arrivals = split_space(grid, teams * tiles * CHANNELS * config.block_m, out)
     channels = 2 * n if silu else n
-    width = triton.cdiv(k, WORD_BITS // weight.bits * UNIT) * UNIT
+    width = triton.cdiv(k, WORD_BITS // bits * UNIT) * UNIT
     step = config.block_k
     span = step if weight.size == weight.columns else min(step, weight.size)
     scales = boxes(weight.scale, (k // weight.size, channels), (step // span, CHANNELS), 0)
-    zero_stride = weight.zero.stride(0) if isinstance(weight.zero, torch.Tensor) else channels  # else a dtype, or None
+    zero_stride = zero.stride(0) if isinstance(zero, torch.Tensor) else channels  # else a dtype, or None
     arguments = (
         boxes(x, (m, k), (config.block_m, COLUMNS), PANEL_BYTES),
-        boxes(weight.words, (channels, width), (CHANNELS, WORDS), PANEL_BYTES), scales, out, partial, arrivals, weight.zero,
+        boxes(weight.words, (channels, width), (CHANNELS, WORDS), PANEL_BYTES), scales, out, partial, arrivals, zero,
         bias, m, n, k, chunk, weight.size, zero_stride,
     )  # fmt: skip
-    registers = min(232, _registers(tiles, config.block_m, span, zeros=weight.zero is not None))
+    groups, stages = 1, config.stages
+    registers = _registers(tiles, config.block_m, span, zeros=zero is not None)
+    if table is not None:
+        groups = 2 if span < CHUNK and tiles * config.block_m <= FEW_SUMS else 1
+        stages = max(stages, table_stages(step, teams * tiles * CHANNELS, config.block_m))
+        registers = _table_registers(tiles, config.block_m, span, step, stages * teams)
     options = {
-        "BITS": weight.bits, "SPAN": span, "TEAMS": teams,
+        "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
-        "PANELS": step // (WORDS * WORD_BITS // weight.bits), "STAGES": config.stages, "REGISTERS": registers,
+        "PANELS": step // (WORDS * WORD_BITS // bits), "STAGES": stages, "REGISTERS": registers,
         "num_warps": 4, "maxnreg": -(-(teams * registers + COPYING) // (8 * (teams + 1))) * 8,
     }  # fmt: skip
     options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
     return hopper_int_kernel, grid, arguments, options
 
 
+def _form(weight: IntWeight | CodeWeight, dtype: torch.dtype) -> tuple[int, Any, str | None]:
+    """(bits, zero points, what fills the table) for activations of `dtype`."""
+    if isinstance(weight, IntWeight):
+        return weight.bits, weight.zero, None
+    return 4, None, filler(weight.values, "fp16" if dtype == torch.float16 else "bf16")
+
+
 def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     """A multiplying thread's: as few as the compiler can keep a group's products in flight with, so that programs find room."""
     sums = tiles * block_m * 9 // 8 if block_m > 16 or tiles > 1 else 0
-    return (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8
+    return min(MOST_REGISTERS, (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8)
+
+
+def _table_registers(tiles: int, block_m: int, span: int, step: int, rings: int) -> int:
+    """The same beside a table: operands in flight, sums, groups' places. rings: steps in shared memory times warpgroups."""
+    columns = max(span, CHUNK if tiles * block_m <= FEW_SUMS else CHUNK // 2)
+    sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
+    groups = step // min(span, 64)
+    alone = 16 if rings * step * (tiles * CHANNELS // 2 + block_m) > ALONE else 0
+    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4) + alone) // 8) * 8)

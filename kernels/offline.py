@@ -19,10 +19,13 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+RESERVED = 1024  # bytes of shared memory that the system takes of each program, from compute capability 9.0 on
+
 
 @dataclass(frozen=True)
 class Resources:
-    """What a compiled kernel takes: registers and stack bytes (spills) a thread, shared memory bytes a program."""
+    """What a compiled kernel takes: registers and stack bytes (spills) a thread, shared memory bytes a program, Triton's and
+    those that assembly allots."""
 
     registers: int
     stack: int
@@ -63,7 +66,8 @@ def resources(compiled: Any) -> Resources:
         file.write(compiled.asm["cubin"])
         file.flush()
         report = subprocess.run([tool, "--dump-resource-usage", file.name], capture_output=True, text=True, check=False).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", report)
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", report)
     if not found:
         raise RuntimeError(f"cuobjdump gave no resource usage: {report[:500]!r}")
-    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared))
+    system = RESERVED if compiled.metadata.target.arch >= 90 else 0
+    return Resources(int(found[1]), int(found[2]), int(compiled.metadata.shared) + max(0, int(found[3]) - system))

@@ -15,7 +15,7 @@ def widen(weight: CodeWeight, dtype: torch.dtype) -> torch.Tensor:
     scales = unpack_scales(weight)
     if weight.factor is not None:
         scales = scales / weight.factor[:, None] if weight.divides else scales * weight.factor[:, None]
-    codes = unpack(weight.words, weight.columns).to(torch.int32)
+    codes = unpack(weight.words, weight.columns, weight.kind).to(torch.int32)
     values = weight.table.index_select(0, codes.flatten()).view(weight.rows, -1, weight.size)
     return (values * scales[:, :, None]).view(weight.shape).to(dtype)
 

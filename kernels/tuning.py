@@ -35,11 +35,18 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
     "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
+GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4")  # what `gemm_int_hopper.py` multiplies
+# Where a measurement says so, for more rows still: the library needs them widened first.
+MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512)
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
+TABLE_ROWS = 64  # of a program with a table, at most
+TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
+# Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
+OPTING = 48 * KIB
 
 
 @dataclass(frozen=True)
@@ -120,10 +127,10 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     if config.kind == "library":
         return 0
     if config.kind == "hopper":
-        rows = 2 * config.block_n if problem.output == "silu_mul" else config.block_n
-        ring = int(config.stages * config.block_k * (problem.weight_bytes * rows + problem.row_bytes * config.block_m))
-        if problem.scheme in INTEGER_BITS:
-            ring += config.stages * config.block_k // LEAST_GROUP * rows * 2  # scales
+        stages, table = config.stages, 0
+        if problem.scheme == "nf4":
+            stages, table = max(stages, table_stages(config.block_k, _channels(problem, config), config.block_m)), TABLE_BYTES
+        ring = stages * stage_bytes(problem, config) + table
         return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
@@ -134,12 +141,35 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     return max(buffers * stage, config.block_n * columns * 4) + KIB
 
 
+def stage_bytes(problem: Problem, config: GemmConfig) -> int:
+    """Shared memory a step of a ring takes, in bytes, at most."""
+    channels = _channels(problem, config)
+    size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
+    if problem.scheme in GROUPED:
+        size += (2 if problem.scheme in INTEGER_BITS else 4) * channels / LEAST_GROUP  # scales
+    return int(config.block_k * size)
+
+
+def _channels(problem: Problem, config: GemmConfig) -> int:
+    return 2 * config.block_n if problem.output == "silu_mul" else config.block_n
+
+
+def table_stages(step: int, channels: int, rows: int) -> int:
+    """The least stages of a ring beside a table, for so many channels and rows a program. Scales and barriers come on top."""
+    return -(-OPTING // (step * (channels // 2 + 2 * rows)))
+
+
+def most_rows(scheme: Scheme) -> int:
+    """Rows of activations beyond which there is nothing to choose."""
+    return MOST_ROWS.get(scheme, MAX_ROWS)
+
+
 def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfig:
     """The measured configuration of this GPU and weight shape for the next number of rows, or a computed one.
 
     rings: whether `hopper` may be chosen, which Triton may be too old or too new for.
     """
-    if problem.m > MAX_ROWS:
+    if problem.m > most_rows(problem.scheme):
         return LIBRARY
     rows = tuned(device.name).get((problem.scheme, problem.output, problem.n, problem.k), ())
     for most, config in rows:
@@ -183,7 +213,7 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
-    make = _integer_ring if problem.scheme in INTEGER_BITS else _ring
+    make = _grouped_ring if problem.scheme in GROUPED else _ring
     ring = make(problem, device) if rings else None
     if ring is not None:
         return ring
@@ -218,21 +248,22 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
     return config if stages >= 3 and shared_bytes(problem, config, device.capability) <= device.shared_bytes else None
 
 
-def _integer_ring(problem: Problem, device: Device) -> GemmConfig | None:
+def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
-    split until there are two for each. From 64 rows on two warpgroups share the rows of x."""
-    silu = problem.output == "silu_mul"
-    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32):
+    split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table there is room for
+    two programs of two warpgroups."""
+    silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32 and not table):
         return None
-    block_m = min(128, max(8, 1 << (problem.m - 1).bit_length()))
-    tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16) else 1
-    teams = 2 if block_m >= 64 else 1
+    block_m = min(TABLE_ROWS if table else 128, max(8, 1 << (problem.m - 1).bit_length()))
+    teams = 2 if block_m >= 64 or table else 1
+    tiles = 2 if not table and (silu or (problem.n >= 6144 and block_m <= 16)) else 1
     step = int(PANEL_BYTES // problem.weight_bytes)
     programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
     splits = max(1, min(2 * device.processors // programs, problem.k // (4 * step), 8))
-    config = GemmConfig("hopper", teams * (1 if silu else tiles) * CHANNELS, block_m, step, splits, 4 * teams, 1, True)
-    stage = shared_bytes(problem, replace(config, stages=2), 90) - shared_bytes(problem, config, 90)
-    return replace(config, stages=max(2, min(6, 66 * KIB // stage)))
+    config = GemmConfig("hopper", teams * tiles * CHANNELS // (2 if silu else 1), block_m, step, splits, 4 * teams, 1, True)
+    ring = 76 if table else 66
+    return replace(config, stages=max(2, min(6, ring * KIB // stage_bytes(problem, config))))
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

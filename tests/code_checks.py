@@ -12,10 +12,11 @@ from workstation.kernels.gemm_launch import Operands
 from workstation.kernels.tuning import GemmConfig
 
 Case = tuple[torch.Tensor, CodeWeight, torch.Tensor]
-# name: (table, columns of a group, kind of scale, factor, whether it divides)
+# name: (table, columns of a group or 0 for a row's, kind of scale, factor, whether it divides)
 FORMS: dict[str, tuple[Table, int, ScaleKind, bool, bool]] = {
     "nf4": (NF4, 64, ScaleKind.F32, False, False), "fp4_128": (FP4, 128, ScaleKind.F32, False, False),
-    "nf4_32": (NF4, 32, ScaleKind.F32, False, False), "mxfp4": (E2M1, 32, ScaleKind.E8M0, False, False),
+    "nf4_32": (NF4, 32, ScaleKind.F32, False, False), "fp4_row": (FP4, 0, ScaleKind.F32, False, False),
+    "mxfp4": (E2M1, 32, ScaleKind.E8M0, False, False),
     "nvfp4": (E2M1, 16, ScaleKind.E4M3, True, False), "nvfp4_divided": (E2M1, 16, ScaleKind.E4M3, True, True),
 }  # fmt: skip
 
@@ -23,6 +24,7 @@ FORMS: dict[str, tuple[Table, int, ScaleKind, bool, bool]] = {
 def make_weight(n: int, k: int, form: str, device: str = "cpu") -> CodeWeight:
     """Random codes, and scales that differ from group to group and make weights of variance 1 / k or so."""
     table, size, kind, has_factor, divides = FORMS[form]
+    size = size or k
     gen = torch.Generator().manual_seed(n + k)
     codes = torch.randint(0, 16, (n, k), dtype=torch.uint8, generator=gen)
     groups, small = k // size, k**-0.5
@@ -35,7 +37,7 @@ def make_weight(n: int, k: int, form: str, device: str = "cpu") -> CodeWeight:
     pack_scales(scale, kept)
     factor = (torch.rand(n, generator=gen) + 0.5) * small / 100 if has_factor else None
     factor = factor.reciprocal() if factor is not None and divides else factor
-    return CodeWeight(pack(codes).to(device), kept.to(device), None if factor is None else factor.to(device),
+    return CodeWeight(pack(codes, kind).to(device), kept.to(device), None if factor is None else factor.to(device),
                       torch.tensor(table).to(device), table, kind, size, k, divides)
 
 
@@ -51,14 +53,20 @@ def expected(case: Case) -> torch.Tensor:
     return x.double() @ reference_codes.widen(weight, torch.float32).double().t() + bias.double()
 
 
-def check_product(case: Case, config: GemmConfig, out_dtype: torch.dtype) -> None:
+def check_product(case: Case, config: GemmConfig, out_dtype: torch.dtype, *, silu: bool | None = None) -> None:
+    """Into buffers full of NaN. silu: with gate and up in one product; None: with and without."""
     x, weight, bias = case
     y = expected(case)
     # Weights are rounded to x's type in registers, a table's values before that.
     near = max(TOLERANCE[out_dtype], TOLERANCE[x.dtype])
-    assert relative_error(gemm_launch.run_linear(Operands(x, weight, bias=bias), config, out_dtype), y) < near
+    if not silu:
+        out = torch.full(y.shape, torch.nan, dtype=out_dtype, device=x.device)
+        assert relative_error(gemm_launch.run_linear(Operands(x, weight, bias=bias), config, out_dtype, out=out), y) < near
+    if silu is False:
+        return
     gate, up = y.chunk(2, -1)
-    out = gemm_launch.run_linear(Operands(x, weight, bias=bias), config, out_dtype, silu=True)
+    out = torch.full(gate.shape, torch.nan, dtype=out_dtype, device=x.device)
+    gemm_launch.run_linear(Operands(x, weight, bias=bias), config, out_dtype, silu=True, out=out)
     assert relative_error(out, gate * gate.sigmoid() * up) < 2 * near
 
 

@@ -1,4 +1,4 @@
-"""Runs the few PTX instructions of the decoders on arrays of 32-bit words: what they compute, without a GPU."""
+"""Runs the few PTX instructions of the decoders on arrays of 32-bit words, a thread each: what they compute, without a GPU."""
 
 from __future__ import annotations
 
@@ -29,18 +29,37 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
 
 OPERATIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "shl.b32": lambda a, b: a << b, "shr.b32": lambda a, b: a >> b,
-    "mul.lo.u32": lambda a, b: a * b, "prmt.b32": _prmt, "lop3.b32": _lop3,
+    "mul.lo.u32": lambda a, b: a * b, "mad.lo.u32": lambda a, b, c: a * b + c, "xor.b32": lambda a, b: a ^ b,
+    "prmt.b32": _prmt, "lop3.b32": _lop3,
 }
 
 
-def run(assembly: str, outputs: int, **inputs: Words) -> list[Words]:
-    """The registers $0 … after the assembly. inputs: by name without the dollar, as `_4`."""
+def run(assembly: str, outputs: int, memory: Words | None = None, **inputs: Words) -> list[Words]:
+    """The registers $0 … after the assembly. inputs: by name without the dollar, as `_4`.
+
+    memory: shared memory, [words], which loads read and stores of four equal words change.
+    """
     state = {name.replace("_", "$"): value for name, value in inputs.items()}
-    for line in re.split(r"[;{}\n]+", assembly):
-        words = line.strip().replace(",", " ").split()
+
+    def value(word: str) -> Words:
+        return state[word] if word in state else np.uint32(int(word, 0))
+
+    for line in re.split(r"[;\n]+|(?<!, )\{|(?<=\n)\}", assembly):
+        words = line.strip(" }").replace(",", " ").split()
         if not words or words[0] == ".reg":
             continue
         operation, target, *sources = words
-        values = [state[word] if word in state else np.uint32(int(word, 0)) for word in sources]
+        if operation in ("ld.shared.b32", "st.shared.v4.b32"):
+            assert memory is not None
+            base, _, offset = (target if operation.startswith("st") else sources[0]).strip("[]").partition("+")
+            at = (value(base) + np.uint32(offset or 0)) // np.uint32(4)
+            if operation == "ld.shared.b32":
+                state[target] = memory[at]
+            else:
+                stored = value(sources[0].strip("{"))
+                for i in range(4):
+                    memory[at + np.uint32(i)] = stored
+            continue
+        values = [value(word) for word in sources]
         state[target] = OPERATIONS[operation](*values)
     return [state[f"${i}"] for i in range(outputs)]

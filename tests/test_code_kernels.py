@@ -12,17 +12,29 @@ from ptx_words import run
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.kernels import ops
-from workstation.kernels.code_decode import decoder
-from workstation.kernels.code_tables import E2M1, FP4, NF4, Table
+from workstation.kernels.code_decode import LOOKUPS, decoder, filler
+from workstation.kernels.code_tables import E2M1, FP4, NF4, ScaleKind, Table
 from workstation.kernels.code_weights import pack, unpack
 from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
 from workstation.kernels.launch_codes import fitted, widen_call
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.offline import resources
 from workstation.kernels.reference_codes import widen
-from workstation.kernels.tuning import CODE_SCHEMES, Device, GemmConfig, Output, Problem, Scheme, default_config, shared_bytes
+from workstation.kernels.tuning import (
+    CODE_SCHEMES,
+    OPTING,
+    Device,
+    GemmConfig,
+    Output,
+    Problem,
+    Scheme,
+    default_config,
+    shared_bytes,
+)
 
 ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
+HAS_HOPPER = torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))
+ON_HOPPER = pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
 # Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255.
 PARKED = 16
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,15 +49,36 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("target", TYPES)
 @pytest.mark.parametrize("table", [NF4, FP4, E2M1], ids=["nf4", "fp4", "e2m1"])
 def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str) -> None:
-    """All words of one column beside words of its neighbour in another order. e2m1 comes out a power of two smaller."""
+    """All words beside words in another order. e2m1 comes out a power of two smaller, each word a column's; a table's codes
+    are two columns' to a byte."""
     left = np.arange(1 << 16, dtype=np.uint32)
     right = left * np.uint32(40503) & np.uint32(0xFFFF)
+    both = left | right << np.uint32(16)
     shift = 0 if table != E2M1 else {"bf16": 126, "fp16": 14}[target]
     values = torch.tensor(table, dtype=torch.float64).mul(2.0**-shift).to(TYPES[target])
-    for index, plane in enumerate(run(decoder(None if table == E2M1 else table, target), 4, _4=left | right << np.uint32(16))):
-        for column, half in ((left, plane & np.uint32(0xFFFF)), (right, plane >> np.uint32(16))):
-            expected = values[torch.from_numpy((column >> np.uint32(4 * index) & np.uint32(15)).astype(np.int64))]
+    for index, plane in enumerate(run(decoder(None if table == E2M1 else table, target), 4, _4=both)):
+        for column, half in enumerate((plane & np.uint32(0xFFFF), plane >> np.uint32(16))):
+            shift = 16 * column + 4 * index if table == E2M1 else 8 * index + 4 * column
+            expected = values[torch.from_numpy((both >> np.uint32(shift) & np.uint32(15)).astype(np.int64))]
             assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize("target", TYPES)
+@pytest.mark.parametrize("table", [NF4, FP4], ids=["nf4", "fp4"])
+def test_a_table_in_shared_memory_gives_every_thread_its_values_from_a_bank_of_its_own(table: Table, target: str) -> None:
+    """128 threads fill it, no eight neighbours of which store to a bank at once; then each looks up any two codes of a word."""
+    threads, base, untouched = np.arange(128, dtype=np.uint32), 1280, np.uint32(0xDEADBEEF)
+    memory = np.full(base // 4 + (1 << 13) + 32, untouched)
+    run(filler(table, target), 1, memory, _1=threads, _2=np.uint32(base))
+    assert (memory[: base // 4] == untouched).all() and (memory[base // 4 + (1 << 13) :] == untouched).all()
+    rounded = torch.tensor(table, dtype=torch.float64).to(TYPES[target])
+    values = rounded.view(torch.int16).numpy().view(np.uint16).astype(np.uint32)
+    words = np.arange(1 << 16, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    places = np.uint32(base) + np.arange(words.size, dtype=np.uint32) % np.uint32(32) * np.uint32(4)
+    for index, lookup in enumerate(LOOKUPS):
+        (found,) = run(lookup, 1, memory, _1=words, _2=places)
+        first, second = (words >> np.uint32(8 * index + shift) & np.uint32(15) for shift in (0, 4))
+        assert np.array_equal(found, values[first] | values[second] << np.uint32(16))
 
 
 @pytest.mark.timeout(900)
@@ -55,13 +88,20 @@ def test_products_with_codes_hold_in_the_interpreter() -> None:
     """What the file above tests."""
 
 
+@pytest.mark.parametrize("kind", [ScaleKind.F32, ScaleKind.E4M3])
 @pytest.mark.parametrize("columns", [128, 320, 48])
-def test_codes_lie_in_words_of_columns_thirty_two_apart(columns: int) -> None:
+def test_codes_lie_in_words_of_columns_thirty_two_apart(columns: int, kind: ScaleKind) -> None:
+    """Beside float32 scales two columns' words are four bytes of two neighbours' codes."""
     codes = torch.randint(0, 16, (6, columns), dtype=torch.uint8)
-    assert torch.equal(unpack(pack(codes), columns), codes)
-    padded = torch.nn.functional.pad(codes, (0, -columns % 128))
-    expected = sum(padded[:, 32 * i].int() << 4 * i for i in range(4))
-    assert torch.equal(pack(codes)[:, 0].int() & 0xFFFF, expected)
+    words = pack(codes, kind)
+    assert words.is_contiguous() and torch.equal(unpack(words, columns, kind), codes)
+    padded = torch.nn.functional.pad(codes, (0, -columns % 128)).long()
+    last = padded.shape[1] - 128  # the last chunk's first two words
+    left, right = ([padded[:, last + 32 * i + j] for i in range(4)] for j in (0, 1))
+    order = [left[0], right[0], left[1], right[1], left[2], right[2], left[3], right[3]]
+    order = order if kind is ScaleKind.F32 else left + right
+    found = words[:, last // 4].long() & 0xFFFF | (words[:, last // 4 + 1].long() & 0xFFFF) << 16
+    assert torch.equal(found, sum(code << 4 * i for i, code in enumerate(order)))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -72,7 +112,7 @@ def test_a_part_of_the_rows_is_a_weight_of_its_own(form: str) -> None:
 
 def check_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
     problem = Problem(scheme, output, m, 28672 if output == "silu_mul" else 6144, 4096)
-    config = fitted(default_config(problem, device))
+    config = fitted(default_config(problem, device), code_types(scheme, 4096))
     needed = resources(compile_for(problem, config, device.capability))
     assert needed.shared <= shared_bytes(problem, config, device.capability) <= device.shared_bytes
     assert needed.stack <= PARKED
@@ -101,7 +141,7 @@ def test_widening_compiles_and_stores_sixteen_bytes_at_a_time(scheme: Scheme) ->
 def test_hopper_multiplies_table_values_in_wgmma_from_registers() -> None:
     """Codes reach registers as words, by ldmatrix; values never pass through shared memory."""
     problem = Problem("nf4", "linear", 8, 6144, 4096)
-    assembly = compile_for(problem, default_config(problem, H200), H200.capability).asm["ptx"]
+    assembly = compile_for(problem, default_config(problem, H200, rings=False), H200.capability).asm["ptx"]
     assert "wgmma.mma_async.sync.aligned.m64n16k16" in assembly and "mma.sync" not in assembly
     loop = assembly[assembly.index("cp.async.wait_group"):assembly.rindex("wgmma.mma_async")]
     assert "ldmatrix" in loop and "st.shared" not in loop
@@ -135,6 +175,29 @@ def ring(scheme: Scheme, output: Output, block_m: int) -> tuple[Problem, GemmCon
     return Problem(scheme, output, block_m, n, 4096), GemmConfig("hopper", 64, block_m, 256, 1, 4, 3, True)
 
 
+def check_together(output: Output, m: int, waits: int) -> None:
+    """The compiler waits for each product by itself where registers are too few: half the speed."""
+    problem = Problem("nf4", output, m, 28672 if output == "silu_mul" else 6144, 4096)
+    config = default_config(problem, H200)
+    kernel = compile_for(problem, config, H200.capability)
+    needed = resources(kernel)
+    assert config.kind == "hopper" and needed.stack == 0 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits
+    assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes
+    assert kernel.metadata.shared > OPTING  # or Triton would not ask the driver for more than that
+
+
+def test_a_ring_s_products_of_two_groups_are_in_flight_together() -> None:
+    check_together("silu_mul", 1, 4)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("output", "m", "waits"), [
+    ("linear", 1, 4), ("linear", 16, 4), ("linear", 32, 4), ("linear", 64, 8), ("silu_mul", 16, 4), ("silu_mul", 32, 4),
+    ("silu_mul", 256, 8)])  # fmt: skip
+def test_every_ring_s_products_are_in_flight_together(output: Output, m: int, waits: int) -> None:
+    check_together(output, m, waits)
+
+
 def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
     problem, config = ring(scheme, output, block_m)
     needed = resources(compile_for(problem, config, H200.capability))
@@ -146,21 +209,51 @@ def test_a_ring_of_codes_compiles_and_fits() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scheme", CODE_SCHEMES)
+@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
 @pytest.mark.parametrize(("output", "block_m"), [("linear", 8), ("linear", 64), ("silu_mul", 16), ("silu_mul", 64)])
 def test_every_ring_of_codes_compiles_and_fits(scheme: Scheme, output: Output, block_m: int) -> None:
     check_ring_fits(scheme, output, block_m)
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", FORMS)
-def test_rings_multiply_codes_of_any_shape(form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4", "nvfp4_divided"])
+def test_rings_multiply_small_floats_of_any_shape(form: str, dtype: torch.dtype) -> None:
     for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
         case = make_case(m, 1152, 4096, form, dtype, "cuda")
         for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
             check_product(case, GemmConfig("hopper", 64 * tiles, block_m, 256 * panels, splits, 4, 2, True), dtype)
+
+
+# (rows, of a tile, tiles and warpgroups, panels a step, splits, channels, columns): 4224 columns make the last step ragged.
+TABLE_RINGS = [
+    (1, 8, 1, 1, 1, 3, 1152, 4096), (2, 8, 1, 2, 1, 1, 1104, 4224), (5, 8, 2, 1, 2, 1, 1152, 4224),
+    (8, 8, 2, 2, 1, 4, 1152, 4096), (13, 16, 1, 1, 2, 2, 1104, 4224), (16, 16, 2, 2, 1, 1, 1152, 4224),
+    (33, 32, 1, 2, 1, 1, 1152, 4096), (100, 64, 1, 1, 1, 3, 1104, 4224), (256, 64, 1, 2, 1, 2, 1152, 4224),
+]  # fmt: skip
+# The same of gate and up in one warpgroup or in two.
+TABLE_PAIRS = [
+    (1, 8, 2, 1, 1, 2, 1152, 4096), (2, 8, 1, 2, 1, 1, 1152, 4224), (9, 16, 1, 2, 2, 1, 1152, 4224),
+    (7, 8, 2, 2, 1, 3, 1280, 4224), (33, 32, 1, 2, 1, 3, 1152, 4224), (130, 64, 1, 2, 1, 1, 1152, 4096),
+    (40, 32, 2, 1, 1, 1, 1152, 4224),
+]  # fmt: skip
+TABLE_FORMS = [form for form in FORMS if FORMS[form][2] is ScaleKind.F32]
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", TABLE_FORMS)
+@pytest.mark.parametrize(("silu", "shape"), [(silu, shape) for silu, shapes in ((False, TABLE_RINGS), (True, TABLE_PAIRS))
+                                             for shape in shapes], ids=str)  # fmt: skip
+def test_rings_look_up_codes_of_any_shape(silu: bool, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
+    m, block_m, tiles, teams, panels, splits, n, k = shape
+    case = make_case(m, n, k, form, dtype, "cuda")
+    block_n = 64 * tiles * teams // (2 if silu else 1)
+    config = GemmConfig("hopper", block_n, block_m, 256 * panels, splits, 4 * teams, 2, True)
+    for _ in range(2):  # what one product leaves behind must not disturb the next
+        check_product(case, config, dtype, silu=silu)
 
 
 @pytest.mark.gpu

@@ -79,6 +79,12 @@ def test_a_reading_the_card_does_not_offer_is_none_and_the_rest_stays(card: Fake
     assert sample.temperature_celsius == 61.0
 
 
+def test_what_is_taken_of_each_card_is_told_by_its_uuid(card: FakeNvml) -> None:
+    assert gpu.used_bytes() == {"GPU-1": 6 * GIB}
+    card.broken = frozenset({"nvmlDeviceGetMemoryInfo"})
+    assert gpu.used_bytes() == {}
+
+
 def test_a_lost_card_is_none(card: FakeNvml) -> None:
     card.broken = frozenset({"nvmlDeviceGetHandleByIndex", "nvmlDeviceGetCount"})
     assert gpu.sample() is None

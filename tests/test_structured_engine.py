@@ -282,3 +282,12 @@ def test_offline_answers_follow_a_grammar_too(folder: Path) -> None:
     with pytest.raises(InvalidRequestError, match="look-around"):
         llm.generate("Anna", SamplingParams(structured_outputs=StructuredOutputsParams(regex="(?=a)b")), use_tqdm=False)
     assert not llm.engine.has_work
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("eager", [False, True])
+def test_a_gpu_samples_under_grammars_what_the_cpu_samples(folder: Path, eager: bool) -> None:
+    case = mixed(8)
+    expected = {key: item.tokens for key, item in answers(folder, *case).items()}
+    found = answers(folder, *case, device="cuda", dtype="float32", enforce_eager=eager)
+    assert {key: item.tokens for key, item in found.items()} == expected

@@ -96,6 +96,12 @@ def sample(index: int = 0, *, uuid: str | None = None) -> GpuSample | None:
     return _sample(nvml, handle, index)
 
 
+def used_bytes() -> dict[str, int]:
+    """What is taken of each card by everybody, by UUID; nothing for a card that does not tell, or without a driver."""
+    found = (sample(index) for index in range(count()))
+    return {card.uuid: card.used_bytes for card in found if card is not None and card.used_bytes is not None}
+
+
 def _sample(nvml: Any, handle: Any, index: int) -> GpuSample:
     memory = _read(nvml.nvmlDeviceGetMemoryInfo, handle)
     rates = _read(nvml.nvmlDeviceGetUtilizationRates, handle)

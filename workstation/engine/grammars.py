@@ -16,7 +16,7 @@ from workstation.grammar.matcher import Bits, Matcher
 
 Result = TypeVar("Result")
 MANY = 4  # masks from which waking threads is worth its cost
-MOST_THREADS = 16
+MOST_THREADS = 6  # more make a step's masks slower: they wait for each other's memory
 STACK_BYTES = 64 * 1024 * 1024  # the compiler recurses; the server has tried each grammar in a process with far less
 
 

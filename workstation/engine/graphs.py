@@ -30,6 +30,7 @@ log = logging.getLogger("ws.engine")
 Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 
 MOST_DECODES = 512
+SPARE_BYTES = 64 * 1024 * 1024
 
 
 class Shape(NamedTuple):
@@ -63,6 +64,12 @@ def graph_shapes(max_rows: int, prompts: Sequence[int]) -> list[Shape]:
     beside = sorted({min(size, top) for size in GRAPH_DECODES})
     mixed = [Shape(size, tokens, min(GRAPH_CHUNKS, max_rows)) for size in beside for tokens in prompts]
     return sorted([*(Shape(size) for size in [*sizes, top]), *mixed], key=lambda shape: (shape.all_tokens, shape.chunks))
+
+
+def largest_shape(max_rows: int, max_tokens: int) -> Shape:
+    """Of a step with max_tokens, nearly all of them prompts'; too large to be captured, as a rule."""
+    decodes = 1 if max_tokens > 1 and max_rows > 1 else 0
+    return Shape(decodes, max_tokens - decodes, min(GRAPH_CHUNKS, max_rows))
 
 
 _NOTHING = np.empty(0, dtype=np.int64)
@@ -120,16 +127,21 @@ class StepGraphs:
         self._device = device
         self._captured: dict[Shape, _Captured] = {}
 
+    def run(self, shape: Shape, logits: torch.Tensor) -> None:
+        """Run a step of this shape that does nothing, kernel by kernel."""
+        self._run(shape, self._idle_inputs(shape), logits[:shape.sequences])
+
     def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
         """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
 
         logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
         """
         pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         found = {}
         for shape in reversed(shapes):
             try:
-                found[shape] = self._capture(shape, pool, logits[:shape.sequences])
+                found[shape] = self._capture(shape, pool, stream, logits[:shape.sequences])
             except torch.OutOfMemoryError:
                 log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
         self._captured = {shape: found[shape] for shape in shapes if shape in found}
@@ -173,14 +185,24 @@ class StepGraphs:
         fields.sampled[0, :samples.shape[1]] = ends
         return packed
 
-    def _capture(self, shape: Shape, pool: Any, logits: torch.Tensor) -> _Captured:
-        inputs = torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
-        self._run(shape, inputs, logits)  # compiles kernels and warms libraries, which a capture may not
+    def _capture(self, shape: Shape, pool: Any, stream: Any, logits: torch.Tensor) -> _Captured:
+        inputs = self._idle_inputs(shape)
+        torch.cuda.synchronize(self._device)
+        with torch.cuda.stream(stream):
+            # Compiles kernels and warms libraries, which a capture may not; and proves that there is memory, and some to spare:
+            # a capture that runs out of it ends the process (torch 2.11).
+            spare = torch.empty(SPARE_BYTES, dtype=torch.uint8, device=self._device)
+            self._run(shape, inputs, logits)
+            del spare
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool):
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
             self._run(shape, inputs, logits)
         return _Captured(inputs, logits, graph)
+
+    def _idle_inputs(self, shape: Shape) -> torch.Tensor:
+        """Packed inputs of a step that only pads."""
+        return torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
 
     def _run(self, shape: Shape, inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         fields = _device_fields(shape, inputs)

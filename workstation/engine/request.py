@@ -327,7 +327,7 @@ class TokenEvent:
 
 @dataclass(slots=True)
 class EngineInfo:
-    """What a ready engine says about itself, once."""
+    """What a ready engine says about itself, once. plan, measured: bytes by part of the device's memory."""
 
     model: str = ""
     architecture: str = ""
@@ -349,6 +349,7 @@ class EngineInfo:
     load_seconds: float = 0.0
     ready_seconds: float = 0.0
     plan: dict[str, int] = field(default_factory=dict)
+    measured: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True)

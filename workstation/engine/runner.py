@@ -16,7 +16,7 @@ import torch
 from workstation.architecture import ModelShape
 from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
-from workstation.engine.graphs import StepGraphs, graph_shapes
+from workstation.engine.graphs import StepGraphs, graph_shapes, largest_shape
 from workstation.engine.inputs import InputBuilder, pack
 from workstation.engine.masks import TokenMasks
 from workstation.engine.request import SamplingParams, TokenLogprobs
@@ -71,6 +71,8 @@ class ModelRunner:
     Args:
         model: the decoder, its weights in place.  num_blocks: of the pool, the null block included.
         max_model_len: tokens a sequence may hold; sizes the block tables.  kv_dtype: of the pool.
+    Attributes:
+        pool: the KV cache.  logits_room: [most samples, V] for every step's logits on a GPU; empty elsewhere.
     """
 
     def __init__(self, model: Decoder, shape: ModelShape, *, num_blocks: int, block_size: int, max_rows: int,
@@ -86,17 +88,22 @@ class ModelRunner:
         self._sampler = Sampler(self._state)
         self._owners: dict[int, sequence.Sequence] = {}
         rooms = (logit_rows(max_rows), shape.vocab_size)
-        self._logits_room = torch.empty(rooms, dtype=model.dtype, device=device) if device.type == "cuda" else None
+        on_gpu = device.type == "cuda"
+        self.logits_room = torch.empty(rooms if on_gpu else (0, 0), dtype=model.dtype, device=device)
         self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
 
     @torch.inference_mode()
-    def capture(self, max_tokens: int) -> None:
-        """Compile the sampler and capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs
-        kernel by kernel."""
+    def warm_up(self, max_tokens: int) -> None:
+        """On a GPU: run the largest step, of max_tokens that are nobody's: what such steps need is compiled and allocated."""
         self._sampler.prepare(self.model.dtype)
-        assert self._logits_room is not None, "graphs are captured on a GPU"
+        self._graphs.run(largest_shape(self._state.max_rows, max_tokens), self.logits_room)
+        torch.cuda.synchronize(self.device)
+
+    @torch.inference_mode()
+    def capture(self, max_tokens: int) -> None:
+        """Capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs kernel by kernel."""
         shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
-        self._graphs.capture(shapes, self._logits_room)
+        self._graphs.capture(shapes, self.logits_room)
 
     def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)
@@ -122,7 +129,7 @@ class ModelRunner:
         hidden = self.model.forward(tensors.model, self._kv)
         prompts = self._prompt_logprobs(batch, hidden)
         if batch.samples:
-            room = None if self._logits_room is None else self._logits_room[:len(batch.samples)]
+            room = self.logits_room[:len(batch.samples)] if self.device.type == "cuda" else None
             logits = self.model.logits(_wanted(hidden, tensors.model), room)
             step = self._sample(batch, logits, tensors.sample_rows, tensors.sample_positions, prompts, masks)
         else:

@@ -16,6 +16,7 @@ from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
 from workstation.engine.grammars import GrammarDesk
 from workstation.engine.host import keep_large_buffers
+from workstation.engine.ledger import MemoryLedger
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
 from workstation.engine.scheduler import Scheduler
@@ -76,6 +77,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     device = choose_device(config.device)
     if device.type == "cpu":
         keep_large_buffers()
+    ledger = MemoryLedger(device)
     dtype = choose_dtype(config, shape, device)
     memory = device_memory(device)
     forms = read_forms(config.model, shape, load_format=config.load_format, quantization=config.quantization)
@@ -89,13 +91,16 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     if config.online:
         grammars.prepare()  # stops other threads of this process for a second, which must not be in the middle of answers
     try:
-        model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
-                           load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
+        with ledger.part("workspace"):
+            model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
+                               load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
         loaded = time.monotonic()
-        runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
-                             max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, kv_dtype=kv_dtype, device=device)
-        if device.type == "cuda" and not config.enforce_eager:
-            runner.capture(plan.max_num_batched_tokens)
+        with ledger.part("workspace"):
+            runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
+                                 max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, kv_dtype=kv_dtype,
+                                 device=device)
+        if device.type == "cuda":
+            _make_ready(runner, ledger, plan, eager=config.enforce_eager)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"the plan ({gib(plan.total)}) did not fit beside what else is on {device}: {error}") from error
     pool = BlockPool(plan.num_blocks, config.block_size)
@@ -108,8 +113,21 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     info = _info(config, shape, plan, device, dtype, kv_dtype)
     info.quantization = forms.name
     info.load_seconds, info.ready_seconds = loaded - begun, time.monotonic() - begun
-    _log_measured(plan, device)
+    info.measured = ledger.close(plan)
     return Engine(scheduler, runner, info, overlap=overlap, grammars=grammars)
+
+
+def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, *, eager: bool) -> None:
+    """Nothing is compiled or taken later that could be now: run the largest step, capture the others."""
+    model = runner.model
+    for part, count in (("weights", model.weight_bytes - model.cos_sin.nbytes), ("kv", runner.pool.nbytes),
+                        ("logits", runner.logits_room.nbytes)):
+        ledger.move("workspace", part, count)  # what is left of it: tables, rows, and what allocations were rounded up by
+    with ledger.working():
+        runner.warm_up(plan.max_num_batched_tokens)
+    if not eager:
+        with ledger.capturing():
+            runner.capture(plan.max_num_batched_tokens)
 
 
 def read_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype) -> KVCacheForm:
@@ -132,9 +150,3 @@ def _info(config: EngineConfig, shape: ModelShape, plan: MemoryPlan, device: tor
         num_blocks=plan.num_blocks - 1, block_size=config.block_size, max_num_seqs=config.max_num_seqs,
         max_num_batched_tokens=plan.max_num_batched_tokens, weight_bytes=plan.weights, kv_bytes=plan.kv, plan=plan.as_dict(),
         device_uuid=f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else "")
-
-
-def _log_measured(plan: MemoryPlan, device: torch.device) -> None:
-    if device.type == "cuda":
-        held = torch.cuda.memory_allocated(device)
-        log.info("weights and KV pool: planned %s, measured %s", gib(plan.weights + plan.kv), gib(held))

@@ -31,12 +31,12 @@ def storage_shapes(codes: int) -> tuple[Shapes, tuple[str, ...]]:
 class StoredCodes(Target):
     """Two codes a byte, row after row. Kept as `CodeWeight.words`, [N, W] int16."""
 
-    __slots__ = ("_columns", "_first_is_high")
+    __slots__ = ("_columns", "_first_is_high", "_kind")
     through_scratch = True
 
     def __init__(self, weight: CodeWeight, shapes: Shapes, dtypes: tuple[str, ...], *, first_is_high: bool = False) -> None:
         super().__init__(weight.words, shapes, dtypes)
-        self._columns, self._first_is_high = weight.columns, first_is_high
+        self._columns, self._kind, self._first_is_high = weight.columns, weight.kind, first_is_high
 
     def read(self, reader: Reader, entry: TensorEntry, scratch: Scratch) -> None:
         stored = _raw(reader, entry, scratch).view(-1, self._columns // 2)
@@ -44,7 +44,7 @@ class StoredCodes(Target):
         for start in range(0, stored.shape[0], step):
             low, high = stored[start:start + step] & 15, stored[start:start + step] >> 4
             pair = (high, low) if self._first_is_high else (low, high)
-            self.tensor[start:start + step] = pack(torch.stack(pair, -1).flatten(1))
+            self.tensor[start:start + step] = pack(torch.stack(pair, -1).flatten(1), self._kind)
 
 
 class ByteScales(Target):

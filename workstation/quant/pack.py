@@ -7,6 +7,7 @@ from torch.nn.functional import pad
 
 from workstation.kernels.code_tables import kept_groups
 from workstation.kernels.code_weights import CodeWeight, unpack_scales
+from workstation.kernels.code_weights import unpack as unpack_codes
 from workstation.kernels.int_weights import unpack
 from workstation.quant.codes import Codes
 from workstation.quant.forms import Part
@@ -68,7 +69,7 @@ def _table_codes(weight: torch.Tensor, codes: Codes, dtype: str) -> dict[str, to
         torch.empty(kept_groups(codes.size, columns), rows, dtype=torch.float32, device=device), None, table, codes.table,
         codes.scale, codes.size, columns)
     quantise_codes(weight, kept)
-    flat = unpack(kept.words, 4, columns).reshape(-1)
+    flat = unpack_codes(kept.words, columns, kept.kind).reshape(-1)
     state = quant_state(codes, rows, columns, dtype)
     return {"weight": (flat[0::2] << 4 | flat[1::2])[:, None], "weight.absmax": unpack_scales(kept).flatten(),
             "weight.quant_map": table, STATE: torch.frombuffer(bytearray(state), dtype=torch.uint8)}

@@ -27,5 +27,5 @@ def quantise_codes(weight: torch.Tensor, into: CodeWeight) -> None:
         absmax = values.abs().amax(2)
         scaled = values * (1.0 / absmax.clamp(min=LEAST))[:, :, None]
         codes = torch.bucketize(scaled.clamp_(-1, 1), bounds, out_int32=True)
-        part.words.copy_(pack(codes.to(torch.uint8).flatten(1)))
+        part.words.copy_(pack(codes.to(torch.uint8).flatten(1), part.kind))
         pack_scales(absmax, part.scale)

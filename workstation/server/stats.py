@@ -21,7 +21,7 @@ DEFAULT_CELLS = 400
 
 
 class ModelStats(Struct):
-    """What is served, fixed while the engine lives. plan: the memory plan, bytes by name."""
+    """What is served, fixed while the engine lives. plan: the memory plan, bytes by part.  measured: what the start took."""
 
     name: str
     architecture: str
@@ -36,6 +36,7 @@ class ModelStats(Struct):
     plan: dict[str, int]
     kv_cache_dtype: str = ""
     quantization: str = ""
+    measured: dict[str, int] = {}
 
 
 class LoadingStats(Struct):

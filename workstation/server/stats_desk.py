@@ -113,7 +113,7 @@ class StatsDesk:
                                loading_stats(health)),
             model=ModelStats(self._model_name, info.architecture, info.dtype, info.device, info.device_name, info.max_model_len,
                              info.max_num_seqs, info.max_num_batched_tokens, info.weight_bytes, info.kv_bytes, info.plan,
-                             info.kv_cache_dtype, info.quantization),
+                             info.kv_cache_dtype, info.quantization, info.measured),
             gpu=card, process_bytes=_resident(getattr(self._engine, "pid", None)),
             blocks=block_stats(picture, info.block_size, cells),
             batch=BatchStats(stats.running, stats.waiting, picture.preempted, stats.steps, round(stats.step_seconds, 6),
