@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from workstation.errors import StartupError
 
 if TYPE_CHECKING:
+    from workstation.tui.app import Dashboard
     from workstation.tui.client import Client
     from workstation.tui.drawing import Glyphs
     from workstation.tui.frame import Frame
@@ -116,13 +117,17 @@ async def _picture(source: Client | Replay, glyphs: Glyphs, path: Path, size: tu
         app = Dashboard(source, rate=10, glyphs=glyphs, first=first)
         async with app.run_test(size=size) as pilot:
             await pilot.pause(2.5)
-            text = app.export_screenshot(title="ws top", simplify=True)
-        text = re.sub(r"@font-face \{.*?\}", "", text, flags=re.DOTALL)  # a picture fetches nothing: fonts are the reader's
-        path.write_text("\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n", encoding="utf-8")
+            path.write_text(picture(app), encoding="utf-8")
     except OSError as error:
         raise StartupError(f"{path} cannot be written: {error.strerror}") from None
     finally:
         await source.close()
+
+
+def picture(app: Dashboard) -> str:
+    """The screen as SVG. It fetches nothing: fonts are the reader's."""
+    text = re.sub(r"@font-face \{.*?\}", "", app.export_screenshot(title="ws top", simplify=True), flags=re.DOTALL)
+    return "\n".join(line.rstrip() for line in text.splitlines() if line.strip()) + "\n"
 
 
 def plain(frame: Frame, url: str, glyphs: Glyphs, width: int = 100) -> str:
