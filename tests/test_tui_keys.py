@@ -209,7 +209,7 @@ def test_tab_goes_to_the_map_whose_cells_the_arrows_tell() -> None:
         assert app.focused is app.canvas.map
         await pilot.press("right", "right", "right")
         await until(pilot, lambda: "aaaa1111 tokens" in said(app, "legend"))
-        assert said(app, "legend").strip() == "block 3: 1 held by one · aaaa1111 tokens 48 to 64 · 1 references · age 3.0 s"
+        assert said(app, "legend").strip() == "block 3: 1 held by one · aaaa1111 tokens 48-64 · 1 reference · age 3.0 s"
         await pilot.press("tab")
         await until(pilot, lambda: "one request" in said(app, "legend"))
 

@@ -21,7 +21,7 @@ from textual.pilot import Pilot
 
 from workstation.tui import gpu_panels, panels
 from workstation.tui.app import Dashboard
-from workstation.tui.details import details, missed
+from workstation.tui.details import cell_line, details, missed
 from workstation.tui.drawing import Glyphs, seconds
 from workstation.tui.frame import parse
 from workstation.tui.panel import Panel
@@ -239,3 +239,13 @@ def test_an_idle_engine_has_no_step() -> None:
 def test_the_head_says_as_much_as_fits(width: int, wanted: list[str], unwanted: list[str]) -> None:
     line = panels.head(frame_of(machine_in("ready")), "http://h:1", "", width, 0.0).plain
     assert len(line) <= width and all(word in line for word in wanted) and not any(word in line for word in unwanted)
+
+
+def test_a_cells_line_names_its_owner_at_eighty_columns() -> None:
+    machine = Machine()
+    machine.states = bytes([1, 3, 0, 1] * 50)
+    frame = frame_of(machine, 4)
+    answer = {"blocks": [machine.block(number) for number in range(51, 101)]}
+    line = cell_line(frame, 1, answer, 78).plain
+    assert line == " blocks 51 to 100: 25 held by one, 12 cached · aaaa1111 tokens 832-1,616"
+    assert cell_line(frame, 1, answer, 120).plain.endswith("at most 1 reference · age 3.0 s")

@@ -67,19 +67,20 @@ def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None, width: int
     if answer is None:
         return Text(f" {name}", no_wrap=True)
     rows = answer["blocks"]
-    states = [f"{number} {STATES[state]}" for state in (1, 2, 3, 0) if (number := sum(row["state"] == state for row in rows))]
-    parts = [f" {name}: {', '.join(states)}"]
+    # What is left is free; it is said only of a cell that is free altogether.
+    states = [f"{number} {STATES[state]}" for state in (1, 2, 3) if (number := sum(row["state"] == state for row in rows))]
+    parts = [f" {name}: {', '.join(states) or STATES[0]}"]
     owners: dict[str, list[int]] = {}
     for row in rows:
         for owner in row["owners"]:
             span = owners.setdefault(owner["request_id"], [owner["begin"], owner["end"]])
             span[0], span[1] = min(span[0], owner["begin"]), max(span[1], owner["end"])
-    parts += [f"{owner[-8:]} tokens {span[0]:,} to {span[1]:,}" for owner, span in list(owners.items())[:3]]
+    parts += [f"{owner[-8:]} tokens {span[0]:,}-{span[1]:,}" for owner, span in list(owners.items())[:3]]
     if len(owners) > 3:
         parts.append(f"{len(owners) - 3} more")
     references = max((row["refs"] for row in rows), default=0)
     if references:
-        parts.append(f"at most {references} references" if len(rows) > 1 else f"{references} references")
+        parts.append(f"{'at most ' if len(rows) > 1 else ''}{references} reference{'' if references == 1 else 's'}")
     ages = [row["age"] for row in rows if row.get("age") is not None]
     if ages:
         youngest, oldest = seconds(min(ages)), seconds(max(ages))
