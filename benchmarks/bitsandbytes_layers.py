@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from functools import partial
 
 import bitsandbytes
 import torch
@@ -45,8 +46,8 @@ def main() -> None:
         layers = theirs(n, k, len(windows))
         for rows in arguments.rows:
             x = torch.randn(rows, k, dtype=torch.bfloat16, device="cuda")
-            took = [time_graph([lambda layer=layer: layer(x) for layer in layers], REPEATS) / len(layers),
-                    time_graph([lambda weight=weight: ops.linear_codes(x, weight) for weight in windows], REPEATS) / len(windows)]
+            took = [time_graph([partial(layer, x) for layer in layers], REPEATS) / len(layers),
+                    time_graph([partial(ops.linear_codes, x, weight) for weight in windows], REPEATS) / len(windows)]
             sums[rows] = [a + b for a, b in zip(sums[rows], took, strict=True)]
             print(json.dumps({"layer": name, "rows": rows, "bitsandbytes_us": round(took[0], 2), "ours_us": round(took[1], 2),
                               "ratio": round(took[0] / took[1], 2)}), flush=True)

@@ -91,7 +91,7 @@ def problems(models: list[str], schemes: list[Scheme], rows: list[int]) -> list[
 
 def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -> list[GemmConfig]:
     """Tiles that fit, each with the splits that give every multiprocessor one to four programs; what runs today first."""
-    least = max(16, 1 << (problem.m - 1).bit_length())
+    least = min(256, max(16, 1 << (problem.m - 1).bit_length()))
     row_tiles = {least, least // 2} if least >= 128 else {least}
     today = choose(problem, device)
     found = [today if today != LIBRARY else default_config(problem, device)]

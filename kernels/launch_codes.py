@@ -16,7 +16,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_int import suits_groups, widened
-from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MAX_ROWS, MOST_STEP, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MOST_STEP, GemmConfig, Output, Problem, Scheme, most_rows
 
 WIDENED_ROWS = 32
 RING_STEP = 256  # columns of 64 words, the least step of `gemm_int_hopper.py`
@@ -48,12 +48,13 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
     tokens = x.shape[0]
     if tokens == 0:
         return GemmConfig("dot", block_k=CHUNK)  # nothing will be launched
-    if tokens > MAX_ROWS or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
+    scheme = scheme_of(weight)
+    if tokens > most_rows(scheme) or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
         return None
     if x.is_cuda and x.dtype == torch.float32:
         return None
     rings = _rings(weight, output)
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
+    config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 

@@ -15,7 +15,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import CHANNELS, MAX_ROWS, GemmConfig, Output, Problem, Scheme
+from workstation.kernels.tuning import CHANNELS, GemmConfig, Output, Problem, Scheme, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -57,12 +57,13 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
     tokens = x.shape[0]
     if tokens == 0:
         return GemmConfig("dot", block_k=_chunk(weight.bits))  # nothing will be launched
-    if tokens > MAX_ROWS or weight.size % UNIT or weight.rows % 16 or weight.columns % 16 or x.stride(0) % 16:
+    scheme = scheme_of(weight)
+    if tokens > most_rows(scheme) or weight.size % UNIT or weight.rows % 16 or weight.columns % 16 or x.stride(0) % 16:
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
     rings = rings_serve(weight, output)
-    config = _cached_choice(scheme_of(weight), output, tokens, weight.rows, weight.columns, x.device, rings)
+    config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 

@@ -36,6 +36,8 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
 GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4")  # what `gemm_int_hopper.py` multiplies
+# Where a measurement says so, for more rows still: the library needs them widened first.
+MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512)
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
@@ -157,12 +159,17 @@ def table_stages(step: int, channels: int, rows: int) -> int:
     return -(-OPTING // (step * (channels // 2 + 2 * rows)))
 
 
+def most_rows(scheme: Scheme) -> int:
+    """Rows of activations beyond which there is nothing to choose."""
+    return MOST_ROWS.get(scheme, MAX_ROWS)
+
+
 def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfig:
     """The measured configuration of this GPU and weight shape for the next number of rows, or a computed one.
 
     rings: whether `hopper` may be chosen, which Triton may be too old or too new for.
     """
-    if problem.m > MAX_ROWS:
+    if problem.m > most_rows(problem.scheme):
         return LIBRARY
     rows = tuned(device.name).get((problem.scheme, problem.output, problem.n, problem.k), ())
     for most, config in rows:

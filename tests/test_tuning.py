@@ -62,6 +62,17 @@ def test_the_library_gets_many_rows(tuned_gpu: Device) -> None:
     assert choose(Problem("fp8_weight", "linear", 256, 512, 1024), tuned_gpu) != LIBRARY
 
 
+def test_more_rows_of_grouped_weights_than_256_have_a_kernel_only_where_one_was_measured(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    config = GemmConfig("dot", 128, 128, 128, 1, 8, 3)
+    measured = {("int4", "linear", 512, 1024): ((512, config),), ("16bit", "linear", 512, 1024): ((512, config),)}
+    monkeypatch.setattr(tuning, "tuned", lambda gpu: measured)
+    assert choose(Problem("int4", "linear", 257, 512, 1024), H200) == config
+    assert choose(Problem("int4", "linear", 513, 512, 1024), H200) == LIBRARY
+    assert choose(Problem("int4", "linear", 257, 1024, 1024), H200) == LIBRARY
+    assert choose(Problem("16bit", "linear", 257, 512, 1024), H200) == LIBRARY
+
+
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
 @pytest.mark.parametrize("scheme", EVERY_SCHEME)
 @pytest.mark.parametrize("output", OUTPUTS)
@@ -121,7 +132,7 @@ def test_a_shipped_file_is_whole(path: Path) -> None:
         seen.add(problem)
         assert choose(problem, device) == config
         assert tuning.shared_bytes(problem, config, device.capability) <= device.shared_bytes
-        assert problem.n % 16 == 0 and problem.k % 16 == 0 and problem.m <= tuning.MAX_ROWS
+        assert problem.n % 16 == 0 and problem.k % 16 == 0 and problem.m <= tuning.most_rows(problem.scheme)
 
 
 def test_a_broken_row_is_refused_by_its_value() -> None:

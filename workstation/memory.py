@@ -20,7 +20,8 @@ from workstation.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
 MIB = 1 << 20
-CUDA_CONTEXT_BYTES = 600 * MIB
+CUDA_CONTEXT_BYTES = 690 * MIB  # 684 with all kernels loaded (H200, driver 580): docs/memory.md
+LIBRARY_BYTES = 48 * MIB  # cuBLAS's own workspace, and counters of ours
 GRAPH_NODES_BYTES = 208 * MIB  # what the driver keeps for some sixty captured steps
 DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
@@ -306,7 +307,8 @@ class _Planner:
             self.shape, dtype_bytes=self.dtype_bytes, rows=self.config.max_num_seqs, tokens=tokens, max_len=length,
             block_size=self.config.block_size,
         )  # fmt: skip
-        return replace(needs, workspace=needs.workspace + self.scratch)
+        libraries = LIBRARY_BYTES if self.device.kind == "cuda" else 0
+        return replace(needs, workspace=needs.workspace + self.scratch + libraries)
 
     def _pool_bytes(self, needs: _Needs) -> int:
         """Bytes the KV pool gets beside `needs`; may be negative when nothing is left."""

@@ -58,7 +58,10 @@ class DecoderLayer:
 
         The query, key and value product belongs to the norm in front of it, which also ends the layer before: see `enter`.
         """
-        attended = self.attention(qkv, positions, kv_layer, slots, plan)
+        return self.feed_forward(self.attention(qkv, positions, kv_layer, slots, plan), residual)
+
+    def feed_forward(self, attended: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(attention's output [T, H], residual) → (MLP output, not yet added; residual). Changes both."""
         normed, residual = _norm_before(self.gate_up, attended, residual, self.mlp_norm, self.eps)
         tokens = attended.shape[0]
         if tokens <= MLP_TOKENS:

@@ -54,12 +54,14 @@ class Decoder:
             self._bind(kv)
         positions, slots, plans, eps = inputs.positions, inputs.slots, inputs.plans, self.shape.norm_eps
         residual = F.embedding(inputs.token_ids, self.embedding)
-        qkv = self.layers[0].attention.qkv(ops.rms_norm(residual, self.layers[0].attention_norm, eps))
+        # One name for what is passed on: a large tensor lives no longer than it is read, as the memory plan has it.
+        x = self.layers[0].attention.qkv(ops.rms_norm(residual, self.layers[0].attention_norm, eps))
         for layer, group, kv_layer, following in self._steps:
-            out, residual = layer(qkv, residual, positions, kv_layer, slots[group], plans[group])
+            x = layer.attention(x, positions, kv_layer, slots[group], plans[group])
+            x, residual = layer.feed_forward(x, residual)
             if following is not None:
-                qkv, residual = following.enter(out, residual)
-        normed, _ = ops.add_rms_norm(out, residual, self.final_norm, eps)
+                x, residual = following.enter(x, residual)
+        normed, _ = ops.add_rms_norm(x, residual, self.final_norm, eps)
         assert isinstance(normed, torch.Tensor)
         return normed
 
