@@ -4,7 +4,7 @@ One warp keeps a ring in shared memory filled by TMA: words of codes, the scales
 takes words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
 columns), turns a plane after the other into 16-bit floats, and multiplies; a group's float32 sum meets its scale. Integers are
 widened and e2m1 codes placed by arithmetic, exactly, other codes looked up in a table in shared memory (`code_decode.py`),
-rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.6 for e2m1, in groups of 32). A
+rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.5 for e2m1, in groups of 32). A
 warpgroup stops while a group's products end, so several programs share a multiprocessor: three or four, or two beside tables of
 32 KiB.
 
