@@ -129,7 +129,8 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     if problem.scheme in tuning.GROUPED:
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         # Beside a table a ring has at least 48 KiB, and two programs a multiprocessor have 76 each.
-        rings, least, most = (76, 170) if problem.scheme == "nf4" else (50, 66, 100, 205), 2, 64
+        rings = (76, 170) if problem.scheme == "nf4" else (50, 66, 100, 205)
+        least, most = 2, 32 if coded else 64
     elif problem.scheme in CODE_SCHEMES:
         shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
