@@ -90,5 +90,5 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
 def _table_registers(tiles: int, block_m: int, span: int, groups: int) -> int:
     """The same beside a table: operands in flight, sums, and the places of so many groups of a step."""
     columns = max(span, CHUNK if tiles * block_m <= FEW_SUMS else CHUNK // 2)
-    sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
+    sums = 20 if tiles == 1 and block_m <= 16 else tiles * block_m * 5 // 2
     return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4)) // 8) * 8)

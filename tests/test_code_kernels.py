@@ -35,7 +35,8 @@ from workstation.kernels.tuning import (
 ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
 HAS_HOPPER = torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))
 ON_HOPPER = pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
-# Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255.
+# Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255; 3.9's for sm_90a twice as much in
+# rings, whose registers are meted out for two programs.
 PARKED = 16
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -191,7 +192,7 @@ def check_together(scheme: Scheme, output: Output, m: int, waits: int) -> None:
     config = default_config(problem, H200)
     kernel = compile_for(problem, config, H200.capability)
     needed = resources(kernel)
-    assert config.kind == "hopper" and needed.stack == 0 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits
+    assert config.kind == "hopper" and needed.stack <= 2 * PARKED and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits
     assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes
     assert scheme != "nf4" or kernel.metadata.shared > OPTING  # or Triton would not ask the driver for more than that
 
