@@ -13,8 +13,9 @@ from test_engine import PROMPTS, RANDOM, greedy
 from tiny import write_tiny
 
 from workstation.engine.engine import Engine
-from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, graph_shapes
+from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, graph_shapes, largest_shape
 from workstation.engine.inputs import HostStep
+from workstation.memory import GRAPH_CHUNKS
 
 DECODES = [Shape(1), Shape(2), Shape(4), Shape(8)]
 MIXED = [Shape(0, 16, 2), Shape(4, 16, 2), Shape(0, 64, 4), Shape(4, 64, 4), Shape(8, 256, 8)]
@@ -67,6 +68,18 @@ def test_padding_writes_no_kv_and_leaves_the_null_block_alone(folder: Path) -> N
     submit(engine, PROMPTS[:3], [greedy()] * 3)
     drain(engine)
     assert engine._runner.pool[0].abs().max() == 0
+
+
+@pytest.mark.parametrize("rows", [1, 2, 40])
+@pytest.mark.parametrize("tokens", [1, 2, 24, 300])
+def test_the_largest_step_has_the_whole_budget_and_does_nothing(folder: Path, rows: int, tokens: int) -> None:
+    shape = largest_shape(rows, tokens)
+    assert shape.all_tokens == tokens and 1 <= shape.sequences <= rows + GRAPH_CHUNKS
+    engine = make_engine(folder, max_num_seqs=rows)
+    logits = torch.full((shape.sequences, engine.info.logits_width), 7.0)
+    engine._runner._graphs.run(shape, logits)
+    assert engine._runner.pool.abs().max() == 0
+    assert torch.isfinite(logits).all() and not (logits == 7.0).any()
 
 
 def test_a_step_takes_the_smallest_shape_with_room_for_its_decodes_and_its_prompts(folder: Path) -> None:
