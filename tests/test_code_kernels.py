@@ -254,15 +254,18 @@ GROUP_PAIRS = [
     (7, 8, 2, 2, 1, 3, 1280, 4224), (33, 32, 1, 2, 1, 3, 1152, 4224), (130, 64, 1, 2, 1, 1, 1152, 4096),
     (40, 32, 2, 1, 1, 1, 1152, 4224),
 ]  # fmt: skip
-SUMMED_FORMS = [form for form in FORMS if FORMS[form][2] is not ScaleKind.E4M3]
+# The first meets every shape; the others take turns, three a shape.
+FIRST_KIND = ("nf4", torch.bfloat16)
+OTHER_KINDS = [("nf4", torch.float16), ("nf4_32", torch.bfloat16), ("fp4_128", torch.float16), ("fp4_row", torch.bfloat16),
+               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16)]  # fmt: skip
+SHAPES = [(silu, shape) for silu, shapes in ((False, GROUP_RINGS), (True, GROUP_PAIRS)) for shape in shapes]
+GROUPED = [(*case, *kind) for i, case in enumerate(SHAPES)
+           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(3)))]  # fmt: skip
 
 
 @pytest.mark.gpu
 @ON_HOPPER
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", SUMMED_FORMS)
-@pytest.mark.parametrize(("silu", "shape"), [(silu, shape) for silu, shapes in ((False, GROUP_RINGS), (True, GROUP_PAIRS))
-                                             for shape in shapes], ids=str)  # fmt: skip
+@pytest.mark.parametrize(("silu", "shape", "form", "dtype"), GROUPED, ids=str)
 def test_rings_multiply_codes_in_groups_of_any_shape(silu: bool, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     m, block_m, tiles, teams, panels, splits, n, k = shape
     case = make_case(m, n, k, form, dtype, "cuda")
