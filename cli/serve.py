@@ -140,6 +140,7 @@ def server_options(settings: Settings) -> ServerOptions:
         allowed_origins=settings["allowed_origins"], priority_scheduling=settings["scheduling_policy"] == "priority",
         drain_seconds=settings["shutdown_timeout"], access_log=settings["access_log"],
         map_claude_models=settings["map_claude_models"], metrics_prefix=settings["metrics_prefix"],
+        show_text=settings["show_text"],
         request_metrics=settings["enable_per_request_metrics"],
     )  # fmt: skip
 

@@ -23,7 +23,7 @@ from workstation.tui import gpu_panels, panels
 from workstation.tui.app import Dashboard
 from workstation.tui.details import cell_line, details, missed
 from workstation.tui.drawing import Glyphs, seconds
-from workstation.tui.frame import parse
+from workstation.tui.frame import parse, scrub
 from workstation.tui.panel import Panel
 from workstation.tui.request_table import columns
 
@@ -134,6 +134,21 @@ def test_details_say_where_a_prompt_left_an_earlier_one() -> None:
     answer = {"request": frame_of(Machine()).requests[0], "max_tokens": 5, "sampling": {}, "samples": [], "diverged": diverged,
               "timeline": {"queue": 0.1, "prefill": None, "decode": None}}
     assert "message 1, token 412" in str(details(answer, Glyphs()))
+
+
+def test_details_show_text_in_one_line_and_as_plain_text() -> None:
+    answer = {"request": frame_of(Machine()).requests[0], "max_tokens": 5, "sampling": {}, "samples": [], "diverged": None,
+              "timeline": {"queue": 0.1, "prefill": None, "decode": None},
+              "text": {"prompt": "end of it\n\x1b[31m[/red]", "answers": ["first", ""]}}
+    lines = str(details(scrub(answer), Glyphs())).splitlines()
+    assert "prompt, its end: end of it [31m[/red]" in lines and "answer, its end: first" in lines
+    assert "answer, its end: -" in lines
+
+
+def test_a_cell_of_thousands_of_blocks_is_counted_in_whole_ones() -> None:
+    frame = frame_of(Machine())
+    frame.data["blocks"]["total"] = 59_364
+    assert "a cell = 5,936 blocks" in str(panels.legend(frame, Glyphs(), 10, False, 200))
 
 
 # ── what is stuck ───────────────────────────────────────────────────────────────────────────────────────────────────

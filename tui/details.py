@@ -16,7 +16,7 @@ MAX_SHOWN = 200
 
 
 def details(answer: dict[str, Any], glyphs: Glyphs, width: int = 60) -> Text:
-    """A request: why it missed, sampling, where its time went, its block tables."""
+    """A request: why it missed, sampling, where its time went, its text if the server shows it, its block tables."""
     row = answer["request"]
     text = Text(f"{row['id']}\n", style="bold")
 
@@ -33,6 +33,10 @@ def details(answer: dict[str, Any], glyphs: Glyphs, width: int = 60) -> Text:
     say("")
     say("   ".join(f"{name} {value}" for name, value in answer["sampling"].items() if value is not None))
     say("")
+    if answer.get("text"):
+        for name, words in (("prompt", answer["text"]["prompt"]), *(("answer", words) for words in answer["text"]["answers"])):
+            say(f"{name}, its end: {words.strip() or DASH}", "dim" if name == "prompt" else "")
+        say("")
     for sample in answer["samples"]:
         for group, table in enumerate(sample["tables"]):
             shown = " ".join(map(str, table[:MAX_SHOWN]))

@@ -15,6 +15,7 @@ from workstation.tui.shapes import FrameAnswer, Versioned, decode
 
 VERSION = 1
 MAX_TEXT = 400
+BREAKS = str.maketrans("\n\t", "  ")
 MAX_CELLS = 4096
 
 
@@ -23,11 +24,11 @@ class BadAnswerError(Exception):
 
 
 def clean(text: object) -> str:
-    """Text that came from elsewhere, without control and formatting characters (escape codes, bidi marks, line breaks)."""
+    """Text that came from elsewhere, without control and formatting characters (escape codes, bidi marks); in one line."""
     short = str(text)[:MAX_TEXT]
     if short.isprintable():
         return short
-    return "".join(char for char in short if unicodedata.category(char)[0] != "C")
+    return "".join(char for char in short.translate(BREAKS) if unicodedata.category(char)[0] != "C")
 
 
 def scrub(value: Any) -> Any:

@@ -215,7 +215,8 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
                                     ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
             shape, words = f" {glyphs.shapes[name][0]} ", f"{label} {number:,} " if width >= 66 else f"{number:,} "
             text.append(shape, style=COLOURS[name]).append(words)
-    scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} block{'' if blocks['total'] == shown else 's'}"
+    each = blocks["total"] / max(1, shown)
+    scale = f"  a cell = {f'{each:.3g}' if each < 100 else f'{each:,.0f}'} block{'' if each == 1 else 's'}"
     return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
 

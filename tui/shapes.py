@@ -165,6 +165,11 @@ class Diverged(TypedDict):
     earlier_tokens: Int
 
 
+class RequestText(TypedDict):
+    prompt: str
+    answers: list[str]
+
+
 class DetailsAnswer(TypedDict):
     request: Request
     max_tokens: Int
@@ -172,6 +177,7 @@ class DetailsAnswer(TypedDict):
     sampling: dict[str, int | float | bool | None]
     samples: list[Sample]
     diverged: NotRequired[Diverged | None]
+    text: NotRequired[RequestText | None]
 
 
 class OwnerOf(TypedDict):
