@@ -36,6 +36,9 @@ def row(name: str, age: float = 5.0, **changes: Any) -> RequestRow:
     return replace(made, **changes)
 
 
+LEVELS = ["debug", "info", "warning", "error"]
+
+
 class Machine:
     """Answers as a server does (the block map and rows are made by the server's own code); counts and remembers."""
 
@@ -87,7 +90,9 @@ class Machine:
             self.cells.append(int(request.url.params["cells"]))
             return httpx.Response(200, json=self.frame(self.cells[-1]))
         if path == "/stats/log":
-            return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": self.lines})
+            graver = LEVELS[LEVELS.index(request.url.params["level"]):]
+            lines = [line for line in self.lines if line["level"] in graver]
+            return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": lines})
         if path == "/stats/blocks":
             first, last = int(request.url.params["from"]), int(request.url.params["to"])
             blocks = [self.block(number) for number in range(first, last + 1)]

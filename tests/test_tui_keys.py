@@ -175,7 +175,22 @@ def test_l_opens_the_log_and_the_panel_holds_its_newest_lines() -> None:
         assert "line 59 [/red][31m" in "\n".join(screen_text(app)) and "line 50" not in said(app, "log")
         await pilot.press("l")
         await until(pilot, lambda: isinstance(app.screen, Sheet))
-        assert "line 1 " in sheet_text(app) and "INFO" in sheet_text(app)
+        await until(pilot, lambda: "line 1 " in sheet_text(app))
+        assert "INFO" in sheet_text(app)
+
+    drive(machine, test)
+
+
+def test_l_in_the_log_takes_the_next_level() -> None:
+    machine = Machine()
+    machine.lines = [{"number": n, "time": 0.0, "level": level, "source": "s", "text": f"a {level} line"}
+                     for n, level in enumerate(("debug", "info", "warning", "error"), 1)]
+
+    async def test(app: Dashboard, pilot: Pilot[str]) -> None:
+        await pilot.press("l")
+        for shown in (("info", "warning", "error"), ("warning", "error"), ("error",), ("debug", "info", "warning", "error")):
+            await until(pilot, lambda shown=shown: [line.split()[3] for line in sheet_text(app).splitlines()] == list(shown))
+            await pilot.press("l")
 
     drive(machine, test)
 

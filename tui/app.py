@@ -23,7 +23,7 @@ from workstation.tui.drawing import Glyphs
 from workstation.tui.frame import BadAnswerError, Frame, clean
 from workstation.tui.map_view import MapView
 from workstation.tui.request_table import ORDERS, RequestTable
-from workstation.tui.screens import Choice, Question, Sheet, keys
+from workstation.tui.screens import Choice, LogSheet, Question, Sheet, keys
 
 RETRY_SECONDS = 1.0
 MAX_BLOCKS = 1024
@@ -244,10 +244,19 @@ class Dashboard(App[str]):
         self.canvas.table.focus()
 
     def action_log(self) -> None:
-        self._open("Log", log_lines(self.canvas.lines) if self.canvas.lines else Text("nothing was said yet"))
+        self._push(LogSheet(self._read_log))
+
+    async def _read_log(self, level: str) -> Text:
+        try:
+            lines = await self.source.log(LOG_LINES, level)
+        except BadAnswerError as error:
+            return Text(str(error))
+        return log_lines(lines) if lines else Text("nothing was said yet")
 
     def _open(self, title: str, text: Text, subject: str = "") -> None:
-        sheet = Sheet(title, text, subject)
+        self._push(Sheet(title, text, subject))
+
+    def _push(self, sheet: Sheet) -> None:
         sheet.set_class(self.canvas.glyphs.ascii, "ascii")
         self.push_screen(sheet)
 
