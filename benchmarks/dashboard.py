@@ -20,6 +20,7 @@ import statistics
 import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import threading
 import time
@@ -33,11 +34,9 @@ from workstation.tui.app import Dashboard
 from workstation.tui.drawing import Glyphs
 from workstation.tui.frame import Frame, parse
 
-TICK = os.sysconf("SC_CLK_TCK")
 KEPT = 64
-LOG = {"version": 1, "last": 50, "lines": [
-    {"number": n, "time": 1e9 + n, "level": "info", "source": "server", "text": f"{n:08x} ended: stop, 512 tokens, 11.2 s"}
-    for n in range(50)]}  # fmt: skip
+RATE = 4  # what `ws top` draws unless it is told otherwise
+CACHE = tempfile.TemporaryDirectory()  # of bytecode, as an installed package has it
 
 
 class Answers:
@@ -47,8 +46,8 @@ class Answers:
         self._load = Load(blocks, requests)
         self._frames: dict[int, list[bytes]] = {}
         self._served = 0
-        self._details = json.dumps(self._load.details()).encode()
-        self._log = json.dumps(LOG).encode()
+        self._logs: list[bytes] = []
+        self._details: list[bytes] = []
 
     def frames(self, cells: int) -> list[bytes]:
         if cells not in self._frames:
@@ -56,6 +55,8 @@ class Answers:
             for _ in range(KEPT):
                 self._load.step()
                 made.append(json.dumps(self._load.frame(cells)).encode())
+                self._logs.append(json.dumps(self._load.log()).encode())
+                self._details.append(json.dumps(self._load.details()).encode())
             self._frames[cells] = made
         return self._frames[cells]
 
@@ -64,7 +65,7 @@ class Answers:
         if where.path == "/stats":
             self._served += 1
             return self.frames(int(parse_qs(where.query)["cells"][0]))[self._served % KEPT]
-        return self._log if where.path == "/stats/log" else self._details
+        return (self._logs if where.path == "/stats/log" else self._details)[self._served % KEPT]
 
 
 def serve(answers: Answers) -> ThreadingHTTPServer:
@@ -100,8 +101,10 @@ class Terminal:
         self._master, slave = pty.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         self.started = time.perf_counter()
-        command = [sys.executable, "-m", "workstation.cli.main", "top", url, "--rate", str(rate)]
-        environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor"}
+        command = [sys.executable, "-m", "workstation.cli.main", "top", url]
+        command += ["--rate", str(rate)] if rate != RATE else []
+        environment = {**os.environ, "TERM": "xterm-256color", "COLORTERM": "truecolor", "PYTHONPYCACHEPREFIX": CACHE.name}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         self._process = subprocess.Popen(command, stdin=slave, stdout=slave, stderr=slave, env=environment,
                                          start_new_session=True)
         os.close(slave)
@@ -127,9 +130,8 @@ class Terminal:
         return data
 
     def cpu(self) -> float:
-        """Seconds of CPU so far."""
-        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
-        return (int(fields[11]) + int(fields[12])) / TICK
+        """Seconds of CPU so far, of its one thread that counts."""
+        return int(Path(f"/proc/{self._process.pid}/schedstat").read_text().split()[0]) / 1e9
 
     def memory(self) -> int:
         return resident(self._process.pid)
@@ -150,27 +152,40 @@ def mib(size: float) -> str:
 
 
 def watch(answers: Answers, size: tuple[int, int], rate: int, seconds: float, times: int) -> None:
-    """First frame, median of `times` starts; then one dashboard for some seconds."""
+    """First frame, median of `times` starts after one; then one dashboard for as many rounds of some seconds, and their median.
+
+    CPU time is what another process on the same core does not lengthen much; the load average says how many there were.
+    """
     server = serve(answers)
     url = f"http://127.0.0.1:{server.server_address[1]}"
     answers.frames(400)
     firsts, spent = [], []
-    for number in range(times):
+    for number in range(times + 1):
         terminal = Terminal(url, size, rate)
-        firsts.append(terminal.until(b"READY"))
-        spent.append(terminal.cpu())
-        if number < times - 1:
+        first = terminal.until(b"READY")
+        if number:  # the first one compiles
+            firsts.append(first)
+            spent.append(terminal.cpu())
+        if number < times:
             terminal.close()
     terminal.run(5.0)  # every import is done, every cache filled
-    began, cpu, drawn, memory = time.perf_counter(), terminal.cpu(), terminal.drawn, terminal.memory()
-    terminal.run(seconds)
-    took = time.perf_counter() - began
-    share = (terminal.cpu() - cpu) / took
-    print(f"{size[0]}x{size[1]} at {rate} Hz: first frame {statistics.median(firsts):.2f} s (of {times}: {min(firsts):.2f} to "
-          f"{max(firsts):.2f}; {statistics.median(spent):.2f} s of CPU), {share * 100:.1f} % of a core over {took:.0f} s, "
-          f"{(terminal.drawn - drawn) / took / 1024:.1f} KiB/s drawn, memory {mib(memory)} then {mib(terminal.memory())}")
+    memory, shares, drawn = terminal.memory(), [], []
+    for _ in range(times):
+        began, cpu, before = time.perf_counter(), terminal.cpu(), terminal.drawn
+        terminal.run(seconds)
+        took = time.perf_counter() - began
+        shares.append((terminal.cpu() - cpu) / took * 100)
+        drawn.append((terminal.drawn - before) / took / 1024)
+    print(f"{size[0]}x{size[1]} at {rate} Hz, load average {os.getloadavg()[0]:.1f}, {times} times:\n"
+          f"  first frame {spread(firsts)} s, {spread(spent)} s of CPU\n"
+          f"  {spread(shares)} % of a core in {seconds:.0f} s, {statistics.median(drawn):.1f} KiB/s drawn, "
+          f"memory {mib(memory)} then {mib(terminal.memory())}")
     terminal.close()
     server.shutdown()
+
+
+def spread(values: list[float]) -> str:
+    return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
 class Ring:
@@ -191,7 +206,7 @@ class Ring:
         return answer
 
     async def log(self, lines: int) -> list[dict[str, Any]]:
-        found: list[dict[str, Any]] = LOG["lines"]  # type: ignore[assignment]
+        found: list[dict[str, Any]] = json.loads(self._answers.body("/stats/log"))["lines"]
         return found
 
     async def blocks(self, first: int, last: int) -> dict[str, Any]:
@@ -222,9 +237,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--blocks", type=int, default=65_536)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--rate", type=int, default=4)
-    parser.add_argument("--seconds", type=float, default=30.0)
-    parser.add_argument("--times", type=int, default=5, help="starts for the first frame's median")
+    parser.add_argument("--rate", type=int, default=RATE)
+    parser.add_argument("--seconds", type=float, default=15.0)
+    parser.add_argument("--times", type=int, default=5, help="starts and rounds, for their medians")
     parser.add_argument("--size", default="120x40,200x60")
     parser.add_argument("--hour", action="store_true")
     parser.add_argument("--frames", type=int, default=14_400)

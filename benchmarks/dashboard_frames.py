@@ -27,9 +27,9 @@ class Load:
         self._random = random.Random(seed)
         self._states = bytearray(blocks)
         self._rows = [self._request(number) for number in range(requests)]
-        self._made = requests
+        self._made = self._most = requests
         self._second = 1000.0
-        self._steps = self._next = 0
+        self._next = 0
         for _ in range(200):
             self.step()
 
@@ -40,7 +40,7 @@ class Load:
             prompt // TOKENS_A_BLOCK, 0, 1000.0, 1000.0, 1000.1, "chat")
 
     def step(self) -> None:
-        """A quarter of a second: each request makes 12 tokens, some take a block; now and then one ends and another begins."""
+        """A quarter of a second: each request makes 12 tokens, some take a block; now and then one ends or another begins."""
         self._second += 0.25
         for row in self._rows:
             row.generated += 12
@@ -48,9 +48,9 @@ class Load:
             row.blocks = row.computed // TOKENS_A_BLOCK
             if self._random.random() < 12 / TOKENS_A_BLOCK:
                 self._take(1, OWNED)
-        self._steps += 1
-        if self._steps % 2 == 0:
+        if self._random.random() < 0.5:
             self._take(self._rows.pop(0).blocks, CACHED)
+        if len(self._rows) < self._most and self._random.random() < 0.7:
             self._rows.append(self._request(self._made))
             self._take(self._rows[-1].blocks // 2, SHARED)
             self._take(self._rows[-1].blocks // 2, OWNED)
@@ -94,6 +94,13 @@ class Load:
             "requests": [msgspec.to_builtins(request_stats(row, self._second)) for row in self._rows],
             "requests_total": len(self._rows),
         }
+
+    def log(self) -> dict[str, Any]:
+        """The answer of `/stats/log?lines=200`: four lines more each second."""
+        last = int(self._second * 4)
+        return {"version": 1, "last": last, "lines": [
+            {"number": n, "time": 1e9 + n / 4, "level": "info", "source": "server",
+             "text": f"{n:08x} ended: stop, 512 tokens, 11.2 s"} for n in range(last - 199, last + 1)]}
 
     def details(self) -> dict[str, Any]:
         """The answer of `/stats/requests/{id}` for the oldest request: a block table of 2,500 entries."""

@@ -121,28 +121,29 @@ def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -
 
 def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     """Rings for one to four programs a multiprocessor; splits that give it one to three programs."""
-    table = problem.scheme == "nf4"
-    if table:
-        row_tiles = {8} if problem.m <= 8 else {min(rows, tuning.TABLE_ROWS) for rows in row_tiles}
+    coded = problem.scheme in tuning.CODED_ROWS
+    if coded:
+        row_tiles = {8} if problem.m <= 8 else {min(rows, tuning.CODED_ROWS[problem.scheme]) for rows in row_tiles}
     elif problem.m <= 8:
         row_tiles = row_tiles | {8}
     if problem.scheme in tuning.GROUPED:
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         # Beside a table a ring has at least 48 KiB, and two programs a multiprocessor have 76 each.
-        rings, least, most = (76, 170) if table else (50, 66, 100, 205), 2, 64
+        rings = (76, 170) if problem.scheme == "nf4" else (50, 66, 100, 205)
+        least, most = 2, 32 if coded else 64
     elif problem.scheme in CODE_SCHEMES:
         shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = []
-    crowd = 8 if table else 32  # rows from which two warpgroups share a program
+    crowd = 8 if coded else 32  # rows from which two warpgroups share a program
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
     for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
-        paired = table and teams == 2  # a warpgroup for gate, one for up
+        paired = coded and teams == 2  # a warpgroup for gate, one for up
         if (tiles == 1 and silu and not paired) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
             continue
-        if table and panels == 2 and tiles * block_m > 16:
+        if coded and panels == 2 and tiles * block_m > 16:
             continue  # no registers
         block_n = teams * tiles * tuning.CHANNELS // (2 if silu else 1)
         config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
@@ -150,7 +151,7 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
         programs = -(-problem.n // (teams * tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
         for splits in (1, 2, 3, 4, 6, 8):
             # Several rounds of programs even out what a multiprocessor has to do, if each is short to begin.
-            room = 132 * max(1, 200 // ring) * (4 if table else 1)
+            room = 132 * max(1, 200 // ring) * (4 if coded else 1)
             fills = splits == 1 or (programs * splits <= room and problem.k >= 4 * splits * panels * width)
             if stages >= least and fills:
                 found.append(replace(config, splits=splits, stages=stages))

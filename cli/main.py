@@ -6,12 +6,12 @@ import os
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
-from typing import Annotated
+from typing import TYPE_CHECKING, NoReturn
 
-import typer
-
-from workstation import __version__
 from workstation.errors import WorkstationError
+
+if TYPE_CHECKING:
+    from typer import Typer
 
 # Command → its module, the function's name in it, and whether it shows its help when nothing is given.
 COMMANDS = {
@@ -24,8 +24,12 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def application(names: Iterable[str]) -> typer.Typer:
+def application(names: Iterable[str]) -> Typer:
     """The command line with these commands. One that is asked for by name need not wait for the others to be imported."""
+    import typer
+
+    from workstation.cli.root import root
+
     made = typer.Typer(
         name="ws", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False,
         rich_markup_mode=None,  # plain text shows whole flag names at any width, and rich need not be imported
@@ -43,20 +47,6 @@ def application(names: Iterable[str]) -> typer.Typer:
     return made
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        typer.echo(f"ws {__version__}")
-        raise typer.Exit
-
-
-def root(
-    version: Annotated[
-        bool, typer.Option("--version", help="Print the version.", callback=_show_version, is_eager=True)
-    ] = False,
-) -> None:
-    """The LLM server for one big GPU."""
-
-
 def dashed(arguments: Sequence[str]) -> list[str]:
     """`--max_model_len` means `--max-model-len`, as vLLM's parser has it; what follows `--` is left alone."""
     result: list[str] = []
@@ -68,11 +58,21 @@ def dashed(arguments: Sequence[str]) -> list[str]:
     return result
 
 
+def top(url: str | None = None) -> NoReturn:
+    """`ws top` without options. It needs no parser, whose import takes as long as half of Textual's: frames come first."""
+    from workstation.cli.dashboard import watch
+
+    watch(url, os.environ.get("WS_API_KEY"))
+    raise SystemExit(0)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run a command. A deliberate error becomes one line on stderr and its exit code."""
     try:
         try:
             given = dashed(sys.argv[1:] if arguments is None else arguments)
+            if given[:1] == ["top"] and not any(word.startswith("-") for word in given) and len(given) <= 2:
+                top(*given[1:])
             application(given[:1] if given and given[0] in COMMANDS else COMMANDS)(args=given)
         finally:
             sys.stdout.flush()

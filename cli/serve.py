@@ -69,7 +69,7 @@ command = with_flags(_command, _POSITIONAL, SERVE_SETTINGS, REMOVED_FLAGS)
 def in_background(model: str, given: Mapping[str, Any], settings: Settings, *, dashboard: bool, detach: bool) -> None:
     """`--dashboard` and `--detach`: the server in a process of its own, watched or left there."""
     from workstation.cli import detached
-    from workstation.cli.top import check_terminal
+    from workstation.cli.dashboard import check_terminal
 
     if dashboard and detach:
         raise ConfigError("--dashboard stays and --detach leaves; give one", param="detach")
@@ -140,6 +140,7 @@ def server_options(settings: Settings) -> ServerOptions:
         allowed_origins=settings["allowed_origins"], priority_scheduling=settings["scheduling_policy"] == "priority",
         drain_seconds=settings["shutdown_timeout"], access_log=settings["access_log"],
         map_claude_models=settings["map_claude_models"], metrics_prefix=settings["metrics_prefix"],
+        show_text=settings["show_text"],
         request_metrics=settings["enable_per_request_metrics"],
     )  # fmt: skip
 

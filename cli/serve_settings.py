@@ -61,6 +61,7 @@ _WORKING: tuple[Setting, ...] = (
     Setting("enable_per_request_metrics", "bool", False, "Put vLLM's `metrics` object into answers of chat and completions."),
     Setting("metrics_prefix", "text", "ws", "Names in /metrics; vllm has those of vLLM, for its Grafana dashboard.",
             choices=("ws", "vllm")),
+    Setting("show_text", "bool", False, "Show the ends of prompts and answers in a request's details on the dashboard."),
     Setting("allowed_hosts", "list", (), "Further Host names accepted on a loopback bind."),
     Setting("shutdown_timeout", "float", 30.0, "Seconds that requests in flight get after Ctrl-C or SIGTERM.",
             high=3600),

@@ -48,6 +48,24 @@ shl.b32 sign, $4, 8; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 5; lop3.b
 shl.b32 sign, $4, 4; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 1; lop3.b32 $2, code, 0x0e000e00, sign, 0xea;
 and.b32 sign, $4, 0x80008000; shr.b32 code, $4, 3; lop3.b32 $3, code, 0x0e000e00, sign, 0xea;
 }"""
+# A plane of e2m1's in $0, words in $1, times the power of two that the placing takes away: exactly.
+_E2M1_PLANE_BFLOAT16 = """{{
+.reg .b32 code, zero, power; mov.b32 zero, 0x80008000; mov.b32 power, 0x7e807e80;
+{shift}and.b32 code, {words}, {mask}; mul.lo.u32 code, code, {places}; and.b32 code, code, 0x81c081c0;
+fma.rn.bf16x2 $0, code, power, zero;
+}}"""
+_E2M1_PLANE_FLOAT16 = """{{
+.reg .b32 sign, code, zero, power; mov.b32 zero, 0x80008000; mov.b32 power, 0x74007400;
+shl.b32 sign, $1, {left}; and.b32 sign, sign, 0x80008000; {place}
+lop3.b32 code, code, 0x0e000e00, sign, 0xea; fma.rn.f16x2 $0, code, power, zero;
+}}"""
+E2M1_BFLOAT16 = tl.constexpr(tuple(
+    _E2M1_PLANE_BFLOAT16.format(shift="shr.b32 code, $1, 8; " if plane > 1 else "", words="code" if plane > 1 else "$1",
+                                mask=("0x000f000f", "0x00f000f0")[plane % 2], places=(4160, 260)[plane % 2])
+    for plane in range(4)))  # fmt: skip
+E2M1_FLOAT16 = tl.constexpr(tuple(
+    _E2M1_PLANE_FLOAT16.format(left=12 - 4 * plane, place=f"shl.b32 code, $1, {9 - 4 * plane};" if plane < 3 else
+                               "shr.b32 code, $1, 3;") for plane in range(4)))  # fmt: skip
 # Two planes: bytes of codes a0 b0 a1 b1, of column a and its neighbour b, from `index` and `half`.
 _TWO_PLANES = """prmt.b32 low, {l0}, {l1}, index; prmt.b32 other, {l2}, {l3}, index; prmt.b32 low, low, other, half;
 prmt.b32 high, {h0}, {h1}, index; prmt.b32 other, {h2}, {h3}, index; prmt.b32 high, high, other, half;

@@ -1,4 +1,4 @@
-"""4-bit codes with scales that are bytes, for Hopper, in Gluon: the product of `gemm_codes.py` for few rows, weights by TMA.
+"""4-bit codes with e4m3 scales, few rows, for Hopper, in Gluon: the product of `gemm_codes.py`, weights by TMA.
 
 One warp keeps a ring in shared memory filled with words of codes and rows of x. One warpgroup takes a chunk's words into
 registers as a wgmma wants its left operand, decodes its four planes (`code_decode.py`), multiplies them with the scales, which
@@ -16,7 +16,6 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from workstation.kernels.code_decode import ONE_BFLOAT16, ONE_FLOAT16, REST
-from workstation.kernels.gemm_codes import E8M0
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch
 
@@ -37,26 +36,18 @@ def _planes(words, DECODE: gl.constexpr, target: gl.constexpr):
 
 
 @gluon.jit
-def _scales(scale, column, stride, channel, KIND: gl.constexpr):
+def _scales(scale, column, stride, channel):
     """As in `gemm_codes.py`: what the scales of the chunk at `column` are read from."""
-    if KIND == E8M0:
-        first = gl.load(scale + (column // 128).to(gl.int64) * stride + channel)
-        return first, first
-    else:
-        row = scale + (column // 128 * 2).to(gl.int64) * stride + channel
-        first = gl.load(row)
-        return first, gl.load(row + stride)
+    row = scale + (column // 128 * 2).to(gl.int64) * stride + channel
+    first = gl.load(row)
+    return first, gl.load(row + stride)
 
 
 @gluon.jit
-def _byte_factor(word, INDEX: gl.constexpr, KIND: gl.constexpr, target: gl.constexpr):
-    """As `code_decode.exponents` and `small_floats`: the factors of the bytes INDEX."""
-    if KIND == E8M0:
-        bits = word >> 1 if INDEX == 3 else word << (23 - 8 * INDEX)
-        value = (bits & 0x7F800000).to(gl.float32, bitcast=True)
-    else:
-        bits = word >> 4 if INDEX == 3 else word << (20 - 8 * INDEX)
-        value = (bits & 0x07F00000).to(gl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
+def _byte_factor(word, INDEX: gl.constexpr, target: gl.constexpr):
+    """As `code_decode.small_floats`: the factors of the bytes INDEX."""
+    bits = word >> 4 if INDEX == 3 else word << (20 - 8 * INDEX)
+    value = (bits & 0x07F00000).to(gl.float32, bitcast=True) * 1.329227995784916e36  # 2^120
     if target == gl.bfloat16:
         value = value * 3.3230699894622897e35  # 2^118
     else:
@@ -65,14 +56,11 @@ def _byte_factor(word, INDEX: gl.constexpr, KIND: gl.constexpr, target: gl.const
 
 
 @gluon.jit
-def _weights(plane, scales, later, INDEX: gl.constexpr, KIND: gl.constexpr, target: gl.constexpr):
+def _weights(plane, scales, later, INDEX: gl.constexpr, target: gl.constexpr):
     """A plane [64, 32] times the scales of its groups. later: [32], whether a column is one of the second 16."""
-    if KIND == E8M0:
-        factor = _byte_factor(scales[0], INDEX, KIND, target)[:, None].broadcast_to([64, UNIT])
-    else:
-        low = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2), KIND, target)[:, None].broadcast_to([64, UNIT])
-        high = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2) + 1, KIND, target)[:, None].broadcast_to([64, UNIT])
-        factor = gl.where(later[None, :].broadcast_to([64, UNIT]), high, low)
+    low = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2), target)[:, None].broadcast_to([64, UNIT])
+    high = _byte_factor(scales[INDEX // 2], 2 * (INDEX % 2) + 1, target)[:, None].broadcast_to([64, UNIT])
+    factor = gl.where(later[None, :].broadcast_to([64, UNIT]), high, low)
     if target == gl.bfloat16:
         return gl.inline_asm_elementwise(ONE_BFLOAT16, "=r,r,r", [plane, factor], dtype=gl.bfloat16, is_pure=True, pack=2)
     else:
@@ -94,7 +82,7 @@ def _whole(acc, factor, channel, channels, DIVIDES: gl.constexpr, SMALLER: gl.co
 def _consume(
     out, partial, arrivals, scale, factor, bias, w_ring, x_ring, ready, free, begin, steps, m, n, k, scale_stride,
     first_channel, tile_stride, first_row, tile_number, split,
-    KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
+    DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
@@ -115,22 +103,22 @@ def _consume(
         for chunk in gl.static_range(CHUNKS):
             # Behind the last chunk that is kept scales meet zeros of x.
             column = gl.minimum(begin + (i * CHUNKS + chunk) * 128, (k - 1) // 128 * 128)
-            scales = _scales(scale, column, scale_stride, channel, KIND)
+            scales = _scales(scale, column, scale_stride, channel)
             panel = stage * TILES * PANELS + chunk // (WORDS // UNIT)
             codes = w_ring.index(panel).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
             values = _planes(codes, DECODE, target)
             held = ()
             if TILES == 2:
-                up_scales = _scales(scale, column, scale_stride, up_channel, KIND)
+                up_scales = _scales(scale, column, scale_stride, up_channel)
                 codes = w_ring.index(panel + PANELS).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
                 up_values = _planes(codes, DECODE, target)
             for index in gl.static_range(4):
                 rhs = x_ring.index((stage * CHUNKS + chunk) * 4 + index).permute((1, 0))
-                lhs = _weights(values[index], scales, later, index, KIND, target)
+                lhs = _weights(values[index], scales, later, index, target)
                 first = warpgroup_mma(lhs, rhs, first, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
                 if TILES == 2:
-                    lhs = _weights(up_values[index], up_scales, later, index, KIND, target)
+                    lhs = _weights(up_values[index], up_scales, later, index, target)
                     second = warpgroup_mma(lhs, rhs, second, is_async=True)
                     held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
@@ -190,14 +178,14 @@ def _produce(
 @gluon.jit(do_not_specialize=["m"])
 def hopper_codes_kernel(
     x, w, scale, factor, out, partial, arrivals, bias, m, n, k, chunk, scale_stride,
-    KIND: gl.constexpr, DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
+    DIVIDES: gl.constexpr, DECODE: gl.constexpr, SMALLER: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
     STAGES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, UNIT]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes [64, WORDS].
 
-    scale, factor, KIND to SMALLER: as `codes_gemm_kernel`'s. A step: PANELS * WORDS words. out [m, n], bias [n or 2n] or None;
-    partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies.
+    scale, factor, DIVIDES to SMALLER: as `codes_gemm_kernel`'s. A step: PANELS * WORDS words. out [m, n], bias [n or 2n] or
+    None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
@@ -222,7 +210,7 @@ def hopper_codes_kernel(
     gl.warp_specialize(
         [
             (_consume, (out, partial, arrivals, scale, factor, bias, w_ring, x_ring, ready, free, begin, steps, m, n, k,
-                        scale_stride, first_channel, tile_stride, first_row, tile_number, split, KIND, DIVIDES, DECODE,
+                        scale_stride, first_channel, tile_stride, first_row, tile_number, split, DIVIDES, DECODE,
                         SMALLER, TILES, SILU, SPLITS, BLOCK_M, PANELS, STAGES, PDL)),
             (_produce, (x, w, w_ring, x_ring, ready, free, begin, steps, first_channel, tile_stride, first_row, TILES, PANELS,
                         STAGES, step_bytes, PDL)),

@@ -1,11 +1,12 @@
-"""Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py`, and `gemm_codes.py`'s with float32 scales.
+"""Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py`, and of `gemm_codes.py` but for e4m3 scales.
 
 One warp keeps a ring in shared memory filled by TMA: words of codes, the scales of their groups, and rows of x. One warpgroup
 takes words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
 columns), turns a plane after the other into 16-bit floats, and multiplies; a group's float32 sum meets its scale. Integers are
-widened by arithmetic, exactly, other codes looked up in a table in shared memory (`code_decode.py`), rounded to x's type. Both
-take 1.5 of the loop's 2.3 instructions a weight and stop while a group's products end, so several programs share a
-multiprocessor: three or four, or two beside tables of 32 KiB.
+widened and e2m1 codes placed by arithmetic, exactly, other codes looked up in a table in shared memory (`code_decode.py`),
+rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.5 for e2m1, in groups of 32). A
+warpgroup stops while a group's products end, so several programs share a multiprocessor: three or four, or two beside tables of
+32 KiB.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
@@ -21,7 +22,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from workstation.kernels.code_decode import LOOKUPS
+from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
 from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
@@ -36,7 +37,13 @@ COPYING = gl.constexpr(40)  # registers of a thread that copies
 @gluon.jit
 def _plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, TABLE: gl.constexpr, target: gl.constexpr):
     """As `int_codes.plane`: codes INDEX of words [64, 32], `less` added, as `target`. With a table: looked up at `less`."""
-    if TABLE is not None:
+    if TABLE == "e2m1" and target == gl.bfloat16:
+        placed: gl.constexpr = E2M1_BFLOAT16[INDEX]
+        return gl.inline_asm_elementwise(placed, "=r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)
+    elif TABLE == "e2m1":
+        put: gl.constexpr = E2M1_FLOAT16[INDEX]
+        return gl.inline_asm_elementwise(put, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
+    elif TABLE is not None:
         lookup: gl.constexpr = LOOKUPS[INDEX]
         if target == gl.bfloat16:
             return gl.inline_asm_elementwise(lookup, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
@@ -139,20 +146,25 @@ def _run(
 
 
 @gluon.jit
-def _scale(s_ring, slot, ACC: gl.constexpr):
-    """A group's scales of 64 channels, [64, 1] float32."""
-    return s_ring.index(slot).permute((1, 0)).load(ACC).to(gl.float32)
+def _scale(s_ring, slot, RUN: gl.constexpr, ACC: gl.constexpr):
+    """Scales of a step's group RUN, for 64 channels, [64, 1] float32. slot: where a step's begin. Words are four e8m0 bytes."""
+    if s_ring.dtype == gl.int32:
+        word = s_ring.index(slot + RUN // 4).permute((1, 0)).load(ACC)
+        bits = word >> 1 if RUN % 4 == 3 else word << (23 - 8 * (RUN % 4))
+        return (bits & 0x7F800000).to(gl.float32, bitcast=True)
+    else:
+        return s_ring.index(slot + RUN).permute((1, 0)).load(ACC).to(gl.float32)
 
 
 @gluon.jit
-def _settle(first, second, parts, held, s_ring, slot, GROUPS: gl.constexpr, RUNS: gl.constexpr, TILES: gl.constexpr,
-            ACC: gl.constexpr):  # fmt: skip
+def _settle(first, second, parts, held, s_ring, slot, RUN: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
+            TILES: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
     """Wait for some groups' sums and add them, scaled. held: what the products in flight still read."""
     done = warpgroup_mma_wait(0, deps=parts + held)
     for group in gl.static_range(GROUPS):
-        first += done[group * TILES] * _scale(s_ring, slot + group, ACC)
+        first += done[group * TILES] * _scale(s_ring, slot, RUN + group, ACC)
         if TILES == 2:
-            second += done[group * TILES + 1] * _scale(s_ring, slot + RUNS + group, ACC)
+            second += done[group * TILES + 1] * _scale(s_ring, slot + ROWS, RUN + group, ACC)
     return first, second
 
 
@@ -169,12 +181,14 @@ def _consume(
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
     RUNS: gl.constexpr = STEP // SPAN
+    LOOKS: gl.constexpr = TABLE is not None and TABLE != "e2m1"
     channels = n * 2 if SILU else n
     channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, A))
-    scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * RUNS, 1, 64])
+    ROWS: gl.constexpr = s_ring.shape[1]
+    scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * ROWS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if TABLE is not None else _middle(BITS, x_ring.dtype, A)
+    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if LOOKS else _middle(BITS, x_ring.dtype, A)
     up_less = less
     if zero is not None:
         points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
@@ -203,7 +217,7 @@ def _consume(
                 if TILES == 2:
                     parts = parts + (up_part,)  # noqa: RUF005
                 held = held + read
-            first, second = _settle(first, second, parts, held, scales, tile * RUNS + run, GROUPS, RUNS, TILES, ACC)
+            first, second = _settle(first, second, parts, held, scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
         mbarrier.arrive(free.index(stage), count=1)
     if SILU and TILES == 1 and TEAM == 1:
         up_sums.store(first)
@@ -276,14 +290,14 @@ def hopper_int_kernel(
     PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, COLUMNS]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes
-    [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64]; zero: uint8, packed as `int_weights` says, rows
-    zero_stride apart, or None.
+    [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64], or of words of four e8m0 ones;
+    zero: uint8, packed as `int_weights` says, rows zero_stride apart, or None.
 
-    size: columns of a group; SPAN: those of them in a step, which holds whole groups or lies in one; GROUPS: those multiplied
-    at a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: 4-bit
-    codes' `code_decode.filler`, None for integers. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as
-    `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with
-    REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
+    size: columns of a row of s; SPAN: a group's in a step, which holds whole groups or lies in one; GROUPS: those multiplied at
+    a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: None for
+    integers, "e2m1", or 4-bit codes' `code_decode.filler`. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
+    grid: as `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second
+    with REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
@@ -303,14 +317,16 @@ def hopper_int_kernel(
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TEAMS * TILES * PANELS, 64, WORDS], SPANNED)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (STEP // COLUMNS), BLOCK_M, COLUMNS], SPANNED)
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2)
-    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES, RUNS, 64], PLAIN)
+    ROWS: gl.constexpr = RUNS // 4 if s.dtype == gl.int32 else RUNS
+    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES, ROWS, 64], PLAIN)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=TEAMS)
     up_sums, filled, summed = x_ring, ready, ready  # where there is no need of them
-    if TEAMS == 2 and TABLE is not None:
+    LOOKS: gl.constexpr = TABLE is not None and TABLE != "e2m1"
+    if TEAMS == 2 and LOOKS:
         filled = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(filled, count=1)
     if PAIRED:
@@ -319,8 +335,8 @@ def hopper_int_kernel(
         summed = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
         mbarrier.init(summed, count=1)
     align()
-    table = gl.inline_asm_elementwise(RESERVE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) if TABLE is not None else 0
-    scale_bytes: gl.constexpr = RUNS * s.dtype.primitive_bitwidth // 8
+    table = gl.inline_asm_elementwise(RESERVE, "=r", [], dtype=gl.int32, is_pure=False, pack=1) if LOOKS else 0
+    scale_bytes: gl.constexpr = ROWS * s.dtype.primitive_bitwidth // 8
     step_bytes: gl.constexpr = TEAMS * TILES * 64 * (PANELS * WORDS * 2 + scale_bytes) + STEP * BLOCK_M * 2
     if TEAMS == 1:
         gl.warp_specialize(

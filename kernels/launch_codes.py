@@ -59,9 +59,9 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py`, or for scales that are bytes `gemm_codes_hopper.py`, can read the weight."""
+    """Whether `gemm_int_hopper.py`, or for e4m3 scales `gemm_codes_hopper.py`, can read the weight."""
     whole = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
-    if weight.kind is not ScaleKind.F32:
+    if weight.kind is ScaleKind.E4M3:
         return whole
     return whole and weight.factor is None and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
 
@@ -93,7 +93,7 @@ def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int,
     weight: CodeWeight = operands.weight
     if config.kind == "hopper":
         # Gluon, for one kind of GPU only
-        if weight.kind is ScaleKind.F32:
+        if weight.kind is not ScaleKind.E4M3:
             from workstation.kernels.launch_int_hopper import hopper_int_call
 
             return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))

@@ -12,7 +12,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_codes_hopper import hopper_codes_kernel
 from workstation.kernels.int_weights import UNIT
-from workstation.kernels.launch_codes import KINDS, decoding
+from workstation.kernels.launch_codes import decoding
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
 from workstation.kernels.tuning import CHANNELS, GemmConfig
 
@@ -34,7 +34,7 @@ def hopper_codes_call(
         out, partial, arrivals, bias, m, n, k, chunk, weight.scale.stride(0) if kept else channels,
     )  # fmt: skip
     options = {
-        "KIND": KINDS[weight.kind].value, "DIVIDES": weight.divides,
+        "DIVIDES": weight.divides,
         **decoding(weight, x.dtype if kept else x), "TILES": tiles, "SILU": silu, "SPLITS": grid[1],
         "BLOCK_M": config.block_m, "PANELS": config.block_k // (4 * WORDS), "STAGES": config.stages, "num_warps": 4,
         "maxnreg": -(-(_registers(tiles, config.block_m) + COPYING) // 16) * 8,

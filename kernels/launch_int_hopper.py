@@ -8,7 +8,7 @@ import torch
 import triton
 
 from workstation.kernels.code_decode import filler
-from workstation.kernels.code_tables import CHUNK
+from workstation.kernels.code_tables import CHUNK, ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_hopper import hopper_int_kernel
@@ -16,8 +16,9 @@ from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
 from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_stages
 
+E2M1 = "e2m1"
 COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
-ALONE = 80 << 10  # bytes of a ring beside a table, above which a program has a multiprocessor, and its registers, to itself
+ALONE = 80 << 10  # bytes of a ring beside a table, for which a multiprocessor has room once
 FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
 
@@ -27,7 +28,7 @@ def hopper_int_call(
 ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n].
 
-    Codes: with float32 scales and no factor.
+    Codes: with float32 or e8m0 scales and no factor.
     """
     bits, zero, table = _form(weight, x.dtype if isinstance(x, torch.Tensor) else x)
     teams = config.warps // 4
@@ -42,19 +43,25 @@ def hopper_int_call(
     width = triton.cdiv(k, WORD_BITS // bits * UNIT) * UNIT
     step = config.block_k
     span = step if weight.size == weight.columns else min(step, weight.size)
-    scales = boxes(weight.scale, (k // weight.size, channels), (step // span, CHANNELS), 0)
+    together = weight.size * (4 if table == E2M1 else 1)  # columns of a row of scales
+    scales = boxes(weight.scale, (triton.cdiv(k, together), channels), (max(1, step // together), CHANNELS), 0)
     zero_stride = zero.stride(0) if isinstance(zero, torch.Tensor) else channels  # else a dtype, or None
     arguments = (
         boxes(x, (m, k), (config.block_m, COLUMNS), PANEL_BYTES),
         boxes(weight.words, (channels, width), (CHANNELS, WORDS), PANEL_BYTES), scales, out, partial, arrivals, zero,
-        bias, m, n, k, chunk, weight.size, zero_stride,
+        bias, m, n, k, chunk, together, zero_stride,
     )  # fmt: skip
     groups, stages = 1, config.stages
     registers = _registers(tiles, config.block_m, span, zeros=zero is not None)
-    if table is not None:
+    if table == E2M1:
+        groups = max(1, min(4, 2 * FEW_SUMS // (tiles * config.block_m)))
+        registers = min(MOST_REGISTERS, 64 + tiles * (4 * config.block_m + step // 256 * 32 - 32))
+    elif table is not None:
         groups = 2 if span < CHUNK and tiles * config.block_m <= FEW_SUMS else 1
         stages = max(stages, table_stages(step, teams * tiles * CHANNELS, config.block_m))
-        registers = _table_registers(tiles, config.block_m, span, step, stages * teams)
+        # A ring that fills a multiprocessor has its registers to itself.
+        alone = stages * teams * step * (tiles * CHANNELS // 2 + config.block_m) > ALONE
+        registers = _table_registers(tiles, config.block_m, span, step // min(span, 64) + 2 * alone)
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
@@ -69,6 +76,8 @@ def _form(weight: IntWeight | CodeWeight, dtype: torch.dtype) -> tuple[int, Any,
     """(bits, zero points, what fills the table) for activations of `dtype`."""
     if isinstance(weight, IntWeight):
         return weight.bits, weight.zero, None
+    if weight.kind is not ScaleKind.F32:
+        return 4, None, E2M1
     return 4, None, filler(weight.values, "fp16" if dtype == torch.float16 else "bf16")
 
 
@@ -78,10 +87,8 @@ def _registers(tiles: int, block_m: int, span: int, *, zeros: bool) -> int:
     return min(MOST_REGISTERS, (80 + (tiles - 1) * 64 + sums + 16 * (zeros + tiles * (span > 128))) // 8 * 8)
 
 
-def _table_registers(tiles: int, block_m: int, span: int, step: int, rings: int) -> int:
-    """The same beside a table: operands in flight, sums, groups' places. rings: steps in shared memory times warpgroups."""
+def _table_registers(tiles: int, block_m: int, span: int, groups: int) -> int:
+    """The same beside a table: operands in flight, sums, and the places of so many groups of a step."""
     columns = max(span, CHUNK if tiles * block_m <= FEW_SUMS else CHUNK // 2)
-    sums = tiles * block_m * 5 // (4 if tiles == 1 and block_m <= 16 else 2)
-    groups = step // min(span, 64)
-    alone = 16 if rings * step * (tiles * CHANNELS // 2 + block_m) > ALONE else 0
-    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4) + alone) // 8) * 8)
+    sums = 20 if tiles == 1 and block_m <= 16 else tiles * block_m * 5 // 2
+    return min(MOST_REGISTERS, -(-(44 + tiles * columns // 4 + sums + 10 * tiles * (groups - 4)) // 8) * 8)

@@ -35,7 +35,7 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
     "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
-GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4")  # what `gemm_int_hopper.py` multiplies
+GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4")  # what `gemm_int_hopper.py` multiplies
 # Where a measurement says so, for more rows still: the library needs them widened first.
 MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512)
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
@@ -43,7 +43,7 @@ CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
-TABLE_ROWS = 64  # of a program with a table, at most
+CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
 # Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
 OPTING = 48 * KIB
@@ -146,7 +146,7 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
     channels = _channels(problem, config)
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
-        size += (2 if problem.scheme in INTEGER_BITS else 4) * channels / LEAST_GROUP  # scales
+        size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / LEAST_GROUP  # scales
     return int(config.block_k * size)
 
 
@@ -252,17 +252,17 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
     split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table there is room for
     two programs of two warpgroups."""
-    silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
-    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32 and not table):
+    silu, table, coded = problem.output == "silu_mul", problem.scheme == "nf4", problem.scheme in CODE_SCHEMES
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32 and not coded):
         return None
-    block_m = min(TABLE_ROWS if table else 128, max(8, 1 << (problem.m - 1).bit_length()))
-    teams = 2 if block_m >= 64 or table else 1
-    tiles = 2 if not table and (silu or (problem.n >= 6144 and block_m <= 16)) else 1
+    block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
+    teams = 2 if block_m >= 64 or coded else 1
+    tiles = 2 if not coded and (silu or (problem.n >= 6144 and block_m <= 16)) else 1
     step = int(PANEL_BYTES // problem.weight_bytes)
     programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
     splits = max(1, min(2 * device.processors // programs, problem.k // (4 * step), 8))
     config = GemmConfig("hopper", teams * tiles * CHANNELS // (2 if silu else 1), block_m, step, splits, 4 * teams, 1, True)
-    ring = 76 if table else 66
+    ring = 76 if table else 100 if coded else 66
     return replace(config, stages=max(2, min(6, ring * KIB // stage_bytes(problem, config))))
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import httpx
 import msgspec
 from textual.pilot import Pilot
-from textual.widgets import Static
 
 from workstation.engine.request import EngineStats
 from workstation.engine.snapshot import Picture, RequestRow
@@ -21,6 +20,7 @@ from workstation.tui.app import Dashboard
 from workstation.tui.client import Client
 from workstation.tui.frame import Frame, parse
 from workstation.tui.http import Answer, HTTPFault
+from workstation.tui.panel import Panel
 
 STATES = bytes([1] * 20 + [2] * 10 + [3] * 30 + [0] * 140)
 NOW = 1_000_000_000.0
@@ -34,6 +34,9 @@ def row(name: str, age: float = 5.0, **changes: Any) -> RequestRow:
     made = RequestRow(id=name, label="editor", state="decode", samples=1, prompt=1000, cached=500, computed=1100, generated=100,
                       blocks=69, preemptions=0, arrival=100 - age, scheduled=100 - age, first_token=100 - age + 0.25)
     return replace(made, **changes)
+
+
+LEVELS = ["debug", "info", "warning", "error"]
 
 
 class Machine:
@@ -87,7 +90,9 @@ class Machine:
             self.cells.append(int(request.url.params["cells"]))
             return httpx.Response(200, json=self.frame(self.cells[-1]))
         if path == "/stats/log":
-            return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": self.lines})
+            graver = LEVELS[LEVELS.index(request.url.params["level"]):]
+            lines = [line for line in self.lines if line["level"] in graver]
+            return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": lines})
         if path == "/stats/blocks":
             first, last = int(request.url.params["from"]), int(request.url.params["to"])
             blocks = [self.block(number) for number in range(first, last + 1)]
@@ -104,7 +109,8 @@ class Machine:
             return httpx.Response(200, json={"id": name, "aborted": True})
         return httpx.Response(200, json={
             "version": 1, "request": msgspec.to_builtins(request_stats(found[0], 100.0)), "max_tokens": 512,
-            "timeline": {"queue": 0.0, "prefill": 0.25, "decode": 4.0}, "sampling": {"temperature": 0.7, "seed": None},
+            "timeline": {"queue": 0.0, "prefill": 0.25, "decode": 4.0},
+            "sampling": {"temperature": 0.7, "top_k": 40, "seed": None},
             "samples": [{"index": 0, "tokens": 1100, "computed": 1100, "tables": [[1, 2, 21]], "finished": None}]})
 
 
@@ -120,13 +126,17 @@ def machine_in(state: str) -> Machine:
         machine.changes |= {"server": server, "requests": [],
                             "blocks": {**made["blocks"], "total": 0, "free": 0, "held": 0, "shared": 0, "cached": 0,
                                        "cells": {"count": 0, "width": 1, "owned": "", "shared": "", "cached": ""}}}
-    if state in ("ready", "full", "down"):
+    if state in ("ready", "full", "down", "four-gpus"):
         plan = {"graphs": 1 << 30, "workspace": 2 << 30, "logits": 1 << 29}
         model = {**made["model"], "name": "llama-70b-fp8", "dtype": "bfloat16", "kv_cache_dtype": "fp8", "plan": plan,
+                 "quantization": "fp8",
                  "device_name": "NVIDIA H200", "weight_bytes": 68 << 30, "kv_bytes": 54 << 30}
         cards = [{"index": 0, "name": "NVIDIA H200", "total_bytes": 140 << 30, "used_bytes": 128 << 30, "utilization": 0.97,
                   "own": True}]
         machine.changes |= {"gpu": GPU, "model": model, "cards": cards}
+    if state == "four-gpus":
+        machine.changes["gpu"] = {**GPU, "fan": 0.4, "throttle": "power cap, thermal", "own_bytes": 120 << 30}
+        machine.changes["cards"] = [{**card, "index": number, "own": number == 1} for number in range(4) for card in cards]
     if state == "full":
         machine.states = bytes([1] * 150 + [2] * 50)
         machine.rows = [row(f"req-{number:08d}", 40.0 - number, label=f"client-{number}", generated=100 * number)
@@ -187,7 +197,7 @@ async def until(pilot: Pilot[None], true: Callable[[], bool]) -> None:
 
 def said(app: Dashboard, name: str) -> str:
     """A panel's text."""
-    return str(app.screen_stack[0].query_one(f"#{name}", Static).render())
+    return app.screen_stack[0].query_one(f"#{name}", Panel).text
 
 
 def ids(app: Dashboard) -> list[str]:

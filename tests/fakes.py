@@ -182,8 +182,9 @@ class FakeEngine:
         picture.stats.time = time.monotonic()
         for row in rows:
             if row.id == look.request_id:
-                sample = SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]])
-                picture.detail = RequestDetail(row, self._params(row.id), 16, [sample])
+                ids = next(request.prompt_token_ids for request in self.seen if request.request_id == row.id)
+                sample = SampleDetail(0, row.prompt, row.computed, [[1, 2, 3]], last=ids[:look.tokens and 2])
+                picture.detail = RequestDetail(row, self._params(row.id), 16, [sample], ids[len(ids) - look.tokens:])
         if look.first:
             last = min(look.last, len(self.states))
             picture.blocks = [BlockRow(block, self.states[block - 1], 1, False) for block in range(look.first, last + 1)]

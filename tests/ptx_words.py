@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 
 import numpy as np
+import torch
 
 Words = np.ndarray
 
@@ -27,10 +28,20 @@ def _lop3(a: Words, b: Words, c: Words, table: Words) -> Words:
     return a & b | c
 
 
+def _fma(dtype: torch.dtype) -> Callable[..., Words]:
+    """Two of them: the halves of words."""
+
+    def halves(word: Words) -> torch.Tensor:
+        pairs = np.array(word, dtype=np.uint32, ndmin=1)[:, None].view(np.int16)
+        return torch.from_numpy(pairs.copy()).view(dtype).double()
+
+    return lambda a, b, c: (halves(a) * halves(b) + halves(c)).to(dtype).view(torch.int16).numpy().view(np.uint32)[:, 0]
+
+
 OPERATIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "shl.b32": lambda a, b: a << b, "shr.b32": lambda a, b: a >> b,
     "mul.lo.u32": lambda a, b: a * b, "mad.lo.u32": lambda a, b, c: a * b + c, "xor.b32": lambda a, b: a ^ b,
-    "prmt.b32": _prmt, "lop3.b32": _lop3,
+    "prmt.b32": _prmt, "lop3.b32": _lop3, "fma.rn.bf16x2": _fma(torch.bfloat16), "fma.rn.f16x2": _fma(torch.float16),
 }
 
 

@@ -12,7 +12,7 @@ from ptx_words import run
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.kernels import ops
-from workstation.kernels.code_decode import LOOKUPS, decoder, filler
+from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS, decoder, filler
 from workstation.kernels.code_tables import E2M1, FP4, NF4, ScaleKind, Table
 from workstation.kernels.code_weights import pack, unpack
 from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
@@ -35,7 +35,8 @@ from workstation.kernels.tuning import (
 ARCHITECTURES = pytest.mark.parametrize("device", [A100, L40S, H200, B200, PRO_6000], ids=lambda device: device.name)
 HAS_HOPPER = torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))
 ON_HOPPER = pytest.mark.skipif(not HAS_HOPPER, reason="needs a Hopper GPU")
-# Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255.
+# Triton's assembler for sm_120 parks up to 16 bytes outside the loop, at 96 registers of 255; 3.9's for sm_90a twice as much in
+# rings, whose registers are meted out for two programs.
 PARKED = 16
 TYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -61,6 +62,16 @@ def test_a_decoders_assembly_makes_every_words_values(table: Table, target: str)
             shift = 16 * column + 4 * index if table == E2M1 else 8 * index + 4 * column
             expected = values[torch.from_numpy((both >> np.uint32(shift) & np.uint32(15)).astype(np.int64))]
             assert np.array_equal(half.astype(np.uint16), expected.view(torch.int16).numpy().view(np.uint16))
+
+
+@pytest.mark.parametrize(("planes", "dtype"), [(E2M1_BFLOAT16, torch.bfloat16), (E2M1_FLOAT16, torch.float16)], ids=TYPES)
+def test_a_ring_s_planes_of_e2m1_are_its_values(planes: Any, dtype: torch.dtype) -> None:
+    words = np.arange(1 << 16, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    for index, assembly in enumerate(planes):
+        (plane,) = run(assembly, 1, _1=words)
+        found = torch.from_numpy(plane.view(np.int16).copy()).view(dtype).view(-1, 2)
+        codes = np.stack([words >> np.uint32(16 * column + 4 * index) & np.uint32(15) for column in (0, 1)], -1)
+        assert torch.equal(found.double(), torch.tensor(E2M1, dtype=torch.float64)[torch.from_numpy(codes.astype(np.int64))])
 
 
 @pytest.mark.parametrize("target", TYPES)
@@ -168,19 +179,19 @@ def ring(scheme: Scheme, output: Output, block_m: int) -> tuple[Problem, GemmCon
     return Problem(scheme, output, block_m, n, 4096), GemmConfig("hopper", 64, block_m, 256, 1, 4, 3, True)
 
 
-def check_together(output: Output, m: int, waits: int) -> None:
+def check_together(scheme: Scheme, output: Output, m: int, waits: int) -> None:
     """The compiler waits for each product by itself where registers are too few: half the speed."""
-    problem = Problem("nf4", output, m, 28672 if output == "silu_mul" else 6144, 4096)
+    problem = Problem(scheme, output, m, 28672 if output == "silu_mul" else 6144, 4096)
     config = default_config(problem, H200)
     kernel = compile_for(problem, config, H200.capability)
     needed = resources(kernel)
-    assert config.kind == "hopper" and needed.stack == 0 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits
+    assert config.kind == "hopper" and needed.stack <= 2 * PARKED and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == waits
     assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes
-    assert kernel.metadata.shared > OPTING  # or Triton would not ask the driver for more than that
+    assert scheme != "nf4" or kernel.metadata.shared > OPTING  # or Triton would not ask the driver for more than that
 
 
 def test_a_ring_s_products_of_two_groups_are_in_flight_together() -> None:
-    check_together("silu_mul", 1, 4)
+    check_together("nf4", "silu_mul", 1, 4)
 
 
 @pytest.mark.long
@@ -188,7 +199,13 @@ def test_a_ring_s_products_of_two_groups_are_in_flight_together() -> None:
     ("linear", 1, 4), ("linear", 16, 4), ("linear", 32, 4), ("linear", 64, 8), ("silu_mul", 16, 4), ("silu_mul", 32, 4),
     ("silu_mul", 256, 8)])  # fmt: skip
 def test_every_ring_s_products_are_in_flight_together(output: Output, m: int, waits: int) -> None:
-    check_together(output, m, waits)
+    check_together("nf4", output, m, waits)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("output", "m", "waits"), [("linear", 1, 4), ("silu_mul", 16, 4), ("linear", 256, 8)])
+def test_every_ring_s_products_of_e2m1_are_in_flight_together(output: Output, m: int, waits: int) -> None:
+    check_together("mxfp4", output, m, waits)
 
 
 def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
@@ -202,17 +219,16 @@ def test_a_ring_of_codes_compiles_and_fits() -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("scheme", ["mxfp4", "nvfp4"])
 @pytest.mark.parametrize(("output", "block_m"), [("linear", 8), ("linear", 64), ("silu_mul", 16), ("silu_mul", 64)])
-def test_every_ring_of_codes_compiles_and_fits(scheme: Scheme, output: Output, block_m: int) -> None:
-    check_ring_fits(scheme, output, block_m)
+def test_every_ring_of_codes_compiles_and_fits(output: Output, block_m: int) -> None:
+    check_ring_fits("nvfp4", output, block_m)
 
 
 @pytest.mark.gpu
 @ON_HOPPER
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["mxfp4", "nvfp4", "nvfp4_divided"])
-def test_rings_multiply_small_floats_of_any_shape(form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4_divided"])
+def test_rings_multiply_codes_with_small_floats_for_scales(form: str, dtype: torch.dtype) -> None:
     for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
         case = make_case(m, 1152, 4096, form, dtype, "cuda")
         for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
@@ -220,27 +236,30 @@ def test_rings_multiply_small_floats_of_any_shape(form: str, dtype: torch.dtype)
 
 
 # (rows, of a tile, tiles and warpgroups, panels a step, splits, channels, columns): 4224 columns make the last step ragged.
-TABLE_RINGS = [
+GROUP_RINGS = [
     (1, 8, 1, 1, 1, 3, 1152, 4096), (2, 8, 1, 2, 1, 1, 1104, 4224), (5, 8, 2, 1, 2, 1, 1152, 4224),
     (8, 8, 2, 2, 1, 4, 1152, 4096), (13, 16, 1, 1, 2, 2, 1104, 4224), (16, 16, 2, 2, 1, 1, 1152, 4224),
     (33, 32, 1, 2, 1, 1, 1152, 4096), (100, 64, 1, 1, 1, 3, 1104, 4224), (256, 64, 1, 2, 1, 2, 1152, 4224),
 ]  # fmt: skip
 # The same of gate and up in one warpgroup or in two.
-TABLE_PAIRS = [
+GROUP_PAIRS = [
     (1, 8, 2, 1, 1, 2, 1152, 4096), (2, 8, 1, 2, 1, 1, 1152, 4224), (9, 16, 1, 2, 2, 1, 1152, 4224),
     (7, 8, 2, 2, 1, 3, 1280, 4224), (33, 32, 1, 2, 1, 3, 1152, 4224), (130, 64, 1, 2, 1, 1, 1152, 4096),
     (40, 32, 2, 1, 1, 1, 1152, 4224),
 ]  # fmt: skip
-TABLE_FORMS = [form for form in FORMS if FORMS[form][2] is ScaleKind.F32]
+# The first meets every shape; the others take turns, three a shape.
+FIRST_KIND = ("nf4", torch.bfloat16)
+OTHER_KINDS = [("nf4", torch.float16), ("nf4_32", torch.bfloat16), ("fp4_128", torch.float16), ("fp4_row", torch.bfloat16),
+               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16)]  # fmt: skip
+SHAPES = [(silu, shape) for silu, shapes in ((False, GROUP_RINGS), (True, GROUP_PAIRS)) for shape in shapes]
+GROUPED = [(*case, *kind) for i, case in enumerate(SHAPES)
+           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(3)))]  # fmt: skip
 
 
 @pytest.mark.gpu
 @ON_HOPPER
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", TABLE_FORMS)
-@pytest.mark.parametrize(("silu", "shape"), [(silu, shape) for silu, shapes in ((False, TABLE_RINGS), (True, TABLE_PAIRS))
-                                             for shape in shapes], ids=str)  # fmt: skip
-def test_rings_look_up_codes_of_any_shape(silu: bool, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize(("silu", "shape", "form", "dtype"), GROUPED, ids=str)
+def test_rings_multiply_codes_in_groups_of_any_shape(silu: bool, shape: tuple[int, ...], form: str, dtype: torch.dtype) -> None:
     m, block_m, tiles, teams, panels, splits, n, k = shape
     case = make_case(m, n, k, form, dtype, "cuda")
     block_n = 64 * tiles * teams // (2 if silu else 1)

@@ -24,8 +24,9 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
 
 
-# Triton 3.6's assembler for sm_120 parks one value outside the loop in a few kernels, at 72 registers of 255.
-PARKED = 8
+# Triton 3.6's assembler for sm_120 parks one value outside the loop in a few kernels, at 72 registers of 255; 3.9's for sm_90a
+# up to six in rings of codes, whose registers are meted out for two programs.
+PARKED = 24
 
 Product = tuple[Problem, GemmConfig, Device]
 

@@ -196,5 +196,10 @@ def test_light_commands_import_no_heavy_package(command: str) -> None:
     assert not loaded & heavy
 
 
+def test_top_without_options_needs_no_parser_of_options() -> None:
+    loaded = _modules_after(HELP.replace("['--help']", "['top', 'http://127.0.0.1:9']"))
+    assert "workstation.cli.dashboard" in loaded and not loaded & {"typer", "pydantic", "httpx", "torch"}
+
+
 def test_importing_the_package_costs_nothing_heavy() -> None:
     assert not _modules_after("import workstation") & {"torch", "transformers", "fastapi", "msgspec", "zmq"}

@@ -26,7 +26,7 @@ from workstation.model.quantised_folder import quantise_folder
 from workstation.model.targets import Scratch
 from workstation.model.tensor_names import targets
 from workstation.model.transformer import Decoder
-from workstation.quant.forms import weight_bytes
+from workstation.quant.forms import Form, Part, WeightForms, weight_bytes
 from workstation.quant.quantise import quantise_rows
 from workstation.safetensors_header import checkpoint_bytes
 
@@ -229,3 +229,11 @@ def test_the_engine_plans_for_fp8_and_quantises_while_loading(tmp_path: Path) ->
 def test_llm_refuses_another_quantization_by_name(value: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=f"int4-g64, int4-g32 or absent, got '{value}'"):
         LLM(str(write_tiny(tmp_path)), quantization=value, skip_tokenizer_init=True, device="cpu")
+
+
+@pytest.mark.parametrize(("form", "method", "name"), [
+    (Form.DENSE, "", ""), (Form.FP8_CHANNEL, "fp8", "fp8"), (Form.FP8_CHANNEL, "fbgemm_fp8", "fbgemm_fp8"),
+    (Form.INT4, "gptq", "int4 gptq"), (Form.INT4, "int4-g32", "int4-g32"), (Form.NF4, "bitsandbytes", "nf4 bitsandbytes"),
+])  # fmt: skip
+def test_weights_are_named_after_what_most_layers_are(form: Form, method: str, name: str) -> None:
+    assert WeightForms({"a": Part(form), "b": Part(form), "lm_head": Part()}, method=method).name == name

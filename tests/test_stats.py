@@ -7,7 +7,7 @@ import base64
 import json
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -48,11 +48,11 @@ def get(engine: FakeEngine, model: ServedModel, path: str, options: ServerOption
     return with_server(engine, model, lambda client: client.get(path), options)
 
 
-def busy(*names: str) -> FakeEngine:
+def busy(*names: str, prompt: Sequence[int] = (1, 2, 3)) -> FakeEngine:
     """An engine in which these requests run."""
     engine = FakeEngine()
     for name in names:
-        engine.seen.append(EngineRequest(name, [1, 2, 3], SamplingParams(temperature=0.5), arrival=time.monotonic() - 2,
+        engine.seen.append(EngineRequest(name, list(prompt), SamplingParams(temperature=0.5), arrival=time.monotonic() - 2,
                                          label="editor"))
         engine.active.add(name)
     return engine
@@ -225,6 +225,20 @@ def test_details_hold_sampling_timeline_and_block_table_but_no_text(model: Serve
     assert answer["sampling"]["temperature"] == 0.5 and "stop" not in answer["sampling"]
     assert answer["samples"][0]["tables"] == [[1, 2, 3]]
     assert answer["timeline"]["queue"] == 0 and answer["timeline"]["prefill"] == pytest.approx(0.1, abs=1e-3)
+    assert answer["text"] is None and "last" not in answer["samples"][0]
+
+
+def test_a_server_that_may_show_text_adds_the_ends_of_prompt_and_answers_to_details_and_to_nothing_else(
+        model: ServedModel) -> None:
+    options = ServerOptions(show_text=True)
+    prompt = model.tokenizer.encode("the quick brown fox " * 200)
+    engine = busy("a", prompt=prompt)
+    shown = with_server(engine, model, lambda client: client.get("/stats/requests/a"), options).json()["text"]
+    whole = model.tokenizer.decode(prompt)
+    assert len(shown["prompt"]) == 400 and whole.endswith(shown["prompt"])
+    assert shown["answers"] == [model.tokenizer.decode(prompt[:2])]
+    for path in ("/stats", "/stats/blocks?from=1&to=3", "/stats/log"):
+        assert "quick" not in with_server(engine, model, lambda client, path=path: client.get(path), options).text
 
 
 def test_an_unknown_request_is_a_404(model: ServedModel) -> None:

@@ -49,6 +49,9 @@ async def _watch_one(engine: EngineProcess) -> None:
     stream = engine.generate(EngineRequest("a", [5, 6, 7, 8] * 5, params, label="editor"))
     await anext(stream)
     picture = await engine.look(Look(request_id="a", first=1, last=4))
+    assert picture.detail is not None and picture.detail.prompt == picture.detail.samples[0].last == []
+    told = await engine.look(Look(request_id="a", tokens=3))
+    assert told.detail is not None and told.detail.prompt == [6, 7, 8] and len(told.detail.samples[0].last) in (1, 2, 3)
     assert [(row.id, row.label, row.state) for row in picture.rows] == [("a", "editor", "decode")]
     assert picture.detail is not None and picture.detail.params.max_tokens == 480
     held = {block for block in picture.detail.samples[0].tables[0] if block}

@@ -8,7 +8,9 @@ import pytest
 from dashboards import (
     Machine,
     drive,
+    frame_of,
     ids,
+    machine_in,
     map_text,
     said,
     screen_text,
@@ -16,7 +18,7 @@ from dashboards import (
 )
 from textual.pilot import Pilot
 
-from workstation.cli.top import plain
+from workstation.cli.dashboard import plain
 from workstation.tui.app import Dashboard
 from workstation.tui.drawing import Glyphs, state_of
 from workstation.tui.frame import Cell, parse
@@ -97,6 +99,7 @@ def test_a_server_that_goes_away_is_called_down_and_found_again(monkeypatch: pyt
         machine.down = True
         await until(pilot, lambda: "DOWN" in said(app, "head"))
         assert "no server answers" in said(app, "foot") and len(ids(app)) == 3
+        await until(pilot, lambda: app.canvas.table.styles.text_opacity < 1)
         machine.down = False
         await until(pilot, lambda: "READY" in said(app, "head"))
 
@@ -129,7 +132,8 @@ def test_one_frame_as_plain_text_holds_the_numbers_and_no_escape_codes() -> None
     text = plain(parse(json.dumps(Machine().frame()).encode()), "http://h", Glyphs(ascii=False))
     for wanted in ("READY", "15 % held", "aaaa1111", "1,589 tok/s", "one request 20", "shared 10", "cached 30", "free 140"):
         assert wanted in text
-    assert "\x1b" not in text
+    assert "\x1b" not in text and "PCIe" not in text
+    assert "PCIe ↓200M ↑95M · no throttling" in plain(frame_of(machine_in("ready")), "http://h", Glyphs())
 
 
 def test_a_resize_storm_ends_in_a_drawn_screen() -> None:
@@ -151,3 +155,13 @@ def test_a_frame_that_comes_while_the_dashboard_closes_is_not_drawn() -> None:
     drive(Machine(), keep)
     assert not app_after[0].screen_stack
     app_after[0].draw_now()
+
+
+def test_the_maps_box_is_whole_before_the_first_frame() -> None:
+    machine = Machine()
+    machine.down = True
+
+    async def test(app: Dashboard, pilot: Pilot[str]) -> None:
+        await until(pilot, lambda: f"╰{'─' * 118}╯" in screen_text(app)[screen_text(app).index(f"╭─ KV blocks {'─' * 106}╮"):])
+
+    drive(machine, test, owns_server=True)

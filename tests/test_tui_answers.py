@@ -71,8 +71,8 @@ def test_markup_and_escape_codes_of_a_client_are_drawn_as_plain_text() -> None:
     drive(machine, test)
 
 
-def test_clean_drops_every_control_character() -> None:
-    assert clean("a\x00b\x1b]0;t\x07c\u202ed\te\x9bf") == "ab]0;tcdef"
+def test_clean_drops_every_control_character_and_leaves_one_line() -> None:
+    assert clean("a\x00b\x1b]0;t\x07c\u202ed\te\x9bf") == "ab]0;tcd ef"
 
 
 def damage(path: list[Any], value: Any) -> bytes:

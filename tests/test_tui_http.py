@@ -10,7 +10,7 @@ import pytest
 from workstation.tui import http
 from workstation.tui.client import Client
 from workstation.tui.frame import BadAnswerError
-from workstation.tui.http import Answer, Connections, HTTPFault
+from workstation.tui.http import Answer, Connections, HTTPFault, reason
 
 Handler = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -136,3 +136,12 @@ def test_a_key_that_no_header_may_hold_is_refused() -> None:
     for key in ("a\r\nx: y", "schlüssel"):
         with pytest.raises(HTTPFault, match="characters"):
             Connections("http://h", {"Authorization": f"Bearer {key}"})
+
+
+@pytest.mark.parametrize(("error", "words"), [
+    (OSError(111, "Connect call failed ('127.0.0.1', 8000)"), "Connection refused"),
+    (OSError("Multiple exceptions: [Errno 111] Connect call failed ('::1', 8000, 0, 0), [Errno 111]"), "Connection refused"),
+    (OSError(-2, "Name or service not known"), "Name or service not known"), (OSError(), "OSError"),
+])  # fmt: skip
+def test_a_connection_that_fails_says_why_in_two_words(error: OSError, words: str) -> None:
+    assert reason(error) == words

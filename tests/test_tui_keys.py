@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from dashboards import (
     Machine,
     drive,
@@ -21,7 +22,8 @@ from textual.pilot import Pilot
 from textual.widgets import Input, Static
 
 from workstation.tui.app import THEMES, Dashboard
-from workstation.tui.screens import KEYS, Question, Sheet
+from workstation.tui.drawing import Glyphs
+from workstation.tui.screens import KEYS, Question, Sheet, keys
 
 
 def test_s_sorts_by_the_next_column() -> None:
@@ -50,7 +52,8 @@ def test_enter_opens_the_details_of_the_chosen_request() -> None:
         await until(pilot, lambda: isinstance(app.screen, Sheet))
         await pilot.pause()
         text = str(app.screen.query_one("#sheet-text", Static).render())
-        assert "req-bbbb2222" in text and "temperature 0.7" in text and "1 2 21" in text and "prefill 250 ms" in text
+        for wanted in ("req-bbbb2222", "temperature 0.7   top_k 40\n", "1 2 21", "prefill 250 ms"):
+            assert wanted in text
         await pilot.press("escape")
         assert not isinstance(app.screen, Sheet)
 
@@ -172,17 +175,44 @@ def test_l_opens_the_log_and_the_panel_holds_its_newest_lines() -> None:
         assert "line 59 [/red][31m" in "\n".join(screen_text(app)) and "line 50" not in said(app, "log")
         await pilot.press("l")
         await until(pilot, lambda: isinstance(app.screen, Sheet))
-        assert "line 1 " in sheet_text(app) and "INFO" in sheet_text(app)
+        await until(pilot, lambda: "line 1 " in sheet_text(app))
+        assert "INFO" in sheet_text(app)
+
+    drive(machine, test)
+
+
+def test_l_in_the_log_takes_the_next_level() -> None:
+    machine = Machine()
+    machine.lines = [{"number": n, "time": 0.0, "level": level, "source": "s", "text": f"a {level} line"}
+                     for n, level in enumerate(("debug", "info", "warning", "error"), 1)]
+
+    async def test(app: Dashboard, pilot: Pilot[str]) -> None:
+        await pilot.press("l")
+        for shown in (("info", "warning", "error"), ("warning", "error"), ("error",), ("debug", "info", "warning", "error")):
+            await until(pilot, lambda shown=shown: [line.split()[3] for line in sheet_text(app).splitlines()] == list(shown))
+            await pilot.press("l")
 
     drive(machine, test)
 
 
 def test_every_key_of_the_help_does_something() -> None:
+    bound = {key for binding in Dashboard.BINDINGS for key in binding.key.split(",")}  # type: ignore[union-attr]
+    names = {"?": "question_mark", "/": "slash", "Esc": "escape"}
+    elsewhere = {"Tab", "↑ ↓", "Enter", "Ctrl+P"}  # of Textual, the table and the map
+    for key, _ in KEYS:
+        assert key in elsewhere or names.get(key, key) in bound
+
+
+@pytest.mark.parametrize("width", [20, 66, 68, 106])
+def test_the_help_is_as_wide_as_its_sheet(width: int) -> None:
+    lines = keys(Glyphs(), width).plain.splitlines()[:-1]
+    assert max(map(len, lines)) <= max(width, 32) and all(f"{key:<7} {what}" in "\n".join(lines) for key, what in KEYS)
+
+
+def test_the_palette_has_every_key_and_no_quit_that_asks_nothing() -> None:
     async def test(app: Dashboard, pilot: Pilot[str]) -> None:
-        bound = {key for binding in app.BINDINGS for key in binding.key.split(",")}  # type: ignore[union-attr]
-        names = {"?": "question_mark", "/": "slash", "Esc": "escape"}
-        for key in ("?", "q", "x", "s", "/", "space", "h", "g", "l", "t", "Esc"):
-            assert f" {key} " in KEYS and names.get(key, key) in bound
+        commands = {command.title: command.help for command in app.get_system_commands(app.screen)}
+        assert "Quit" not in commands and commands["quit"] == "key q" and commands["filter"] == "key /"
 
     drive(Machine(), test)
 
@@ -194,7 +224,7 @@ def test_tab_goes_to_the_map_whose_cells_the_arrows_tell() -> None:
         assert app.focused is app.canvas.map
         await pilot.press("right", "right", "right")
         await until(pilot, lambda: "aaaa1111 tokens" in said(app, "legend"))
-        assert said(app, "legend").strip() == "block 3: 1 held by one · aaaa1111 tokens 48 to 64 · 1 references · age 3.0 s"
+        assert said(app, "legend").strip() == "block 3: 1 held by one · aaaa1111 tokens 48-64 · 1 reference · age 3.0 s"
         await pilot.press("tab")
         await until(pilot, lambda: "one request" in said(app, "legend"))
 
@@ -233,5 +263,21 @@ def test_a_long_table_scrolls_with_its_cursor() -> None:
         await pilot.pause()
         chosen = app.canvas.table.chosen_id
         assert chosen is not None and chosen[-8:] in "\n".join(screen_text(app))
+
+    drive(machine, test)
+
+
+def test_a_table_scrolled_to_its_end_stays_filled_when_most_requests_end() -> None:
+    machine = Machine()
+    machine.rows = [row(f"req-{number:08d}", 500.0 - number) for number in range(300)]
+
+    async def test(app: Dashboard, pilot: Pilot[str]) -> None:
+        await until(pilot, lambda: len(ids(app)) == 300)
+        await pilot.press("end")
+        machine.rows = machine.rows[:40]
+        await until(pilot, lambda: len(ids(app)) == 40)
+        await pilot.pause()
+        text = "\n".join(screen_text(app))
+        assert ">00000039" in text and "00000035" in text and app.canvas.table.max_scroll_y == app.canvas.table.scroll_y
 
     drive(machine, test)

@@ -108,7 +108,8 @@ def test_the_numbers_on_screen_are_those_of_stats_and_of_metrics(demo: tuple[Pop
         assert stats["batch"]["running"] == data["batch"]["running"] == 3 and data["blocks"]["total"] == total
         wanted = ["3 running 0 waiting", f"rows 3/{data['model']['max_num_seqs']}", f"{total:,} × 16 tokens"]
         wanted += [word for row in data["requests"] for word in (row["client"], row["id"][-8:])]
-        await until(pilot, lambda: all(word in text_of(app) for word in wanted))  # a busy machine draws a frame late
+        # A busy machine draws a frame late; numbers stand at fixed places.
+        await until(pilot, lambda: all(word in re.sub(" +", " ", text_of(app)) for word in wanted))
         assert {row["id"] for row in stats["requests"]} == set(app.canvas.table.ids)
 
     under_load(demo[1].base_url, 3, test)
@@ -234,4 +235,5 @@ def test_stopping_waits_for_the_servers_end(tmp_path: Path) -> None:
 def test_json_is_the_frame_itself(demo: tuple[Popen[bytes], RunningServer], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(["top", demo[1].base_url, "--json"])
-    assert json.loads(capsys.readouterr().out)["model"]["name"] == "demo"
+    printed, whole = json.loads(capsys.readouterr().out), httpx.get(f"{demo[1].base_url}/stats?cells=400").json()
+    assert printed["model"] == whole["model"] and printed.keys() == whole.keys()

@@ -56,7 +56,7 @@ def test_a_recorded_map_is_folded_into_a_smaller_screen(tmp_path: Path) -> None:
             await replay.close()
 
     frame = asyncio.run(go())
-    assert frame.count == 7 and (sum(frame.owned), sum(frame.shared), sum(frame.cached), sum(frame.free)) == (20, 10, 30, 140)
+    assert frame.count == 7 and [sum(cells) for cells in zip(*map(frame.cell, range(7)), strict=True)] == [20, 10, 30, 140]
 
 
 def test_watching_records_every_frame_and_the_recording_plays(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -102,3 +102,10 @@ def test_a_picture_of_an_impossible_size_is_refused(size: str, tmp_path: Path, c
     with pytest.raises(SystemExit) as ended:
         main(["top", "--replay", str(tmp_path / "frames"), "--svg", str(tmp_path / "a.svg"), "--size", size])
     assert ended.value.code == 2 and "--size" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [("--once", "--json"), ("--json", "--svg", "x.svg"), ("--once", "--size", "80x24")])
+def test_ways_to_show_one_frame_are_refused_together(options: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["top", "http://127.0.0.1:9", *options])
+    assert ended.value.code == 2 and capsys.readouterr().err.count("\n") == 1

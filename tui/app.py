@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import ExitStack
 from typing import Any, ClassVar, TypeVar
 
 from rich.text import Text
@@ -23,10 +23,9 @@ from workstation.tui.drawing import Glyphs
 from workstation.tui.frame import BadAnswerError, Frame, clean
 from workstation.tui.map_view import MapView
 from workstation.tui.request_table import ORDERS, RequestTable
-from workstation.tui.screens import Choice, Question, Sheet, keys
+from workstation.tui.screens import Choice, LogSheet, Question, Sheet, keys
 
 RETRY_SECONDS = 1.0
-SLOW_SECONDS = 1.0
 MAX_BLOCKS = 1024
 LOG_LINES = 200
 THEMES = ("textual-dark", "textual-light", "nord", "gruvbox", "solarized-light", "ansi-dark")
@@ -64,8 +63,9 @@ class Dashboard(App[str]):
         self._owns_server = owns_server
         self._waiting = waiting or (lambda: "connecting")
         self._period = 1.0 / rate
-        self._lines: list[dict[str, Any]] = []
         self._look, self._hurry = asyncio.Event(), asyncio.Event()
+        self._moved = True
+        self._held = ExitStack()
 
     # ── layout ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -73,13 +73,15 @@ class Dashboard(App[str]):
         yield from self.canvas.widgets()
 
     def get_system_commands(self, screen: Screen[Any]) -> Iterable[SystemCommand]:
-        """What the palette (Ctrl+P) lists: Textual's own, and every key of ours."""
-        yield from super().get_system_commands(screen)
+        """What the palette (Ctrl+P) lists: Textual's own, save the quit that asks nothing, and every key of ours."""
+        yield from (command for command in super().get_system_commands(screen) if command.title != "Quit")
         for binding in self.BINDINGS:
             if isinstance(binding, Binding) and binding.description:
-                yield SystemCommand(binding.description, f"key {binding.key}", getattr(self, f"action_{binding.action}"))
+                name = {"question_mark": "?", "slash": "/"}.get(binding.key, binding.key.partition(",")[0])
+                yield SystemCommand(binding.description, f"key {name}", getattr(self, f"action_{binding.action}"))
 
     def on_mount(self) -> None:
+        self._held.enter_context(self.batch_update())  # the first picture has its numbers; an empty one before it costs as much
         self.canvas.title()
         self.canvas.table.focus()
         self.canvas.fit(self.screen_stack[0], self.size.width, self.size.height)
@@ -89,6 +91,7 @@ class Dashboard(App[str]):
 
     def _begin(self) -> None:
         self.draw_now()
+        self._held.close()
         self.watch_server()
         self.watch_slowly()
         self.watch_cell()
@@ -128,6 +131,8 @@ class Dashboard(App[str]):
                 self.take(frame)
             if not self.frozen or self.trouble:
                 self.draw()
+            if self.canvas.due(within=self._period):
+                self._hurry.set()
             await asyncio.sleep(max(0.02, pause - (time.monotonic() - began)))
 
     def take(self, frame: Frame) -> None:
@@ -139,16 +144,16 @@ class Dashboard(App[str]):
 
     @work(exclusive=True, group="slow")
     async def watch_slowly(self) -> None:
-        """Once a second, and when another request is chosen: that request (its blocks are lit) and the log."""
+        """Before figures are drawn, and when another request was chosen: that request (its blocks are lit) and the log."""
         while True:
             if not (self.frozen or self.trouble or self.newest is None):
+                moved, self._moved = self._moved, False
                 await self._show_chosen(self.newest)
-                self._lines = await self._or_none(self.source.log(LOG_LINES)) or self._lines
-                self.canvas.draw_log(self._lines)
+                self.canvas.lines = await self._or_none(self.source.log(LOG_LINES)) or self.canvas.lines
+                if moved:
+                    self.draw_now()
+            await self._hurry.wait()
             self._hurry.clear()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SLOW_SECONDS):
-                    await self._hurry.wait()
 
     async def _show_chosen(self, frame: Frame) -> None:
         chosen = self.canvas.table.chosen_id
@@ -156,13 +161,13 @@ class Dashboard(App[str]):
         blocks: set[int] = set()
         if answer is not None:
             blocks = {block for sample in answer["samples"] for table in sample["tables"] for block in table}
-        self.canvas.lit = frame.cells_of(blocks)
-        self.canvas.draw_side(answer)
+        self.canvas.lit, self.canvas.details = frame.cells_of(blocks), answer
         sheet = self.screen_stack[-1] if self.screen_stack else None
         if isinstance(sheet, Sheet) and answer is not None and sheet.subject == chosen:
             sheet.show(details(answer, self.canvas.glyphs))
 
     def on_request_table_moved(self) -> None:
+        self._moved = True
         self._hurry.set()
 
     async def _or_none(self, asked: Awaitable[Answer]) -> Answer | None:
@@ -194,7 +199,7 @@ class Dashboard(App[str]):
     # ── keys ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def action_help(self) -> None:
-        self._open("Keys", keys(self.canvas.glyphs))
+        self._open("Keys", keys(self.canvas.glyphs, self.size.width * 9 // 10 - 4))  # the sheet's, see app.tcss
 
     def action_freeze(self) -> None:
         self.frozen = not self.frozen
@@ -209,6 +214,11 @@ class Dashboard(App[str]):
         themes = [name for name in THEMES if name in self.available_themes]
         at = themes.index(self.theme) if self.theme in themes else -1
         self.theme = themes[(at + 1) % len(themes)]
+        self.call_after_refresh(self.draw_now)
+
+    def on_descendant_focus(self) -> None:
+        """The lower border of the map's box follows the others."""
+        self.call_after_refresh(self.draw_now)
 
     def action_sort(self) -> None:
         self.canvas.order = ORDERS[(ORDERS.index(self.canvas.order) + 1) % len(ORDERS)]
@@ -234,10 +244,19 @@ class Dashboard(App[str]):
         self.canvas.table.focus()
 
     def action_log(self) -> None:
-        self._open("Log", log_lines(self._lines) if self._lines else Text("nothing was said yet"))
+        self._push(LogSheet(self._read_log))
+
+    async def _read_log(self, level: str) -> Text:
+        try:
+            lines = await self.source.log(LOG_LINES, level)
+        except BadAnswerError as error:
+            return Text(str(error))
+        return log_lines(lines) if lines else Text("nothing was said yet")
 
     def _open(self, title: str, text: Text, subject: str = "") -> None:
-        sheet = Sheet(title, text, subject)
+        self._push(Sheet(title, text, subject))
+
+    def _push(self, sheet: Sheet) -> None:
         sheet.set_class(self.canvas.glyphs.ascii, "ascii")
         self.push_screen(sheet)
 

@@ -6,17 +6,19 @@ import time
 from collections.abc import Iterable
 from typing import Any
 
+from rich.style import Style
 from rich.text import Text
 from textual.containers import Horizontal, Vertical
 from textual.screen import Screen
 from textual.widget import Widget
-from textual.widgets import Input, Static
+from textual.widgets import Input
 
 from workstation.tui import gpu_panels, panels
 from workstation.tui.details import cell_line, details, log_lines
-from workstation.tui.drawing import AMBER, RED, Glyphs, clock
+from workstation.tui.drawing import AMBER, RED, Glyphs, clock, fitting
 from workstation.tui.frame import Frame
 from workstation.tui.map_view import MapView
+from workstation.tui.panel import Panel
 from workstation.tui.request_table import ORDERS, RequestTable, chosen
 
 SLOW_SECONDS = 0.95
@@ -26,7 +28,12 @@ KEYS = ["? help", "q quit", "/ filter", "s sort", "Enter details", "x abort", "s
 
 
 class Canvas:
-    """All panels, and what decides how they look: filter, order, heat, the cell that is pointed at."""
+    """All panels, and what decides how they look: filter, order, heat, the cell that is pointed at.
+
+    Attributes:
+        lit: cells of the chosen request.  pointed: the cell that is pointed at.  blocks: the answer about that cell.
+        details: the answer about the chosen request.  lines: the log's newest.
+    """
 
     def __init__(self, glyphs: Glyphs) -> None:
         self.glyphs = glyphs
@@ -37,33 +44,35 @@ class Canvas:
         self.lit: set[int] = set()
         self.pointed: int | None = None
         self.blocks: dict[str, Any] | None = None
-        names = ("head", "memory", "gpu", "legend", "loading", "batch", "speed", "side", "log", "foot")
-        self._statics = {name: Static(id=name, markup=False) for name in names}
+        self.details: dict[str, Any] | None = None
+        self.lines: list[dict[str, Any]] = []
+        names = ("head", "memory", "gpu", "legend", "map-foot", "loading", "batch", "speed", "side", "log", "foot")
+        self._panels = {name: Panel(name) for name in names}
         self.map = MapView(glyphs, "map")
         self.table = RequestTable("requests")
         self.filter = Input(placeholder="filter by id, client, route or state", id="filter")
-        self._card = Horizontal(self._statics["memory"], self._statics["gpu"], id="card")
-        self._map_box = Vertical(self.map, self._statics["loading"], self._statics["legend"], id="map-box")
-        self._placed: dict[str, Text] = {}
+        self._card = Horizontal(self._panels["memory"], self._panels["gpu"], id="card")
+        self._map_box = Vertical(self.map, self._panels["loading"], self._panels["legend"], id="map-box")
         self._slowly_drawn = -SLOW_SECONDS
+        self._state = ""
 
     def widgets(self) -> Iterable[Widget]:
         """In the order of the screen."""
-        static = self._statics
-        yield static["head"]
+        panel = self._panels
+        yield panel["head"]
         yield self._card
-        yield self._map_box
-        yield Horizontal(static["batch"], static["speed"], id="figures")
-        yield Horizontal(self.table, static["side"], id="lower")
-        yield static["log"]
+        yield Vertical(self._map_box, panel["map-foot"], id="map-frame")
+        yield Horizontal(panel["batch"], panel["speed"], id="figures")
+        yield Horizontal(self.table, panel["side"], id="lower")
+        yield panel["log"]
         yield self.filter
-        yield static["foot"]
+        yield panel["foot"]
 
     def title(self) -> None:
         """The borders' names, once the widgets are there."""
         titles = {"memory": "Memory", "gpu": "GPU", "batch": "Batch", "speed": "Speed", "side": "Request", "log": "Log"}
         for name, title in titles.items():
-            self._statics[name].border_title = title
+            self._panels[name].border_title = title
         self._map_box.border_title, self.table.border_title = "KV blocks", "Requests"
 
     def fit(self, screen: Screen[Any], width: int, height: int) -> None:
@@ -79,34 +88,43 @@ class Canvas:
         """Draw everything next time: something that a key decides has changed."""
         self._slowly_drawn = -SLOW_SECONDS
 
+    def due(self, within: float = 0.0) -> bool:
+        """Whether the figures are to be drawn by then. within: seconds from now."""
+        return time.monotonic() + within - self._slowly_drawn >= SLOW_SECONDS
+
     def draw(self, screen: Screen[Any], frame: Frame | None, url: str, trouble: str, frozen: bool,
              waiting: str = "") -> None:
         """Everything, from the newest frame; after a failure its last picture stays, with its age.
 
         waiting: what goes on before there is a frame.
         """
-        width = screen.size.width
-        self.place("head", panels.head(frame, url, trouble or waiting, width, panels.age_of(frame)))
         screen.set_class(bool(trouble) and frame is not None, "down")
         if frame is None:
+            self.place("head", panels.head(None, url, trouble or waiting, screen.size.width, 0.0))
             self.place("foot", self._foot(None, trouble, frozen, set()))
+            self._draw_map_foot(None)
             return
         self._draw_map(screen, frame)
-        if trouble or time.monotonic() - self._slowly_drawn >= SLOW_SECONDS:
+        before, self._state = self._state, trouble or frame.data["server"]["state"]
+        due = self.due()
+        if due:
             self._slowly_drawn = time.monotonic()
+        if due or self._state != before or not frame.count:
+            self.place("head", panels.head(frame, url, trouble, screen.size.width, panels.age_of(frame)))
             self._draw_slowly(screen, frame, trouble, frozen)
 
     def _draw_slowly(self, screen: Screen[Any], frame: Frame, trouble: str, frozen: bool) -> None:
-        """Figures: nobody reads them faster than once a second, and drawing them is most of what a dashboard costs."""
+        """What nobody reads faster than once a second. All of it at once: a refresh costs more than what is drawn in it."""
+        lines = 3 if screen.has_class("tall") else 2
         for name, make in (("batch", panels.batch), ("speed", panels.speed)):
-            self.place(name, make(frame, self.history, self.glyphs, self._width(name)))
+            self.place(name, make(frame, self.history, self.glyphs, self._width(name), lines))
         self._draw_card(frame, screen.has_class("tall"))
-        subtitle = self.glyphs.plain(panels.blocks_line(frame, self._map_box.size.width - 6)) if frame.count else ""
-        self._subtitle(self._map_box, subtitle)
+        self._draw_map_foot(frame)
         if frame.count:
             self.draw_legend(frame)
         stuck = self.history.stuck(frame)
         self._draw_requests(frame, stuck)
+        self._draw_beside()
         self.place("foot", self._foot(frame, trouble, frozen, stuck))
 
     def _subtitle(self, widget: Widget, text: str) -> None:
@@ -115,28 +133,25 @@ class Canvas:
             widget.border_subtitle = text
 
     def _width(self, name: str) -> int:
-        return self._statics[name].content_size.width
+        return self._panels[name].content_size.width
 
     def place(self, name: str, text: Text) -> None:
-        """Put text into a panel, if it says anything new."""
+        """Put text into a panel."""
         if self.glyphs.ascii:
             text.plain = self.glyphs.plain(text.plain)
-        if self._placed.get(name) != text:
-            self._placed[name] = text
-            self._statics[name].update(text, layout=False)  # panels keep their size
+        self._panels[name].show(text)
 
     def _draw_card(self, frame: Frame, tall: bool) -> None:
-        lines = gpu_panels.memory_lines(frame) if tall else 1
+        wanted = gpu_panels.memory_lines(frame, tall) + (2 if tall else 0)
         for name in ("memory", "gpu"):
-            style = self._statics[name].styles
-            wanted = lines + 2 if tall else 1
+            style = self._panels[name].styles
             if style.height is None or style.height.value != wanted:
                 style.height = wanted
-        self.place("memory", gpu_panels.memory(frame, self._width("memory"), self.glyphs, lines))
+        self.place("memory", gpu_panels.memory(frame, self._width("memory"), self.glyphs, tall))
         if tall:
-            load = self.glyphs.spark(self.history.load, 12)
-            self.place("gpu", gpu_panels.readings(frame, load, self._width("gpu")))
-            self._subtitle(self._statics["gpu"], gpu_panels.throttling(frame))
+            load, width = self.glyphs.spark(self.history.load, 12, 1.0), self._width("gpu")
+            self.place("gpu", gpu_panels.readings(frame, load, width))
+            self._subtitle(self._panels["gpu"], self.glyphs.plain(gpu_panels.bottom_line(frame, width)))
 
     def _draw_map(self, screen: Screen[Any], frame: Frame) -> None:
         empty = not frame.count
@@ -147,11 +162,15 @@ class Canvas:
             return
         self.map.feed(frame, self.lit, self.heat)
 
+    def _draw_map_foot(self, frame: Frame | None) -> None:
+        border = Style(color=self._map_box.styles.border_top[1].rich_color)
+        self.place("map-foot", panels.map_foot(frame, self._width("map-foot"), self.glyphs, border))
+
     def draw_legend(self, frame: Frame) -> None:
         """The map's last line: what the shapes mean, or what is in the cell that is pointed at."""
         shown = frame.fitted(self.map.room)
         if self.pointed is not None and self.pointed < shown.count:
-            self.place("legend", cell_line(shown, self.pointed, self.blocks))
+            self.place("legend", cell_line(shown, self.pointed, self.blocks, self._width("legend")))
         else:
             heat = self.heat and frame.heat is not None
             self.place("legend", panels.legend(frame, self.glyphs, shown.count, heat, self._width("legend")))
@@ -172,16 +191,14 @@ class Canvas:
         advised = panels.advice(frame, self.history, stuck) if frame is not None else ""
         if advised:
             return Text(f" {advised}", style=AMBER, no_wrap=True)
-        return Text(f" {panels.fitting(KEYS, '  ', self._width('foot') - 1)}", no_wrap=True)
+        return Text(f" {fitting(KEYS, '  ', self._width('foot') - 1)}", no_wrap=True)
 
-    def draw_side(self, answer: dict[str, Any] | None) -> None:
-        """A wide screen's details of the chosen request."""
+    def _draw_beside(self) -> None:
+        """A wide screen's details of the chosen request; as many of the log's newest lines as there is room for."""
+        answer = self.details
         self.place("side", Text("") if answer is None else details(answer, self.glyphs, self._width("side")))
-
-    def draw_log(self, lines: list[dict[str, Any]]) -> None:
-        """As many of the newest lines as there is room for."""
-        room = max(1, self._statics["log"].content_size.height)
-        self.place("log", log_lines(lines[-room:]))
+        room = max(1, self._panels["log"].content_size.height)
+        self.place("log", log_lines(self.lines[-room:]))
 
 
 def unmarked(words: str) -> str:

@@ -24,7 +24,7 @@ class Source(Protocol):
 
     async def cards(self) -> dict[str, Any]: ...
 
-    async def log(self, lines: int) -> list[dict[str, Any]]: ...
+    async def log(self, lines: int, level: str = "info") -> list[dict[str, Any]]: ...
 
     async def abort(self, request_id: str) -> None: ...
 
@@ -81,9 +81,9 @@ class Client:
         """The machine's cards and the processes on the engine's."""
         return await self._answer("/stats/gpu", CardsAnswer)
 
-    async def log(self, lines: int) -> list[dict[str, Any]]:
-        """The log's newest lines, oldest first."""
-        found: list[dict[str, Any]] = (await self._answer(f"/stats/log?lines={lines}", LogAnswer))["lines"]
+    async def log(self, lines: int, level: str = "info") -> list[dict[str, Any]]:
+        """The log's newest lines of a level and graver, oldest first."""
+        found: list[dict[str, Any]] = (await self._answer(f"/stats/log?lines={lines}&level={level}", LogAnswer))["lines"]
         return found
 
     async def abort(self, request_id: str) -> None:

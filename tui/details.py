@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.text import Text
 
-from workstation.tui.drawing import AMBER, DASH, RED, Glyphs, seconds
+from workstation.tui.drawing import AMBER, DASH, RED, Glyphs, fitting, seconds
 from workstation.tui.frame import Frame
 
 STATES = ("free", "held by one", "shared", "cached")
@@ -16,7 +16,7 @@ MAX_SHOWN = 200
 
 
 def details(answer: dict[str, Any], glyphs: Glyphs, width: int = 60) -> Text:
-    """A request: why it missed, sampling, where its time went, its block tables."""
+    """A request: why it missed, sampling, where its time went, its text if the server shows it, its block tables."""
     row = answer["request"]
     text = Text(f"{row['id']}\n", style="bold")
 
@@ -33,6 +33,10 @@ def details(answer: dict[str, Any], glyphs: Glyphs, width: int = 60) -> Text:
     say("")
     say("   ".join(f"{name} {value}" for name, value in answer["sampling"].items() if value is not None))
     say("")
+    if answer.get("text"):
+        for name, words in (("prompt", answer["text"]["prompt"]), *(("answer", words) for words in answer["text"]["answers"])):
+            say(f"{name}, its end: {words.strip() or DASH}", "dim" if name == "prompt" else "")
+        say("")
     for sample in answer["samples"]:
         for group, table in enumerate(sample["tables"]):
             shown = " ".join(map(str, table[:MAX_SHOWN]))
@@ -60,31 +64,32 @@ def _timeline(spent: dict[str, float | None], glyphs: Glyphs, width: int) -> Tex
     return text.append("\n")
 
 
-def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None) -> Text:
-    """A cell of the map in one line: its blocks, their owners with token ranges, references, ages."""
+def cell_line(frame: Frame, cell: int, answer: dict[str, Any] | None, width: int) -> Text:
+    """A cell of the map in one line: its blocks, their owners with token ranges, references, ages; as many as fit."""
     first, last = frame.span(cell)
     name = f"block {first:,}" if first == last else f"blocks {first:,} to {last:,}"
     if answer is None:
         return Text(f" {name}", no_wrap=True)
     rows = answer["blocks"]
-    states = [f"{number} {STATES[state]}" for state in (1, 2, 3, 0) if (number := sum(row["state"] == state for row in rows))]
-    parts = [f" {name}: {', '.join(states)}"]
+    # What is left is free; it is said only of a cell that is free altogether.
+    states = [f"{number} {STATES[state]}" for state in (1, 2, 3) if (number := sum(row["state"] == state for row in rows))]
+    parts = [f" {name}: {', '.join(states) or STATES[0]}"]
     owners: dict[str, list[int]] = {}
     for row in rows:
         for owner in row["owners"]:
             span = owners.setdefault(owner["request_id"], [owner["begin"], owner["end"]])
             span[0], span[1] = min(span[0], owner["begin"]), max(span[1], owner["end"])
-    parts += [f"{owner[-8:]} tokens {span[0]:,} to {span[1]:,}" for owner, span in list(owners.items())[:3]]
+    parts += [f"{owner[-8:]} tokens {span[0]:,}-{span[1]:,}" for owner, span in list(owners.items())[:3]]
     if len(owners) > 3:
         parts.append(f"{len(owners) - 3} more")
     references = max((row["refs"] for row in rows), default=0)
     if references:
-        parts.append(f"at most {references} references" if len(rows) > 1 else f"{references} references")
+        parts.append(f"{'at most ' if len(rows) > 1 else ''}{references} reference{'' if references == 1 else 's'}")
     ages = [row["age"] for row in rows if row.get("age") is not None]
     if ages:
         youngest, oldest = seconds(min(ages)), seconds(max(ages))
         parts.append(f"age {youngest}" if youngest == oldest else f"age {youngest} to {oldest}")
-    return Text(" · ".join(parts), no_wrap=True)
+    return Text(fitting(parts, " · ", width), no_wrap=True)
 
 
 def log_lines(lines: list[dict[str, Any]]) -> Text:

@@ -47,12 +47,12 @@ class Glyphs:
         """The text, in ASCII where that is asked for; as long as before."""
         return text.translate(TO_ASCII) if self.ascii else text
 
-    def spark(self, values: Sequence[float], width: int) -> str:
-        """The newest `width` values, scaled to the largest of them."""
+    def spark(self, values: Sequence[float], width: int, top: float = 0.0) -> str:
+        """The newest `width` values, scaled to `top`, or to the largest of them."""
         bars = self.bars
-        shown = list(values)[-width:]
-        top = max(shown, default=0.0)
-        line = "".join(bars[min(7, int(value / top * 7.999)) if top > 0 else 0] for value in shown)
+        shown = list(values)[-width:] if width > 0 else []
+        top = top or max(shown, default=0.0)
+        line = "".join(bars[max(0, min(7, int(value / top * 7.999))) if top > 0 else 0] for value in shown)
         return line.rjust(width)
 
     def bar(self, parts: Sequence[tuple[float, str]], total: float, width: int) -> Text:
@@ -86,6 +86,13 @@ def block_rows(frame: Frame, width: int, glyphs: Glyphs) -> str:
     looks = (state_of(frame.cell(number)) for number in range(frame.count))
     drawn = "".join(glyphs.shapes[name][0 if full else 1] for name, full in looks)
     return "\n".join(drawn[at:at + width] for at in range(0, len(drawn), width))
+
+
+def fitting(parts: list[str], gap: str, width: int) -> str:
+    """As many of the parts, from the first, as fit."""
+    while len(parts) > 1 and len(gap.join(parts)) > width:
+        parts = parts[:-1]
+    return gap.join(parts)
 
 
 def gib(size: float | None) -> str:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import base64
 import unicodedata
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from workstation.tui.shapes import FrameAnswer, Versioned, decode
 
 VERSION = 1
 MAX_TEXT = 400
+BREAKS = str.maketrans("\n\t", "  ")
 MAX_CELLS = 4096
 
 
@@ -21,11 +24,11 @@ class BadAnswerError(Exception):
 
 
 def clean(text: object) -> str:
-    """Text that came from elsewhere, without control and formatting characters (escape codes, bidi marks, line breaks)."""
+    """Text that came from elsewhere, without control and formatting characters (escape codes, bidi marks); in one line."""
     short = str(text)[:MAX_TEXT]
     if short.isprintable():
         return short
-    return "".join(char for char in short if unicodedata.category(char)[0] != "C")
+    return "".join(char for char in short.translate(BREAKS) if unicodedata.category(char)[0] != "C")
 
 
 def scrub(value: Any) -> Any:
@@ -62,15 +65,17 @@ class Frame:
 
     Attributes:
         data: the answer as in docs/stats.md, strings cleaned.
-        owned, shared, cached, free: blocks of each cell.  heat: 0 to 255 a cell, when it was asked for.
+        owned, shared, cached: blocks of each cell in these states.  sizes: all blocks of each cell, the free ones as well.
+        heat: 0 to 255 a cell, when it was asked for.  body: the answer as it came.
     """
 
     data: dict[str, Any]
-    owned: list[int]
-    shared: list[int]
-    cached: list[int]
-    free: list[int]
+    owned: Sequence[int]
+    shared: Sequence[int]
+    cached: Sequence[int]
+    sizes: Sequence[int]
     heat: bytes | None = None
+    body: bytes = b""
 
     @property
     def requests(self) -> list[dict[str, Any]]:
@@ -83,7 +88,8 @@ class Frame:
         return len(self.owned)
 
     def cell(self, number: int) -> Cell:
-        return Cell(self.owned[number], self.shared[number], self.cached[number], self.free[number])
+        owned, shared, cached = self.owned[number], self.shared[number], self.cached[number]
+        return Cell(owned, shared, cached, self.sizes[number] - owned - shared - cached)
 
     def span(self, cell: int) -> tuple[int, int]:
         """First and last block (1-based, both included) of a cell."""
@@ -100,10 +106,10 @@ class Frame:
         if self.count <= room:
             return self
         edges = [self.count * cell // room for cell in range(room + 1)]
-        owned, shared, cached, free = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
-                                       for values in (self.owned, self.shared, self.cached, self.free))
+        owned, shared, cached, sizes = ([sum(values[begin:end]) for begin, end in pairwise(edges)]
+                                        for values in (self.owned, self.shared, self.cached, self.sizes))
         heat = None if self.heat is None else bytes(max(self.heat[begin:end]) for begin, end in pairwise(edges))
-        return Frame(self.data, owned, shared, cached, free, heat)
+        return Frame(self.data, owned, shared, cached, sizes, heat, self.body)
 
 
 def parse(body: bytes) -> Frame:
@@ -111,7 +117,7 @@ def parse(body: bytes) -> Frame:
     try:
         data = read(body, FrameAnswer)
         if data["version"] == VERSION:
-            return _frame(data)
+            return _frame(data, body)
     except ValueError:  # something is missing, or the map's numbers do not fit each other
         pass
     try:
@@ -123,24 +129,28 @@ def parse(body: bytes) -> Frame:
     raise BadAnswerError("the frame of /stats is damaged")
 
 
-def _frame(data: dict[str, Any]) -> Frame:
+def _frame(data: dict[str, Any], body: bytes) -> Frame:
     folded, total = data["blocks"]["cells"], data["blocks"]["total"]
     count, width = folded["count"], folded["width"]
     if not (0 <= count <= min(MAX_CELLS, total) and width in (1, 2, 4)) or (total > 0) != (count > 0):
         raise ValueError("a map of this size was not asked for")
     owned, shared, cached = (_numbers(folded[name], width, count) for name in ("owned", "shared", "cached"))
-    edges = [total * cell // count for cell in range(count + 1)] if count else [0]
-    free = [edges[i + 1] - edges[i] - owned[i] - shared[i] - cached[i] for i in range(count)]
-    heat = folded.get("heat")
-    return Frame(data, owned, shared, cached, free, None if heat is None else bytes(_numbers(heat, 1, count)))
+    heat = None if folded.get("heat") is None else bytes(_numbers(folded["heat"], 1, count))
+    return Frame(data, owned, shared, cached, _sizes(total, count), heat, body)
 
 
-def _numbers(text: str, width: int, count: int) -> list[int]:
+@lru_cache(4)
+def _sizes(total: int, count: int) -> Sequence[int]:
+    """Blocks of each cell: the same object for every frame of a screen."""
+    return array("Q", [total * (cell + 1) // count - total * cell // count for cell in range(count)])
+
+
+def _numbers(text: str, width: int, count: int) -> Sequence[int]:
     data = base64.b64decode(text, validate=True)
     if len(data) != width * count:
         raise ValueError("a list of cells has the wrong length")
     if width == 1:
-        return list(data)
+        return data
     values = array("H" if width == 2 else "I")
     values.frombytes(data)
-    return values.tolist()
+    return values

@@ -33,31 +33,36 @@ def shares(frame: Frame) -> tuple[str, list[float], float, float | None]:
     return "VRAM", [weights, kv, graphs, work, others], gpu["total_bytes"], used
 
 
-def memory(frame: Frame, width: int, glyphs: Glyphs, lines: int) -> Text:
-    """The bar, under it what its parts are, then a bar for each of the other cards."""
+def memory(frame: Frame, width: int, glyphs: Glyphs, tall: bool = True) -> Text:
+    """The bar, under it (in tall panels) what its parts are, then a bar for each of the other cards."""
     name, parts, total, used = shares(frame)
     right = f"{gib(used)}/{gib(total)} GiB" if name == "VRAM" else f"process {gib(used)} GiB"
-    if lines == 1 and width >= 70:
+    if not tall and width >= 70:
         right += _short(frame)
-    text = Text(f" {name} ", no_wrap=True)
+    own = [card["index"] for card in frame.data.get("cards", []) if card["own"]]
+    label = f"GPU{own[0]}" if own and _other_cards(frame) else name
+    text = Text(f" {label} ", no_wrap=True)
     colours = [colour for _, colour in PARTS]
-    bar = glyphs.bar(list(zip(parts, colours, strict=True)), total, max(8, width - len(right) - len(name) - 4))
+    bar = glyphs.bar(list(zip(parts, colours, strict=True)), total, max(8, width - len(right) - len(label) - 4))
     text.append_text(bar).append(f" {right}")
-    if lines > 1:
+    if tall:
         text.append("\n")
-        for (label, colour), size in zip(PARTS, parts, strict=True):
-            if size or label in ("weights", "KV"):
-                text.append(f" {label} ", style="dim").append(gib(size), style=colour)
+        for (part, colour), size in zip(PARTS, parts, strict=True):
+            if size or part in ("weights", "KV"):
+                text.append(f" {part} ", style="dim").append(gib(size), style=colour)
         if used is not None:
             text.append("  free ", style="dim").append(gib(max(0, total - used)) if name == "VRAM" else DASH)
-    for card in _other_cards(frame)[:max(0, lines - 2)]:
+    others, room = _other_cards(frame), memory_lines(frame, tall) - (2 if tall else 1)
+    for card in others[:room if len(others) <= room else room - 1]:
         text.append("\n").append_text(_card_line(card, width, glyphs))
+    if len(others) > room:
+        text.append(f"\n {len(others) - room + 1} more cards: g shows them", style="dim")
     return text
 
 
-def memory_lines(frame: Frame | None) -> int:
+def memory_lines(frame: Frame, tall: bool) -> int:
     """How many lines the panel wants."""
-    return 2 if frame is None else 2 + min(4, len(_other_cards(frame)))
+    return (2 if tall else 1) + min(4 if tall else 3, len(_other_cards(frame)))
 
 
 def _other_cards(frame: Frame) -> list[dict[str, Any]]:
@@ -85,14 +90,14 @@ def readings(frame: Frame, load: str, width: int) -> Text:
     if gpu is None:
         return Text(" no NVIDIA GPU\n util -  temp -  power -", style="dim", no_wrap=True)
     text = Text(f" util {percent(gpu['utilization'])} ", no_wrap=True)
-    text.append(load, style=PARTS[0][1]).append(f" mem {percent(gpu.get('memory_utilization'))}")
-    if width >= 44:
-        text.append(f"  fan {percent(gpu.get('fan'))}")
+    text.append(load, style=PARTS[0][1]).append(f" mem {percent(gpu.get('memory_utilization'))}  fan {percent(gpu.get('fan'))}")
+    clocks = count(gpu.get("clock_mhz"))
     if width >= 56:
-        text.append(f"  PCIe ↓{_rate(gpu.get('pcie_read'))} ↑{_rate(gpu.get('pcie_write'))}")
-    text.append(f"\n {count(gpu['temperature_celsius'])} °C  {count(gpu['power_watts'])}/{count(gpu['power_limit_watts'])} W  "
-                f"{count(gpu.get('clock_mhz'))} MHz  {_joules(gpu)} J/token")
-    return text
+        clocks += f"/{count(gpu.get('memory_clock_mhz'))}"
+    parts = [f"{count(gpu['temperature_celsius'])} °C", f"{count(gpu['power_watts'])}/{count(gpu['power_limit_watts'])} W",
+             f"{clocks} MHz", f"{_joules(gpu)} J/token"]
+    apart = "  ".join(parts)
+    return text.append(f"\n {apart if len(apart) < width else ' '.join(parts)}")
 
 
 def _joules(gpu: dict[str, Any]) -> str:
@@ -108,12 +113,21 @@ def _rate(value: float | None) -> str:
 
 
 def throttling(frame: Frame) -> str:
-    """The panel's bottom line."""
+    """Why the card is held back."""
     gpu = frame.data["gpu"]
     if gpu is None:
         return ""
     reason = gpu.get("throttle")
     return "throttling -" if reason is None else f"throttled: {reason}" if reason else "no throttling"
+
+
+def bottom_line(frame: Frame, width: int) -> str:
+    """What stands in the panel's lower border: the traffic with the host, where there is room for it, and throttling."""
+    gpu = frame.data["gpu"]
+    if gpu is None:
+        return ""
+    whole = f"PCIe ↓{_rate(gpu.get('pcie_read'))} ↑{_rate(gpu.get('pcie_write'))} · {throttling(frame)}"
+    return whole if len(whole) <= width - 4 else throttling(frame)
 
 
 def processes(answer: dict[str, Any], frame: Frame | None) -> Text:
@@ -131,10 +145,12 @@ def processes(answer: dict[str, Any], frame: Frame | None) -> Text:
         text.append(f"{'*' if card['own'] else ' '} GPU{card['index']}  {card['name']}  {gib(card['used_bytes'])}/"
                     f"{gib(card['total_bytes'])} GiB  {percent(card['utilization'])}\n")
     text.append(f"\n{'PID':>8}  {'USER':<12}  {'COMMAND':<20}  {'MiB':>8}\n", style="bold")
-    for row in answer["processes"]:
+    for row in answer["processes"] or []:
         size = None if row["bytes"] is None else row["bytes"] / MIB
         text.append(f"{row['pid']:>8}  {row['user'] or DASH:<12.12}  {row['command'] or DASH:<20.20}  {count(size):>8}"
                     f"{'  this server' if row['own'] else ''}\n", style="" if row["own"] else AMBER)
-    if not answer["processes"]:
+    if answer["processes"] is None:
+        text.append("a recording holds no processes\n", style="dim")
+    elif not answer["processes"]:
         text.append("none that this system shows\n", style="dim")
     return text

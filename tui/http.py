@@ -7,6 +7,8 @@ show its first frame within one second, and ask four times in each that follows,
 from __future__ import annotations
 
 import asyncio
+import os
+import re
 from asyncio import IncompleteReadError, LimitOverrunError, StreamReader, StreamWriter
 from dataclasses import dataclass
 from typing import Any
@@ -80,7 +82,7 @@ class Connections:
         try:
             return await asyncio.open_connection(self._host, self._port, ssl=secure, limit=MAX_HEADER)
         except (OSError, UnicodeError) as error:
-            raise HTTPFault(getattr(error, "strerror", None) or str(error) or type(error).__name__) from None
+            raise HTTPFault(reason(error)) from None
 
     async def _exchange(self, streams: tuple[StreamReader, StreamWriter], method: str, path: str, body: bytes) -> Answer:
         reader, writer = streams
@@ -101,6 +103,16 @@ class Connections:
                 self._idle.append(streams)
             else:
                 _close(writer)
+
+
+def reason(error: OSError | UnicodeError) -> str:
+    """Why there is no connection, in the system's words. asyncio's name the address once more, or several at once."""
+    number = getattr(error, "errno", None)
+    if number is None and (found := re.search(r"\[Errno (\d+)\]", str(error))):
+        number = int(found[1])
+    if number is not None and number > 0:
+        return os.strerror(number)
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
 class _Stale(Exception):

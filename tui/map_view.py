@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import ClassVar
@@ -23,17 +23,43 @@ from workstation.tui.frame import MAX_CELLS, Cell, Frame
 STATES = ("owned", "shared", "cached", "free")
 HELD, WARM = 8, 9
 LIT, CURSOR = 32, 64
+STRIDE = 64  # so many cells are looked at together
+HELD_LOOKS = bytes(HELD if look < STATES.index("free") * 2 else look for look in range(256))
+WARM_LOOKS = bytes(WARM + (age >> 5) if age else 0 for age in range(256))
 
 
 class Looks(dict[tuple[int, int, int, int], int]):
-    """Cell → look, worked out once: most cells are alike."""
+    """Blocks that are owned, shared, cached, and all of a cell → its look, worked out once: most cells are alike."""
 
     def __missing__(self, cell: tuple[int, int, int, int]) -> int:
-        name, full = state_of(Cell(*cell))
-        look = self[cell] = STATES.index(name) * 2 + (not full)
-        if len(self) > 65536:
+        owned, shared, cached, size = cell
+        name, full = state_of(Cell(owned, shared, cached, size - owned - shared - cached))
+        if len(self) >= 65536:
             self.clear()
+        look = self[cell] = STATES.index(name) * 2 + (not full)
         return look
+
+
+class Folded:
+    """The looks of a map's cells, worked out again only where the numbers have changed since the last frame."""
+
+    def __init__(self) -> None:
+        self._looks = Looks()
+        self._before: tuple[Sequence[int], ...] = ()
+        self._cells = bytearray()
+
+    def feed(self, frame: Frame) -> bytearray:
+        """The looks of this frame's cells. The next call changes them: copy before marking any."""
+        numbers = (frame.owned, frame.shared, frame.cached, frame.sizes)
+        if not self._before or (frame.sizes is not self._before[3] and frame.sizes != self._before[3]):
+            self._before, self._cells = ((),) * 4, bytearray(frame.count)
+        for begin in range(0, frame.count, STRIDE):
+            part = slice(begin, begin + STRIDE)
+            if any(now[part] != then[part] for now, then in zip(numbers[:3], self._before, strict=False)):
+                cells = zip(*(values[part] for values in numbers), strict=True)
+                self._cells[part] = bytes(map(self._looks.__getitem__, cells))
+        self._before = numbers
+        return self._cells
 
 
 class MapView(Widget, can_focus=True):
@@ -53,9 +79,10 @@ class MapView(Widget, can_focus=True):
     def __init__(self, glyphs: Glyphs, widget_id: str) -> None:
         super().__init__(id=widget_id)
         self._glyphs = glyphs
-        self._looks = Looks()
+        self._folded = Folded()
         self._cells = b""
         self._pointed: int | None = None
+        self._lit: tuple[set[int], int, int] = (set(), 0, 0)
         self._styles: list[tuple[str, Style]] = []  # by look, marks included, for the background of now
 
     def notify_style_update(self) -> None:
@@ -87,34 +114,43 @@ class MapView(Widget, can_focus=True):
     def feed(self, frame: Frame, lit: set[int], heat: bool) -> None:
         """Show a frame's cells, those in `lit` marked."""
         frame = frame.fitted(self.room)
-        get = self._looks.__getitem__
-        cells = bytearray(map(get, zip(frame.owned, frame.shared, frame.cached, frame.free, strict=True)))
-        warm = frame.heat if heat else None
-        if warm is not None:
-            for number, look in enumerate(cells):
-                cells[number] = WARM + (warm[number] >> 5) if warm[number] else HELD if look < 6 else look
-        for number in lit:
-            if number < len(cells):
-                cells[number] |= LIT
+        cells = bytearray(self._folded.feed(frame))
+        if heat and frame.heat is not None:
+            # What is warm has a look above that of what is held, which has one above those of states.
+            cells = bytearray(map(max, cells.translate(HELD_LOOKS), frame.heat.translate(WARM_LOOKS)))
+        if lit:
+            cells = bytearray((int.from_bytes(cells) | self._lights(lit, len(cells))).to_bytes(len(cells)))
         if self._pointed is not None and self._pointed < len(cells):
             cells[self._pointed] |= CURSOR
         self._show(bytes(cells))
 
+    def _lights(self, lit: set[int], count: int) -> int:
+        """The marks of all lit cells as one number. The same set comes with many frames."""
+        if lit is not self._lit[0] or count != self._lit[1]:
+            marks = bytearray(count)
+            for number in lit:
+                if number < count:
+                    marks[number] = LIT
+            self._lit = (lit, count, int.from_bytes(marks))
+        return self._lit[2]
+
     def _show(self, cells: bytes) -> None:
-        width = max(1, self.size.width)
+        size = self.size
+        width = max(1, size.width)
         before, self._cells = self._cells, cells
-        changed = [Region(0, line, width, 1) for line in range(self.size.height)
+        changed = [Region(0, line, width, 1) for line in range(size.height)
                    if before[line * width:(line + 1) * width] != cells[line * width:(line + 1) * width]]
         if changed:
             self.refresh(*changed)
 
     def render_line(self, y: int) -> Strip:
         width, drawn = self.size.width, self._drawn()
+        cells = self._cells[y * width:(y + 1) * width]
         segments = []
-        for look, run in groupby(self._cells[y * width:(y + 1) * width]):
+        for look, run in groupby(cells):
             shape, style = drawn[look]
             segments.append(Segment(shape * len(list(run)), style))
-        return Strip(segments).adjust_cell_length(width, drawn[LIT - 1][1])
+        return Strip(segments, len(cells)).extend_cell_length(width, drawn[LIT - 1][1])
 
     # ── pointing ────────────────────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,9 +6,23 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from rich.style import Style
 from rich.text import Text
 
-from workstation.tui.drawing import AMBER, COLOURS, GREEN, HEAT_COLOURS, RED, Glyphs, clock, count, gib, percent, seconds
+from workstation.tui.drawing import (
+    AMBER,
+    COLOURS,
+    GREEN,
+    HEAT_COLOURS,
+    RED,
+    Glyphs,
+    clock,
+    count,
+    fitting,
+    gib,
+    percent,
+    seconds,
+)
 from workstation.tui.frame import Frame
 from workstation.tui.request_table import is_stuck
 
@@ -26,11 +40,13 @@ def _series() -> deque[float]:
 class History:
     """What one frame does not say: two minutes for sparklines, and what has not moved. `feed` each new frame."""
 
-    decode: deque[float] = field(default_factory=_series)
+    generated: deque[float] = field(default_factory=_series)
     prompt: deque[float] = field(default_factory=_series)
     rows: deque[float] = field(default_factory=_series)
     step: deque[float] = field(default_factory=_series)
     load: deque[float] = field(default_factory=_series)
+    tokens: deque[float] = field(default_factory=_series)
+    decode: deque[float] = field(default_factory=_series)
     prefill: deque[float] = field(default_factory=_series)
     full_since: float | None = None
     _fed: float = -SECOND
@@ -42,12 +58,15 @@ class History:
         if 0 <= now - self._fed < SECOND:
             return
         self._fed = now
-        self.decode.append(speed["generate_rate"] or 0.0)
+        self.generated.append(speed["generate_rate"] or 0.0)
         self.prompt.append(speed["prompt_rate"] or 0.0)
         self.rows.append(batch["running"])
-        self.step.append(batch["step_seconds"])
+        took, tokens, prefill = last_step(frame)
+        self.step.append(took or 0.0)
         self.load.append((gpu or {}).get("utilization") or 0.0)
-        self.prefill.append(batch.get("step_prompt_tokens") or 0)
+        self.tokens.append(tokens)
+        self.prefill.append(prefill)
+        self.decode.append(tokens - prefill)
         if held_share(frame) <= FULL_SHARE:
             self.full_since = None
         elif self.full_since is None:
@@ -68,6 +87,14 @@ class History:
         return {row["id"] for row in frame.requests if is_stuck(row, now - self._moved.get(row["id"], (0, now))[1])}
 
 
+def last_step(frame: Frame) -> tuple[float | None, int, int]:
+    """Seconds of a step, its tokens, and those of prompts among them; nothing while the engine is idle."""
+    now = frame.data["batch"]
+    if not now["running"]:
+        return None, 0, 0
+    return now["step_seconds"], now["step_tokens"], now.get("step_prompt_tokens", 0)
+
+
 def held_share(frame: Frame) -> float:
     blocks = frame.data["blocks"]
     return blocks["held"] / blocks["total"] if blocks["total"] else 0.0
@@ -81,9 +108,12 @@ def advice(frame: Frame, history: History, stuck: set[str]) -> str:
                f"--max-model-len, or use --kv-cache-dtype fp8"
     waiting = sum(row["id"] in stuck and row["state"] in ("waiting", "preempted") for row in frame.requests)
     if waiting:
-        rows = frame.data["batch"]["running"] >= frame.data["model"]["max_num_seqs"]
-        why = "the KV pool is full" if share > FULL_SHARE else "others run first"
-        why = "all rows are taken (--max-num-seqs)" if rows else why
+        batch = frame.data["batch"]
+        why = "the KV pool is full" if share > FULL_SHARE else "the KV pool has no room for all that they may need"
+        if batch["running"] >= frame.data["model"]["max_num_seqs"]:
+            why = "all rows are taken (--max-num-seqs)"
+        elif batch["step_tokens"] >= batch["budget"]:
+            why = "prompts of others run first (--max-num-batched-tokens)"
         return f"{waiting} waiting for more than 10 s: {why}"
     return f"{len(stuck)} without a new token for more than 10 s" if stuck else ""
 
@@ -92,29 +122,45 @@ def head(frame: Frame | None, url: str, trouble: str, width: int, age: float) ->
     """One line: model and device at the left; state, uptime and address at the right as far as there is room."""
     if frame is None:
         return Text(f" ws  {url}  {trouble}", style=f"bold {AMBER}", no_wrap=True, overflow="ellipsis")
-    model, server, batch = frame.data["model"], frame.data["server"], frame.data["batch"]
-    text = Text(f" ws  {model['name']}", style="bold", no_wrap=True)
-    kinds = [model["dtype"]]
-    if width >= 90 and model.get("kv_cache_dtype") not in (None, "", model["dtype"]):
-        kinds.append(f"{model['kv_cache_dtype']} KV")
-    if width >= 100:
-        kinds.append(model["device_name"])
-    for kind in kinds:
-        if kind:
-            text.append(f" · {kind}", style="not bold")
-    state = "down" if trouble else server["state"]
-    right = Text(no_wrap=True)
-    right.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
-    if trouble:
-        right.append(f"  last frame {seconds(age)} ago ")
-    elif server.get("loading"):
-        right.append(f"  {progress(frame)} ")
-    else:
-        right.append(f"  {clock(server['uptime'])}  {batch['running']} running {batch['waiting']} waiting ")
-    if width >= 100:
+    name, right = f" ws  {frame.data['model']['name']}", _state(frame, trouble, width, age)
+    kinds = _kinds(frame, url, width - right.cell_len - len(name) - 1)
+    if url in kinds:
         right.append(f" {url} ")
-    text.truncate(max(10, width - right.cell_len), overflow="ellipsis")
+    text = Text(name, style="bold", no_wrap=True)
+    text.append("".join(f" · {kind}" for kind in kinds if kind != url), style="not bold")
+    text.truncate(max(0, width - right.cell_len - 1), overflow="ellipsis")
     return text.append(" " * max(0, width - text.cell_len - right.cell_len)).append_text(right)
+
+
+def _kinds(frame: Frame, url: str, room: int) -> list[str]:
+    """Weights, cache, card and address, those that fit; the cache's type leaves first, then the address."""
+    model = frame.data["model"]
+    cache = model.get("kv_cache_dtype") or ""
+    shown = [model.get("quantization") or model["dtype"], f"{cache} KV" if cache not in ("", model["dtype"]) else "",
+             model["device_name"].removeprefix("NVIDIA "), url]
+    chosen = []
+    for place in (0, 2, 3, 1):
+        if shown[place] and len(shown[place]) + 3 <= room:
+            room -= len(shown[place]) + 3
+            chosen.append(place)
+    return [shown[place] for place in sorted(chosen)]
+
+
+def _state(frame: Frame, trouble: str, width: int, age: float) -> Text:
+    """What the server does and for how long, in the most words that leave room for the model's name."""
+    server, batch = frame.data["server"], frame.data["batch"]
+    state = "down" if trouble else server["state"]
+    text = Text(style=STATE_STYLES["down"] if trouble else "", no_wrap=True)
+    text.append(f"● {STATE_NAMES.get(state, state.upper())}", style=STATE_STYLES.get(state, f"bold {AMBER}"))
+    if trouble:
+        return text.append(f"  last frame {seconds(age)} ago " if width >= 40 else " ")
+    if server.get("loading"):
+        loading = server["loading"]
+        words = [f"  {progress(frame)} ", f"  {percent(loading['done_bytes'] / max(1, loading['total_bytes']))} "]
+    else:
+        running, waiting = batch["running"], batch["waiting"]
+        words = [f"  {clock(server['uptime'])}  {running} running {waiting} waiting ", f"  {running} run {waiting} wait "]
+    return text.append(next((word for word in words if text.cell_len + len(word) + 14 <= width), " "))
 
 
 def progress(frame: Frame) -> str:
@@ -135,20 +181,24 @@ def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
     return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
 
 
+def map_foot(frame: Frame | None, width: int, glyphs: Glyphs, border: Style) -> Text:
+    """The lower border of the map's box. Not a border's subtitle, whose every change draws the whole box again.
+
+    border: the colour of the box's other borders.
+    """
+    left, line, right = "+-+" if glyphs.ascii else "╰─╯"
+    words = f" {blocks_line(frame, width - 6)} " if frame is not None and frame.count else ""
+    text = Text(no_wrap=True).append(left + line * max(0, width - 3 - len(words)), style=border)
+    return text.append(words).append(line + right, style=border)
+
+
 def blocks_line(frame: Frame, width: int) -> str:
-    """The map's bottom line, as much of it as there is room for."""
+    """The pool in figures, as many of them as there is room for."""
     blocks, speed = frame.data["blocks"], frame.data["speed"]
     parts = [f"{percent(held_share(frame))} held", f"waste {blocks['waste'] * 100:.1f} %", f"hits {percent(speed['hit_rate'])}",
              f"evicted {count(speed['eviction_rate'])}/s", f"preempted {count(speed['preemption_rate'])}/s",
              f"{blocks['total']:,} × {blocks['size']} tokens"]
     return fitting(parts, " · ", width)
-
-
-def fitting(parts: list[str], gap: str, width: int) -> str:
-    """As many of the parts, from the first, as fit."""
-    while len(parts) > 1 and len(gap.join(parts)) > width:
-        parts = parts[:-1]
-    return gap.join(parts)
 
 
 def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> Text:
@@ -163,38 +213,61 @@ def legend(frame: Frame, glyphs: Glyphs, shown: int, heat: bool, width: int) -> 
         own = blocks["held"] - blocks["shared"]
         for name, label, number in (("owned", "one request", own), ("shared", "shared", blocks["shared"]),
                                     ("cached", "cached", blocks["cached"]), ("free", "free", blocks["free"])):
-            text.append(f" {glyphs.shapes[name][0]} ", style=COLOURS[name]).append(f"{label} {number:,} ")
-    scale = f"  a cell = {blocks['total'] / max(1, shown):.3g} block{'' if blocks['total'] == shown else 's'}"
+            shape, words = f" {glyphs.shapes[name][0]} ", f"{label} {number:,} " if width >= 66 else f"{number:,} "
+            text.append(shape, style=COLOURS[name]).append(words)
+    each = blocks["total"] / max(1, shown)
+    scale = f"  a cell = {f'{each:.3g}' if each < 100 else f'{each:,.0f}'} block{'' if each == 1 else 's'}"
     return text.append(scale, style="dim") if text.cell_len + len(scale) <= width else text
 
 
-def batch(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
-    now = frame.data["batch"]
-    room = max(4, min(24, width - 40))
-    text = Text(f" rows {now['running']}/{frame.data['model']['max_num_seqs']} wait {now['waiting']} "
-                f"preempted {now['preempted']} ".ljust(32), no_wrap=True)
-    text.append(glyphs.spark(history.rows, room), style=COLOURS["owned"])
-    text.append(f"\n step {seconds(now['step_seconds'])}  budget {now['step_tokens']}/{now['budget']} ".ljust(33))
-    text.append(glyphs.spark(history.step, room), style=AMBER)
-    if width >= 56:
-        text.append(f" prefill {now.get('step_prompt_tokens', 0):,} ".rjust(16), style="dim")
-        text.append(glyphs.spark(history.prefill, 8), style=GREEN)
-    return text
+def batch(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int = 3) -> Text:
+    """Rows, the step's time and tokens. Two lines leave room for fewer sparklines."""
+    now, rows = frame.data["batch"], frame.data["model"]["max_num_seqs"]
+    took, tokens, prefill = last_step(frame)
+    filled = f"rows {now['running']:>{len(str(rows))}}/{rows} "
+    used = f"{tokens:>{len(str(now['budget']))}}/{now['budget']}"
+    if lines < 3:
+        first = fitting([f" {filled.strip()}", f"wait {now['waiting']}", f"preempted {now['preempted']}"], " ", width)
+        second = fitting([f" step {seconds(took):>6}", f"budget {used}"], "  ", width)
+        room = min(24, width - 34)
+        if room < 4:
+            return Text(f"{first}\n{second}", no_wrap=True)
+        text = Text(f"{first:<33}", no_wrap=True).append(glyphs.spark(history.rows, room), style=COLOURS["owned"])
+        return text.append(f"\n{second:<33}").append(glyphs.spark(history.step, room), style=AMBER)
+    half = width // 2
+    text = Text(f" {filled} wait {now['waiting']}  preempted {now['preempted']} ".ljust(max(37, half)), no_wrap=True)
+    text.append(f" {glyphs.spark(history.rows, width - text.cell_len - 2)}\n", style=COLOURS["owned"])
+    text.append_text(gauge("step", seconds(took), glyphs.spark(history.step, half - 19), AMBER))
+    text.append_text(gauge("budget", used, glyphs.spark(history.tokens, width - half - 19, now["budget"]), AMBER)).append("\n")
+    text.append_text(gauge("decode", f"{tokens - prefill:,}", glyphs.spark(history.decode, half - 19), GREEN))
+    return text.append_text(gauge("prefill", f"{prefill:,}", glyphs.spark(history.prefill, width - half - 19), GREEN))
 
 
-def speed(frame: Frame, history: History, glyphs: Glyphs, width: int) -> Text:
+def gauge(name: str, value: str, spark: str, style: str) -> Text:
+    """A name, its value at a fixed place and the last two minutes; 19 characters and the sparkline's."""
+    return Text(f" {name:<7}{value:>9} ", no_wrap=True).append(spark, style=style).append(" ")
+
+
+def speed(frame: Frame, history: History, glyphs: Glyphs, width: int, lines: int = 3) -> Text:
+    """Tokens a second of answers and of prompts, and latencies."""
     now = frame.data["speed"]
-    room = max(4, min(20, (width - 34) // 2))
-    text = Text(f" gen {count(now['generate_rate'])} tok/s ", no_wrap=True)
-    text.append(glyphs.spark(history.decode, room), style=GREEN)
-    text.append(f" prompt {count(now['prompt_rate'])} ").append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+    if lines < 3:
+        room = min(20, (width - 33) // 2)
+        text = Text(f" gen {count(now['generate_rate']):>6} tok/s ", no_wrap=True)
+        text.append(glyphs.spark(history.generated, room if room > 2 else width - 18), style=GREEN)
+        if room > 2:
+            text.append(f" prompt {count(now['prompt_rate']):>6} ")
+            text.append(glyphs.spark(history.prompt, room), style=COLOURS["owned"])
+    else:
+        text = Text(no_wrap=True)
+        for name, key, past, style in (("generate", "generate_rate", history.generated, GREEN),
+                                       ("prompt", "prompt_rate", history.prompt, COLOURS["owned"])):
+            text.append(f"{chr(10) if text else ''} {name:<8} {count(now[key]):>9} tok/s ")
+            text.append(glyphs.spark(past, width - 28), style=style)
     spreads = [f"{name} {pair(now[key]['p50'], now[key]['p99'])}"
                for name, key in (("TTFT", "ttft"), ("ITL", "itl"), ("e2e", "e2e"))]
-    shown = spreads if width >= sum(map(len, spreads)) + 7 else spreads[:2]
-    text.append("\n " + " · ".join(shown))
-    if width >= 56:
-        text.append("  p50/p99", style="dim")
-    return text
+    text.append(f"\n {fitting(spreads, ' · ', width - 1)}")
+    return text.append("  p50/p99", style="dim") if width >= len(" · ".join(spreads)) + 10 else text
 
 
 def pair(middle: float | None, high: float | None) -> str:

@@ -80,9 +80,9 @@ class Replay:
         self._refuse("single blocks")
 
     async def cards(self) -> dict[str, Any]:
-        return {"cards": self._shown.data.get("cards", []), "processes": []}
+        return {"cards": self._shown.data.get("cards", []), "processes": None}
 
-    async def log(self, lines: int) -> list[dict[str, Any]]:
+    async def log(self, lines: int, level: str = "info") -> list[dict[str, Any]]:
         return []
 
     async def abort(self, request_id: str) -> None:

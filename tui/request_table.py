@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, ClassVar
 
 from rich.cells import set_cell_size
@@ -10,7 +11,7 @@ from rich.segment import Segment
 from rich.style import Style
 from textual import events
 from textual.binding import Binding, BindingType
-from textual.geometry import Size
+from textual.geometry import Region, Size
 from textual.message import Message
 from textual.scroll_view import ScrollView
 from textual.strip import Strip
@@ -23,9 +24,11 @@ STUCK_SECONDS = 10.0
 COLUMNS = (("id", 8, True), ("client", 12, True), ("route", 11, True), ("state", 9, True), ("prompt", 8, False),
            ("cached", 6, False), ("made", 7, False), ("tok/s", 5, False), ("TTFT", 7, False), ("blocks", 7, False),
            ("age", 7, False))  # fmt: skip
-LEAVING = ("route", "TTFT", "cached", "blocks")  # in this order, while there is too little room
+# In this order, while there is too little room.
+LEAVING = ("route", "TTFT", "cached", "blocks", "prompt", "tok/s", "made", "age", "client")
 WIDEST_CLIENT = 28
 GAP = 2
+HEADING, CHOSEN, CHOSEN_ELSEWHERE = Style(bold=True, underline=True), Style(reverse=True), Style(bold=True)
 
 
 def columns(width: int) -> list[tuple[str, int, bool]]:
@@ -95,7 +98,7 @@ class RequestTable(ScrollView, can_focus=True):
 
     @dataclass
     class Moved(Message):
-        """Another request was chosen."""
+        """Another request was chosen by a key or the mouse."""
 
         request_id: str | None
 
@@ -103,29 +106,59 @@ class RequestTable(ScrollView, can_focus=True):
         super().__init__(id=widget_id)
         self._rows: list[dict[str, Any]] = []
         self._stuck: set[str] = set()
-        self._lines: list[str] = []
+        self._texts: dict[int, str] = {}  # of the rows that were seen, for the width of now
         self._line = 0
         self._amber = Style.parse(AMBER)
+        self._base: Style | None = None
+
+    def notify_style_update(self) -> None:
+        """The theme, or what lies behind, has changed."""
+        super().notify_style_update()
+        self._base = None
 
     def feed(self, rows: list[dict[str, Any]], stuck: set[str]) -> None:
-        """Show these rows in this order."""
-        chosen_before = self.chosen_id
-        self._rows, self._stuck = rows, stuck
+        """Show these rows in this order; only lines that say something new are drawn."""
+        chosen_before, before = self.chosen_id, self._drawn()
+        self._rows, self._stuck, self._texts = rows, stuck, {}
         names = [row["id"] for row in rows]
         at = names.index(chosen_before) if chosen_before in names else min(self._line, len(rows) - 1)
         self._line = max(0, at)
         self._fit()
-        if self.chosen_id != chosen_before:
-            self.post_message(self.Moved(self.chosen_id))
+        width = self.scrollable_content_region.width
+        changed = [Region(0, 1 + number, width, 1)
+                   for number, (then, now) in enumerate(zip_longest(before, self._drawn())) if then != now]
+        if changed:
+            self.refresh(*changed)
 
     def on_resize(self) -> None:
+        self._texts = {}
         self._fit()
+        self.refresh()
 
     def _fit(self) -> None:
-        size = Size(self.scrollable_content_region.width, len(self._rows) + 1)
-        if size != self.virtual_size:
+        """Tell how far there is to scroll. Only a scrollbar that comes or goes is worth laying out the whole screen."""
+        seen = self.scrollable_content_region
+        size, before = Size(seen.width, max(seen.height, len(self._rows) + 1)), self.virtual_size
+        if size == before:
+            return
+        if size.width == before.width and min(size.height, before.height) > seen.height:
+            self.set_reactive(RequestTable.virtual_size, size)
+            self.vertical_scrollbar.window_virtual_size = size.height
+            self.scroll_to(y=min(self.scroll_y, self.max_scroll_y), animate=False)
+        else:
             self.virtual_size = size
-        self.refresh()
+
+    def _drawn(self) -> list[tuple[str, bool, bool]]:
+        """What the lines below the heading say: their text, whether it is stuck, whether it is chosen."""
+        top = self.scroll_offset.y
+        return [(self._text(number), self._rows[number]["id"] in self._stuck, number == self._line)
+                for number in range(top, min(len(self._rows), top + self._seen))]
+
+    def _text(self, number: int) -> str:
+        if number not in self._texts:
+            shown = columns(self.scrollable_content_region.width - 1)
+            self._texts[number] = line(values(self._rows[number]), shown)
+        return self._texts[number]
 
     @property
     def ids(self) -> list[str]:
@@ -138,20 +171,19 @@ class RequestTable(ScrollView, can_focus=True):
 
     def render_line(self, y: int) -> Strip:
         width = self.scrollable_content_region.width
-        shown, base = columns(width - 1), self.rich_style
+        base = self._base = self._base or self.rich_style
         if y == 0:
-            head = line({name: name for name, _, _ in shown}, shown)
-            return _strip(" " + head, base + Style(bold=True, underline=True), width)
+            shown = columns(width - 1)
+            return _strip(" " + line({name: name for name, _, _ in shown}, shown), base + HEADING, width)
         number = y - 1 + self.scroll_offset.y
         if number >= len(self._rows):
             return Strip.blank(width, base)
-        row = self._rows[number]
-        stuck = row["id"] in self._stuck
+        stuck = self._rows[number]["id"] in self._stuck
         style = base + self._amber if stuck else base
         if number == self._line:
-            style += Style(reverse=True) if self.has_focus else Style(bold=True)
+            style += CHOSEN if self.has_focus else CHOSEN_ELSEWHERE
         mark = "!" if stuck else ">" if number == self._line else " "
-        return _strip(mark + line(values(row), shown), style, width)
+        return _strip(mark + self._text(number), style, width)
 
     def action_move(self, by: int) -> None:
         self._go(max(0, min(len(self._rows) - 1, self._line + by)))

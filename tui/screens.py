@@ -1,7 +1,8 @@
-"""What opens above the dashboard: the keys, a question, a choice, a request's details."""
+"""What opens above the dashboard: the keys, a question, a choice, a request's details, the log."""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from typing import ClassVar
 
 from rich.text import Text
@@ -14,26 +15,24 @@ from textual.widgets import Static
 
 from workstation.tui.drawing import Glyphs
 
-KEYS = """\
- ?       this help                  q       quit
- Tab     next panel                 ↑ ↓     choose a request, a cell
- Enter   a request's details        x       abort it (asks first)
- s       sort by the next column    /       filter by id, client, route, state
- space   freeze, and go on          h       heat: who is evicted next
- g       the card's page            l       the log
- t       the next theme             Ctrl+P  all commands
- Esc     close, or clear the filter
-
- A cell of the map stands for one or more KV blocks, in physical order:
- █ held by one request   ▓ shared by several   ▒ cached   · free
- (▄ ▚ ░: less than half of the cell's blocks). The chosen request's cells
- are drawn reversed; the mouse or the arrows tell what is in a cell.
- In heat, ▁ was used last and █ is evicted next, and ╎ is held."""
+KEYS = (("?", "this help"), ("q", "quit"), ("Tab", "next panel"), ("↑ ↓", "choose a request, a cell"),
+        ("Enter", "a request's details"), ("x", "abort it (asks first)"), ("s", "sort by the next column"),
+        ("/", "filter requests"), ("space", "freeze, and go on"), ("h", "heat: who goes next"), ("g", "the card's page"),
+        ("l", "the log (again: graver)"), ("t", "the next theme"), ("Ctrl+P", "all commands"),
+        ("Esc", "close, show all"))  # fmt: skip
+MAP = (
+    "A cell of the map stands for one or more KV blocks, in physical order: █ held by one request, ▓ shared by several, "
+    "▒ cached, · free (▄ ▚ ░: less than half of the cell's blocks). The chosen request's cells are drawn reversed; the mouse "
+    "or the arrows tell what is in a cell. In heat, ▁ was used last and █ is evicted next, and ╎ is held.")
+TWO_COLUMNS = 66
 
 
-def keys(glyphs: Glyphs) -> Text:
-    """The help, in characters that the screen can draw."""
-    return Text(glyphs.plain(KEYS))
+def keys(glyphs: Glyphs, width: int) -> Text:
+    """The help, in characters that the screen can draw and as wide as there is room for."""
+    cells = [f"{key:<7} {what:<24}" for key, what in KEYS]
+    step = 2 if width >= TWO_COLUMNS else 1
+    lines = ["  ".join(cells[at:at + step]).rstrip() for at in range(0, len(cells), step)]
+    return Text(glyphs.plain("\n".join((*lines, "", MAP))))
 
 
 class Sheet(ModalScreen[None]):
@@ -59,6 +58,34 @@ class Sheet(ModalScreen[None]):
 
     def action_close(self) -> None:
         self.dismiss(None)
+
+
+class LogSheet(Sheet):
+    """The log from a level on; l takes the next one.
+
+    Args:
+        read: the lines of a level and graver.
+    """
+
+    BINDINGS: ClassVar[list[BindingType]] = [Binding("l", "level", show=False)]
+    LEVELS = ("info", "warning", "error", "debug")
+
+    def __init__(self, read: Callable[[str], Awaitable[Text]]) -> None:
+        super().__init__("Log", Text(""))
+        self._read = read
+        self._level = 0
+
+    async def on_mount(self) -> None:
+        await self._show_level()
+
+    async def action_level(self) -> None:
+        self._level = (self._level + 1) % len(self.LEVELS)
+        await self._show_level()
+
+    async def _show_level(self) -> None:
+        level = self.LEVELS[self._level]
+        self.query_one("#sheet").border_title = f"Log: {level}{'' if level == 'error' else ' and graver'} · l next level"
+        self.show(await self._read(level))
 
 
 class Choice(ModalScreen[str]):

@@ -165,13 +165,19 @@ class Diverged(TypedDict):
     earlier_tokens: Int
 
 
+class RequestText(TypedDict):
+    prompt: str
+    answers: list[str]
+
+
 class DetailsAnswer(TypedDict):
     request: Request
     max_tokens: Int
     timeline: Timeline
-    sampling: dict[str, float | bool | None]
+    sampling: dict[str, int | float | bool | None]
     samples: list[Sample]
     diverged: NotRequired[Diverged | None]
+    text: NotRequired[RequestText | None]
 
 
 class OwnerOf(TypedDict):

@@ -333,6 +333,7 @@ class EngineInfo:
     architecture: str = ""
     dtype: str = ""
     kv_cache_dtype: str = ""
+    quantization: str = ""
     device: str = ""
     device_name: str = ""
     device_uuid: str = ""

@@ -25,7 +25,7 @@ MAX_OWNERS = 16
 class Look:
     """What to make. request_id: also this request's details. first, last: also these blocks, both included; 0 is none.
 
-    heat: also the order of eviction.
+    heat: also the order of eviction.  tokens: with a request's details the last ids of its prompt and answers, so many at most.
     """
 
     number: int = 0
@@ -33,6 +33,7 @@ class Look:
     first: int = 0
     last: int = 0
     heat: bool = False
+    tokens: int = 0
 
 
 @dataclass(slots=True)
@@ -62,21 +63,28 @@ class RequestRow:
 
 @dataclass(slots=True)
 class SampleDetail:
-    """One sample of a request. tables: a block table a KV group; 0 is a block that slid out of the window."""
+    """One sample of a request. tables: a block table a KV group; 0 is a block that slid out of the window.
+
+    last: the last ids of the answer, when asked for.
+    """
 
     index: int
     tokens: int
     computed: int
     tables: list[list[int]]
     finished: str | None = None
+    last: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
 class RequestDetail:
+    """prompt: its last ids, when asked for."""
+
     row: RequestRow
     params: SamplingParams
     max_tokens: int
     samples: list[SampleDetail]
+    prompt: list[int] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -136,7 +144,7 @@ def take_picture(scheduler: Scheduler, look: Look) -> Picture:
         len(scheduler.requests), sum(seq.request.num_preemptions > 0 for seq in scheduler.waiting))
     if look.request_id is not None:
         request = scheduler.requests.get(look.request_id)
-        picture.detail = None if request is None else _detail(request)
+        picture.detail = None if request is None else _detail(request, look.tokens)
     if look.heat:
         picture.heat = scheduler.pool.heat_bytes()
     if look.last >= look.first > 0:
@@ -176,10 +184,13 @@ def _row(request: RequestState) -> RequestRow:
         asked.route)
 
 
-def _detail(request: RequestState) -> RequestDetail:
-    samples = [SampleDetail(seq.index, len(seq.tokens), seq.num_computed, [list(table) for table in seq.tables], seq.finished)
+def _detail(request: RequestState, tokens: int) -> RequestDetail:
+    length = request.prompt_len
+    samples = [SampleDetail(seq.index, len(seq.tokens), seq.num_computed, [list(table) for table in seq.tables], seq.finished,
+                            seq.tokens[max(length, len(seq.tokens) - tokens):] if tokens and seq.born else [])
                for seq in request.sequences]
-    return RequestDetail(_row(request), request.request.params, request.max_tokens, samples)
+    prompt = request.request.prompt_token_ids[max(0, length - tokens):] if tokens else []
+    return RequestDetail(_row(request), request.request.params, request.max_tokens, samples, prompt)
 
 
 def _blocks(scheduler: Scheduler, first: int, last: int) -> list[BlockRow]:

@@ -111,6 +111,7 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     scheduler = Scheduler(pool, shape.kv_groups, limits, caching=config.enable_prefix_caching, seed=config.seed)
     overlap = device.type == "cuda" if config.overlap is None else config.overlap
     info = _info(config, shape, plan, device, dtype, kv_dtype)
+    info.quantization = forms.name
     info.load_seconds, info.ready_seconds = loaded - begun, time.monotonic() - begun
     info.measured = ledger.close(plan)
     return Engine(scheduler, runner, info, overlap=overlap, grammars=grammars)

@@ -11,6 +11,7 @@ A form says how a matrix W [N, K] is kept; a checkpoint's formats are many, the 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -172,6 +173,15 @@ class WeightForms:
 
     def part(self, module: str) -> Part:
         return self.parts.get(module, PLAIN)
+
+    @property
+    def name(self) -> str:
+        """What most quantised layers are, for a person: "fp8", "int4 gptq"; "" for plain weights."""
+        counts = Counter(part.form for part in self.parts.values() if part.form is not Form.DENSE)
+        if not counts:
+            return ""
+        form = counts.most_common(1)[0][0].value.partition("_")[0]
+        return self.method if form in self.method else f"{form} {self.method}".rstrip()
 
     def segments(self, linear: FusedLinear) -> tuple[Segment, ...]:
         """Cut a fused layer where the form changes, and where a 128-row block of scales would span two parts."""

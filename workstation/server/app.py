@@ -79,7 +79,8 @@ class Api:
         card = Card(engine)
         self.metrics = Metrics(engine, model.name, self.service.window, card, prefix=options.metrics_prefix)
         self.history = PrefixHistory(engine.info.block_size)
-        desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card)
+        decode = model.tokenizer.decode if options.show_text else None
+        desk = StatsDesk(engine, model.name, self.metrics, self.gate, self.history, card, decode)
         self.stats = StatsRoutes(desk, Gate(engine), options, book)
         self.probes = Probes(self.service)
         self.responses = ResponsesRoutes(self)

@@ -36,6 +36,7 @@ class ServerOptions:
         map_claude_models: /v1/messages answers to every `claude-…` model id.
         request_metrics: chat and completions carry vLLM's `metrics` object.
         metrics_prefix: "ws" or "vllm", of what /metrics answers.
+        show_text: dashboards see the ends of prompts and answers.
     """
 
     host: str = "127.0.0.1"
@@ -60,6 +61,7 @@ class ServerOptions:
     map_claude_models: bool = True
     request_metrics: bool = False
     metrics_prefix: Literal["ws", "vllm"] = "ws"
+    show_text: bool = False
 
     @property
     def loopback(self) -> bool:

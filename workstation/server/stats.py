@@ -11,7 +11,7 @@ from itertools import pairwise
 from msgspec import Struct
 
 from workstation.engine.client import Health
-from workstation.engine.snapshot import CACHED, OWNED, SHARED, BlockRow, Picture, RequestRow, SampleDetail
+from workstation.engine.snapshot import CACHED, OWNED, SHARED, BlockRow, Picture, RequestRow
 from workstation.server.job import Divergence
 from workstation.server.log_book import LogLine
 
@@ -35,6 +35,7 @@ class ModelStats(Struct):
     kv_bytes: int
     plan: dict[str, int]
     kv_cache_dtype: str = ""
+    quantization: str = ""
     measured: dict[str, int] = {}
 
 
@@ -236,16 +237,37 @@ class Timeline(Struct):
     decode: float | None
 
 
+class SampleStats(Struct):
+    """One sample of a request, as engine/snapshot.py has it, without ids."""
+
+    index: int
+    tokens: int
+    computed: int
+    tables: list[list[int]]
+    finished: str | None = None
+
+
+class RequestText(Struct):
+    """The end of a prompt, and of each sample's answer."""
+
+    prompt: str
+    answers: list[str]
+
+
 class RequestAnswer(Struct):
-    """Details of a live request: its row, where its time went, a block table a sample and KV group, and why it missed."""
+    """Details of a live request: its row, where its time went, a block table a sample and KV group, and why it missed.
+
+    text: only from a server that was told to show it.
+    """
 
     version: int
     request: RequestStats
     max_tokens: int
     timeline: Timeline
     sampling: dict[str, float | int | bool | None]
-    samples: list[SampleDetail]
+    samples: list[SampleStats]
     diverged: Divergence | None = None
+    text: RequestText | None = None
 
 
 class LogAnswer(Struct):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 
 from workstation import __version__
@@ -26,6 +26,8 @@ from workstation.server.stats import (
     GpuAnswer,
     ModelStats,
     RequestAnswer,
+    RequestText,
+    SampleStats,
     ServerStats,
     Snapshot,
     SpeedStats,
@@ -39,15 +41,22 @@ from workstation.server.stats_rates import Rates
 
 LOOK_PERIOD = 0.1
 HEAT_SECONDS = 3.0
+SHOWN_TOKENS, SHOWN_CHARACTERS = 256, 400  # of a prompt and of each answer, at most, where text is shown
 SAMPLING_FIELDS = ("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
                    "seed", "n", "max_tokens", "min_tokens", "ignore_eos", "logprobs")
 
 
 class StatsDesk:
-    """One for a server. All dashboards share its newest picture; nothing runs while nobody asks."""
+    """One for a server. All dashboards share its newest picture; nothing runs while nobody asks.
+
+    Args:
+        decode: makes text of ids, where the server may show it; without it no text leaves.
+    """
 
     def __init__(self, engine: EngineClient, model_name: str, metrics: Metrics, gate: Gate,
-                 history: PrefixHistory | None = None, card: Card | None = None) -> None:
+                 history: PrefixHistory | None = None, card: Card | None = None,
+                 decode: Callable[[list[int]], str] | None = None) -> None:
+        self._decode = decode
         self._engine = engine
         self._model_name = model_name
         self._metrics = metrics
@@ -113,7 +122,7 @@ class StatsDesk:
                                loading_stats(health)),
             model=ModelStats(self._model_name, info.architecture, info.dtype, info.device, info.device_name, info.max_model_len,
                              info.max_num_seqs, info.max_num_batched_tokens, info.weight_bytes, info.kv_bytes, info.plan,
-                             info.kv_cache_dtype, info.measured),
+                             info.kv_cache_dtype, info.quantization, info.measured),
             gpu=card, process_bytes=_resident(getattr(self._engine, "pid", None)),
             blocks=block_stats(picture, info.block_size, cells),
             batch=BatchStats(stats.running, stats.waiting, picture.preempted, stats.steps, round(stats.step_seconds, 6),
@@ -147,14 +156,19 @@ class StatsDesk:
 
     async def request(self, request_id: str) -> RequestAnswer:
         """Details of a live request; 404 when there is none of that id."""
-        picture = await self._look(Look(request_id=request_id))
+        picture = await self._look(Look(request_id=request_id, tokens=SHOWN_TOKENS if self._decode is not None else 0))
         detail = picture.detail
         if detail is None:
             raise _no_request(request_id)
         now = picture.stats.time
+        samples = [SampleStats(item.index, item.tokens, item.computed, item.tables, item.finished) for item in detail.samples]
+        text = None
+        if self._decode is not None:
+            ends = [self._decode(ids)[-SHOWN_CHARACTERS:] for ids in (detail.prompt, *(item.last for item in detail.samples))]
+            text = RequestText(ends[0], ends[1:])
         return RequestAnswer(VERSION, request_stats(detail.row, now), detail.max_tokens, timeline(detail.row, now),
-                             {name: getattr(detail.params, name) for name in SAMPLING_FIELDS}, detail.samples,
-                             self._history.of(request_id))
+                             {name: getattr(detail.params, name) for name in SAMPLING_FIELDS}, samples,
+                             self._history.of(request_id), text)
 
     async def abort(self, request_id: str) -> AbortAnswer:
         """End a live request; its client gets an error. 404 when there is none of that id."""
