@@ -33,7 +33,7 @@ def _attend(q: torch.Tensor, kv_layer: torch.Tensor, plan: AttentionPlan, scale:
     step = _step_index(q, kv_layer, plan)
     if len(step.decodes) == 1 and not step.prefills:
         return _decode(q, kv_layer, step.decodes[0], step, scale)
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = torch.zeros(q.shape, dtype=q.dtype)  # of tokens of no sequence too: what they hold reaches the logits
     if step.decodes:
         ordered = q if step.order is None else q.index_select(0, step.order)
         parts = [_decode(ordered[group.start : group.stop], kv_layer, group, step, scale) for group in step.decodes]
