@@ -90,7 +90,7 @@ class Machine:
             self.cells.append(int(request.url.params["cells"]))
             return httpx.Response(200, json=self.frame(self.cells[-1]))
         if path == "/stats/log":
-            graver = LEVELS[LEVELS.index(request.url.params["level"]):]
+            graver = LEVELS[LEVELS.index(request.url.params.get("level", "info")):]
             lines = [line for line in self.lines if line["level"] in graver]
             return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": lines})
         if path == "/stats/blocks":
