@@ -91,7 +91,7 @@ class Machine:
             return httpx.Response(200, json=self.frame(self.cells[-1]))
         if path == "/stats/log":
             graver = LEVELS[LEVELS.index(request.url.params.get("level", "info")):]
-            lines = [line for line in self.lines if line["level"] in graver]
+            lines = [line for line in self.lines if line.get("level", "error") in graver]
             return httpx.Response(200, json={"version": 1, "last": len(self.lines), "lines": lines})
         if path == "/stats/blocks":
             first, last = int(request.url.params["from"]), int(request.url.params["to"])
