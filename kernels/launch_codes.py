@@ -15,8 +15,7 @@ from workstation.kernels.code_tables import CHUNK, ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.launch_hopper import is_hopper
-from workstation.kernels.launch_int import FUSED_ROWS, suits_groups, widened
+from workstation.kernels.launch_int import suits_groups, widened
 from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MOST_STEP, GemmConfig, Output, Problem, Scheme, most_rows
 
 WIDENED_ROWS = 32
@@ -33,17 +32,11 @@ def linear_codes(x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None,
 
 
 def silu_mul_codes(x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    config = _choose(x, weight, "silu_mul") if _fuses(x, weight) else None
+    config = _choose(x, weight, "silu_mul")
     if config is not None:
         return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, x.dtype, silu=True)
     made: torch.Tensor = silu_mul(linear_codes(x, weight, bias, None))
     return made
-
-
-def _fuses(x: torch.Tensor, weight: CodeWeight) -> bool:
-    """Not where a ring multiplies many rows: gate and up in one program have no registers, and in two were only compiled."""
-    rings = weight.kind is ScaleKind.F32 and is_hopper(x.device) and _rings(weight, "silu_mul")
-    return not rings or x.shape[0] <= FUSED_ROWS
 
 
 def scheme_of(weight: CodeWeight) -> Scheme:

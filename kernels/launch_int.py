@@ -15,13 +15,12 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import CHANNELS, GemmConfig, Output, Problem, Scheme, most_rows
+from workstation.kernels.tuning import CHANNELS, FUSED_ROWS, GemmConfig, Output, Problem, Scheme, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
 WIDENED_ROWS = 32
-# Of activations, at most, where gate and up share a program, without and with zero points.
-FUSED_ROWS, FUSED_ROWS_ZEROS = 32, 16
+FUSED_ROWS_ZEROS = 16  # of activations, at most, where gate and up share a program and have zero points
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
 NARROW = 128  # columns of a group with zero points, below which rings lack registers
 HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`

@@ -44,6 +44,7 @@ LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
+FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
 # Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
 OPTING = 48 * KIB
@@ -175,7 +176,16 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
     for most, config in rows:
         if problem.m <= most and (rings or config.kind != "hopper"):
             return config
-    return LIBRARY if problem.m > LIBRARY_ABOVE[problem.scheme] else default_config(problem, device, rings=rings)
+    if problem.m > LIBRARY_ABOVE[problem.scheme] or (rings and _is_left_apart(problem, device)):
+        return LIBRARY
+    return default_config(problem, device, rings=rings)
+
+
+def _is_left_apart(problem: Problem, device: Device) -> bool:
+    """Whether SiLU·mul follows a product by a ring, unless measured otherwise: gate's and up's codes in one program have no
+    registers for many rows, and in a warpgroup each they were only compiled."""
+    many = problem.output == "silu_mul" and problem.m > FUSED_ROWS
+    return many and problem.scheme == "nf4" and device.capability == 90
 
 
 @cache
@@ -255,7 +265,7 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
 
     What was only compiled so far is left to measurements: mxfp4, and gate and up in a warpgroup each."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
-    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > 32) or problem.scheme == "mxfp4":
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > FUSED_ROWS) or problem.scheme == "mxfp4":
         return None
     block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
     teams = 2 if block_m >= 64 or (table and block_m == 8 and not silu) else 1

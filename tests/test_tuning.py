@@ -62,6 +62,16 @@ def test_the_library_gets_many_rows(tuned_gpu: Device) -> None:
     assert choose(Problem("fp8_weight", "linear", 256, 512, 1024), tuned_gpu) != LIBRARY
 
 
+def test_codes_of_gate_and_up_are_multiplied_apart_for_many_rows_on_hopper_unless_measured(
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    many, few = Problem("nf4", "silu_mul", 33, 1024, 1024), Problem("nf4", "silu_mul", 32, 1024, 1024)
+    assert choose(many, H200) == LIBRARY and choose(few, H200).kind == "hopper"
+    assert choose(many, H200, rings=False).kind == choose(many, L40S).kind == "dot"
+    config = GemmConfig("hopper", 64, 64, 256, 1, 8, 3)
+    monkeypatch.setattr(tuning, "tuned", lambda gpu: {("nf4", "silu_mul", 1024, 1024): ((64, config),)})
+    assert choose(many, H200) == config
+
+
 def test_more_rows_of_grouped_weights_than_256_have_a_kernel_only_where_one_was_measured(
         monkeypatch: pytest.MonkeyPatch) -> None:
     config = GemmConfig("dot", 128, 128, 128, 1, 8, 3)

@@ -30,7 +30,7 @@ log = logging.getLogger("ws.engine")
 Forward = Callable[[InputTensors, torch.Tensor | None], torch.Tensor]
 
 MOST_DECODES = 512
-SPARE_BYTES = 64 * 1024 * 1024
+SPARE_BYTES = 64 * 1024 * 1024  # free beside a step's own memory before it is captured
 
 
 class Shape(NamedTuple):
