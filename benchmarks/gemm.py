@@ -293,9 +293,16 @@ def write(folder: Path, points: list[Point], device: Device, compiler: Compiler)
     kernels = [[list(map(str, key)), found] for key, found in compiler.known.items()]
     results = {"device": asdict(device), "versions": versions, "points": records, "kernels": kernels}
     (folder / "gemm.json").write_text(json.dumps(results, indent=1))
-    rows = ",\n".join("  " + json.dumps(row) for row in tuned_rows(points))
+    write_rows(folder, tuned_rows(points), device)
+
+
+def write_rows(folder: Path, rows: list[list[Any]], device: Device) -> None:
+    """A tuned file of these rows, named after the device."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = ",\n".join("  " + json.dumps(row) for row in rows)
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}"
     origin = f"Measured by benchmarks/gemm.py on one {device.name} on {time.strftime('%Y-%m-%d')} with {versions}."
-    text = f' "device": {json.dumps(asdict(device))},\n "origin": {json.dumps(origin)},\n "rows": [\n{rows}\n ]'
+    text = f' "device": {json.dumps(asdict(device))},\n "origin": {json.dumps(origin)},\n "rows": [\n{lines}\n ]'
     (folder / (device.name.replace(" ", "_") + ".json")).write_text("{\n" + text + "\n}\n")
 
 

@@ -247,11 +247,11 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
     if device.capability != 90 or problem.scheme not in ("16bit", "fp8") or problem.m > 64 or not whole:
         return None
     silu = problem.output == "silu_mul"
-    block_m, tiles, panels = max(16, 1 << (problem.m - 1).bit_length()), 2 if silu else 1, 1 if silu else 2
+    block_m, tiles, panels = max(8, 1 << (problem.m - 1).bit_length()), 2 if silu else 1, 1 if silu else 2
     programs = problem.n // (2 * CHANNELS if silu else CHANNELS)
     idle = device.processors // programs if programs else 0
     long = problem.k * problem.weight_bytes >= 64 * PANEL_BYTES
-    splits = min(4, 2 * idle) if idle and long and block_m == 16 else 1
+    splits = min(4, 2 * idle) if idle and long and block_m <= 16 else 1
     ring = (205 if programs * splits <= device.processors else 100) * KIB
     stages = ring // (panels * PANEL_BYTES * (tiles * CHANNELS + block_m))
     config = GemmConfig("hopper", CHANNELS, block_m, panels * width, splits, 4, min(stages, 12), True)

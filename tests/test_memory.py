@@ -144,7 +144,7 @@ def test_a_context_beyond_the_window_is_refused_naming_the_window() -> None:
 
 
 def test_weights_that_do_not_fit_are_named_in_gibibytes() -> None:
-    with pytest.raises(OutOfMemoryError, match=r"the weights \(131\.\d\d GiB\).*20\.\d\d GiB"):
+    with pytest.raises(OutOfMemoryError, match=r"the weights \(131\.\d\d GiB\).*21\.\d\d GiB"):
         plan_memory(llama_8b(), CONFIG, 141_000_000_000, SMALL)
 
 

@@ -20,9 +20,9 @@ from workstation.errors import ConfigError, OutOfMemoryError
 
 GIB = 1 << 30
 MIB = 1 << 20
-CUDA_CONTEXT_BYTES = 690 * MIB  # 684 with all kernels loaded (H200, driver 580): docs/memory.md
+CUDA_CONTEXT_BYTES = 426 * MIB  # 421 with all kernels loaded (H200, driver 580): docs/memory.md
 LIBRARY_BYTES = 48 * MIB  # cuBLAS's own workspace, and counters of ours
-GRAPH_NODES_BYTES = 208 * MIB  # what the driver keeps for some sixty captured steps
+GRAPH_NODES_BYTES = 192 * MIB  # what the driver keeps for some sixty captured steps
 DISPLAY_RESERVE_BYTES = GIB
 CPU_POOL_BYTES = 2 * GIB
 LEAST_CONTEXT = 4096

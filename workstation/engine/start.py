@@ -15,7 +15,7 @@ from workstation.engine.admission import SchedulerLimits
 from workstation.engine.blocks import BlockPool
 from workstation.engine.engine import Engine
 from workstation.engine.grammars import GrammarDesk
-from workstation.engine.host import keep_large_buffers
+from workstation.engine.host import keep_large_buffers, release_stacks
 from workstation.engine.ledger import MemoryLedger
 from workstation.engine.request import EngineInfo
 from workstation.engine.runner import ModelRunner
@@ -56,10 +56,15 @@ def choose_dtype(config: EngineConfig, shape: ModelShape, device: torch.device) 
 
 
 def device_memory(device: torch.device) -> DeviceMemory:
-    """What the device has now, in bytes. Raises DeviceError when the card cannot be opened."""
+    """What the device has now, in bytes, beside this process's CUDA context, which is made here.
+
+    Raises DeviceError when the card cannot be opened."""
     if device.type == "cpu":
         return gpu.host_memory()
     try:
+        with torch.cuda.device(device):
+            torch.cuda.synchronize()
+            release_stacks()
         free, total = torch.cuda.mem_get_info(device)
         uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
     except RuntimeError as error:
