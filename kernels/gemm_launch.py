@@ -203,9 +203,12 @@ def library_linear(
     if out is not None and weight_scale is None and bias is None and residual is None:
         return torch.mm(x, weight.t(), out=out)
     if x_scale is not None and weight_scale is not None and _scaled_mm_serves(x, weight):
+        fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
+        bias = bias if fused is None else None
         y = torch._scaled_mm(
-            x, weight.t(), scale_a=x_scale[:, None], scale_b=weight_scale[None], out_dtype=torch.bfloat16, use_fast_accum=True
-        )
+            x, weight.t(), scale_a=x_scale[:, None], scale_b=weight_scale[None], bias=fused, out_dtype=torch.bfloat16,
+            use_fast_accum=True, out=out if out_dtype == torch.bfloat16 and residual is None else None,
+        )  # fmt: skip
     elif weight_scale is None:
         y, bias = F.linear(x, weight, None if bias is None else bias.to(x.dtype)), None
     else:
@@ -216,7 +219,7 @@ def library_linear(
         y = y + bias.to(y.dtype)
     y = y.to(out_dtype)
     y = y if residual is None else y + residual
-    return y if out is None else out.copy_(y)
+    return y if out is None or y is out else out.copy_(y)
 
 
 def _scaled_mm_serves(x: torch.Tensor, weight: torch.Tensor) -> bool:

@@ -65,7 +65,8 @@ def round_tokens(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         part = slice(start, start + step)
         values = x[part].float()
         largest = values.abs().amax(1)
-        factor = torch.where(largest == 0, 1.0, largest / INT8_MAX)
+        most = largest.new_full((), INT8_MAX)  # by a plain number CUDA does not divide: it multiplies by the reciprocal
+        factor = torch.where(largest == 0, 1.0, largest / most)
         scale[part] = torch.where(factor.isfinite(), factor, torch.nan)
         found[part, :columns] = (values / factor[:, None]).round_().nan_to_num_(0.0).to(torch.int8)
     # A chunk's bytes are its columns 0, 32, 1, 33, …

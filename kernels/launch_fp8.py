@@ -72,7 +72,7 @@ def linear_fp8(
     x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
     if isinstance(x, Quantized):
-        return _product_of_quantized(x, weight, scale, bias, out)
+        return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype, out)
     if x.is_cuda and 0 < x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and _by_rows(weight, scale):
         return gemm_launch.linear(x, weight, scale, None, bias, None, x.dtype, out)
     if has_fp8(x.device):
@@ -89,19 +89,6 @@ def multiplies_fp8(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor
 def _by_rows(weight: torch.Tensor, scale: torch.Tensor) -> bool:
     """A scale a row, and a shape that `gemm_small.py` serves."""
     return scale.dim() == 1 and not (weight.shape[0] % 16 or weight.shape[1] % 16)
-
-
-def _product_of_quantized(
-    x: Quantized, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
-) -> torch.Tensor:
-    if x.values.shape[0] > MAX_ROWS and out is not None and x.dtype == torch.bfloat16:
-        fused = bias if bias is not None and bias.dtype == torch.bfloat16 else None
-        torch._scaled_mm(
-            x.values, weight.t(), scale_a=x.scale[:, None], scale_b=scale[None, :], bias=fused, out_dtype=torch.bfloat16,
-            use_fast_accum=True, out=out,
-        )  # fmt: skip
-        return out.add_(bias) if bias is not None and fused is None else out
-    return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype, out)
 
 
 def _weight_only(
