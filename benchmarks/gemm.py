@@ -296,12 +296,12 @@ def write(folder: Path, points: list[Point], device: Device, compiler: Compiler)
     write_rows(folder, tuned_rows(points), device)
 
 
-def write_rows(folder: Path, rows: list[list[Any]], device: Device) -> None:
-    """A tuned file of these rows, named after the device."""
+def write_rows(folder: Path, rows: list[list[Any]], device: Device, by: str = "gemm.py") -> None:
+    """A tuned file of these rows, named after the device. by: the benchmark that chose them."""
     folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join("  " + json.dumps(row) for row in rows)
     versions = f"torch {torch.__version__}, Triton {triton.__version__}"
-    origin = f"Measured by benchmarks/gemm.py on one {device.name} on {time.strftime('%Y-%m-%d')} with {versions}."
+    origin = f"Measured by benchmarks/{by} on one {device.name} on {time.strftime('%Y-%m-%d')} with {versions}."
     text = f' "device": {json.dumps(asdict(device))},\n "origin": {json.dumps(origin)},\n "rows": [\n{lines}\n ]'
     (folder / (device.name.replace(" ", "_") + ".json")).write_text("{\n" + text + "\n}\n")
 

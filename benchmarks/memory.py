@@ -4,7 +4,8 @@ ROOT holds folders with a config.json: qwen3-0.6b, llama-8b, llama-8b-fp8, llama
 are random). Each case runs in a process of its own: start, then a full load with the planned batch and one prompt of the
 planned context, sampled in every way. Weights, pool, logits, context and graphs: what the start took (`EngineInfo.measured`);
 the workspace is the most that tensors took beside them at any time; the total is the card's (NVML, second form), from before
-CUDA was opened to its highest reading. Prints a JSON line a case, then a table in MiB, planned and measured.
+CUDA was opened to its highest reading, so run it on the machine's first card. Prints a JSON line a case, then a table in MiB,
+planned and measured.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
 
 def _is_left_apart(problem: Problem, device: Device) -> bool:
     """Whether SiLU·mul follows a product by a ring, unless measured otherwise: gate's and up's codes in one program have no
-    registers for many rows, and in a warpgroup each they were only compiled."""
+    registers for many rows, and in a warpgroup each a few measured shapes are known only."""
     many = problem.output == "silu_mul" and problem.m > FUSED_ROWS
     return many and problem.scheme == "nf4" and device.capability == 90
 
@@ -263,7 +263,7 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table of codes there is
     room for two programs, so two warpgroups share those too where they have registers.
 
-    What was only compiled so far is left to measurements: mxfp4, and gate and up in a warpgroup each."""
+    Left to measurements: mxfp4, which was only compiled so far, and gate and up in a warpgroup each."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
     if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > FUSED_ROWS) or problem.scheme == "mxfp4":
         return None
