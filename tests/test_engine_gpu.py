@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import triton
 from engines import drain, make_engine, run, submit
 from test_embeddings import embedded
 from test_engine import PROMPTS, RANDOM, greedy, prompts_of
@@ -118,6 +119,23 @@ def test_a_long_context_decodes_like_the_cpu_twin(tmp_path: Path) -> None:
     prompt = prompts_of(6000, seed=7)
     settings = {"num_blocks": 600, "max_model_len": 8192}
     assert run(folder, prompt, greedy(8), **GPU, **settings) == run(folder, prompt, greedy(8), **settings)
+
+
+@pytest.mark.parametrize("changes", [{}, {"enforce_eager": True}, {"kv_cache_dtype": "fp8"}, {"quantization": "fp8"},
+                                     {"quantization": "int4"}], ids=str)
+def test_a_ready_engine_compiles_nothing_more(tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_tiny(tmp_path / "m", "llama", head_dim=128, hidden_size=256, intermediate_size=512, num_attention_heads=8,
+                        max_position_embeddings=8192)
+    engine = make_engine(folder, device="cuda", dtype="bfloat16", max_num_seqs=64, num_blocks=1500, max_model_len=8192,
+                         max_num_batched_tokens=4096, enable_prefix_caching=False, **changes)
+    compiled = []
+    monkeypatch.setattr(triton.knobs.runtime, "jit_post_compile_hook", lambda *, fn, **_: compiled.append(fn.name))
+    drawn = SamplingParams(temperature=0.8, top_p=0.9, top_k=20, max_tokens=8, seed=1, presence_penalty=0.5, logprobs=3)
+    for lengths in ([1], [5], [40], [300], [900], [2500], [6000], [600] * 6, [1] * 60, [3] * 60, [30, 2100], [17] * 64):
+        prompts = prompts_of(*lengths, seed=len(lengths))
+        submit(engine, prompts, [greedy(8) if number % 2 else drawn for number in range(len(prompts))])
+        drain(engine)
+    assert compiled == []
 
 
 def test_steps_do_not_wait_for_the_device(folders: dict[str, Path]) -> None:

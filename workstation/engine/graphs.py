@@ -131,6 +131,10 @@ class StepGraphs:
         """Run a step of this shape that does nothing, kernel by kernel."""
         self._run(shape, self._idle_inputs(shape), logits[:shape.sequences])
 
+    def idle(self, shape: Shape, longest_chunk: int | None = None, longest_context: int | None = None) -> InputTensors:
+        """A step of this shape that does nothing, with other bounds than its own: kernels are chosen by them."""
+        return self._tensors(shape, self._idle_inputs(shape), longest_chunk, longest_context)
+
     def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
         """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
 
@@ -205,13 +209,17 @@ class StepGraphs:
         return torch.from_numpy(self._pack(shape, _NO_STEP, np.empty((3, 0), dtype=np.int64))).to(self._device)
 
     def _run(self, shape: Shape, inputs: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
+        return self._forward(self._tensors(shape, inputs), out)
+
+    def _tensors(self, shape: Shape, inputs: torch.Tensor, longest_chunk: int | None = None,
+                 longest_context: int | None = None) -> InputTensors:
         fields = _device_fields(shape, inputs)
         placed = self._builder.placed(*fields.tokens)
-        bounds = replace(_NO_STEP, decodes=shape.decodes, max_query_len=max(shape.tokens, 1),
-                         max_context_len=self._max_model_len)
+        bounds = replace(_NO_STEP, decodes=shape.decodes, max_query_len=longest_chunk or max(shape.tokens, 1),
+                         max_context_len=longest_context or self._max_model_len)
         plans = self._builder.plans(fields.query_start, fields.lengths, fields.rows, bounds)
         wanted = fields.sampled[0] if shape.chunks else None
-        return self._forward(InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted), out)
+        return InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted)
 
 
 def _device_fields(shape: Shape, inputs: torch.Tensor) -> _Fields:

@@ -6,6 +6,8 @@ waits for. On a GPU the download is a copy into pinned memory, guarded by an eve
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,6 +32,7 @@ from workstation.model.inputs import InputTensors
 from workstation.model.transformer import Decoder
 
 PROMPT_LOGPROB_ROWS = 256
+MOST_COMPILERS = 16  # threads
 _GREEDY = SamplingParams(temperature=0.0)
 Masks = Callable[[], TokenMasks | None]
 
@@ -91,6 +94,23 @@ class ModelRunner:
         on_gpu = device.type == "cuda"
         self.logits_room = torch.empty(rooms if on_gpu else (0, 0), dtype=model.dtype, device=device)
         self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
+
+    @torch.inference_mode()
+    def compile_ahead(self, max_tokens: int) -> None:
+        """On a GPU: compile what steps launch, in parallel, those of any length included that a graph never sees."""
+        from workstation.kernels.ahead import compiling_ahead  # a CPU install may lack Triton
+
+        largest = largest_shape(self._state.max_rows, max_tokens)
+        shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
+        # Attention's kernels go by the longest chunk and context, each with one threshold: the ends choose all there are.
+        ends = itertools.product((1, largest.tokens), (1, None))
+        steps = [*map(self._graphs.idle, shapes), *(self._graphs.idle(largest, *bounds) for bounds in ends)]
+        model = self.model.sample_of_layers()
+        with compiling_ahead(min(os.cpu_count() or 1, MOST_COMPILERS)):
+            self._sampler.prepare(self.model.dtype)
+            for inputs in steps:
+                hidden = _wanted(model.forward(inputs, self._kv), inputs)
+                model.logits(hidden, self.logits_room[:len(hidden)])
 
     @torch.inference_mode()
     def warm_up(self, max_tokens: int) -> None:

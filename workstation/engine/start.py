@@ -129,6 +129,7 @@ def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, *, 
                         ("logits", runner.logits_room.nbytes)):
         ledger.move("workspace", part, count)  # what is left of it: tables, rows, and what allocations were rounded up by
     with ledger.working():
+        runner.compile_ahead(plan.max_num_batched_tokens)
         runner.warm_up(plan.max_num_batched_tokens)
     if not eager:
         with ledger.capturing():

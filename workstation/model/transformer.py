@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import copy
+from collections import Counter
+from collections.abc import Hashable, Iterator
 
 import torch
 import torch.nn.functional as F
@@ -79,6 +81,27 @@ class Decoder:
             return out
         logits = self.head(hidden)
         return logits if logits.is_cuda else logits.float()
+
+    def sample_of_layers(self) -> Decoder:
+        """A decoder of these weights with two layers of every kind: it launches all kernels that this one does.
+
+        Layers are of one kind whose weights have the same forms and whose keys and values lie in the same KV group. Two: the
+        first of a step plans the attention of the others.
+        """
+        seen: Counter[Hashable] = Counter()
+        chosen = []
+        for number, (group, _) in enumerate(self._places):
+            linears = layer_linears(self.shape, number)
+            kind = group, *((part.form, part.activations, part.groups, part.linear.out_features)
+                            for linear in linears for part in self.forms.segments(linear))
+            seen[kind] += 1
+            if seen[kind] <= 2:
+                chosen.append(number)
+        sample = copy.copy(self)
+        sample.layers = [self.layers[number] for number in chosen]
+        sample._places = [self._places[number] for number in chosen]
+        sample._kv = ()
+        return sample
 
     @property
     def weight_bytes(self) -> int:
