@@ -45,6 +45,7 @@ MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
+FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
 # Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
 OPTING = 48 * KIB
@@ -184,8 +185,13 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
 def _is_left_apart(problem: Problem, device: Device) -> bool:
     """Whether SiLU·mul follows a product by a ring, unless measured otherwise: gate's and up's codes in one program have no
     registers for many rows, and in a warpgroup each a few measured shapes are known only."""
-    many = problem.output == "silu_mul" and problem.m > FUSED_ROWS
-    return many and problem.scheme == "nf4" and device.capability == 90
+    if problem.scheme not in CODED_ROWS or device.capability != 90:
+        return False
+    return problem.output == "silu_mul" and problem.m > _fused_rows(problem.scheme)
+
+
+def _fused_rows(scheme: Scheme) -> int:
+    return FUSED_PLANES if scheme == "mxfp4" else FUSED_ROWS
 
 
 @cache
@@ -263,9 +269,9 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table of codes there is
     room for two programs, so two warpgroups share those too where they have registers.
 
-    Left to measurements: mxfp4, which was only compiled so far, and gate and up in a warpgroup each."""
+    Left to measurements: gate and up in a warpgroup each."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
-    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > FUSED_ROWS) or problem.scheme == "mxfp4":
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > _fused_rows(problem.scheme)):
         return None
     block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
     teams = 2 if block_m >= 64 or (table and block_m == 8 and not silu) else 1
