@@ -6,18 +6,22 @@ Most of a compilation happens outside Python's lock, in LLVM and the assembler, 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
 import triton
 from triton.runtime.jit import JITFunction
 
+log = logging.getLogger("ws.kernels")
+
 
 @contextmanager
 def compiling_ahead(threads: int) -> Iterator[None]:
     """Within: no kernel is launched, in no thread, so what kernels would write is left as it was. At the end all are compiled.
+    Their first launch still loads them, for which Triton 3.6 builds a launcher in C for each kind of arguments.
 
     A kernel that does not compile is left to the launch that meets it again, which says so.
     """
@@ -26,9 +30,24 @@ def compiling_ahead(threads: int) -> Iterator[None]:
     def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
         return run(self, *args, grid=grid, warmup=True, **options)
 
-    with ThreadPoolExecutor(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
+    with _Compilers(threads) as pool, triton.AsyncCompileMode(pool, ignore_errors=True):
         JITFunction.run = compile_only
         try:
             yield
         finally:
             JITFunction.run = run
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that say what they could not compile."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
+        return super().submit(_compiled, fn, *args, **options)
+
+
+def _compiled(compile_kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
+    try:
+        return compile_kernel(*args, **options)
+    except Exception as error:
+        log.info("a kernel is left to its first launch: %s: %s", type(error).__name__, error)
+        raise
