@@ -54,7 +54,9 @@ GATE_UP = {(28672, 4096), (57344, 8192), (6144, 1024)}  # 6144 x 4096 is a QKV, 
 ROWS = [1, 8, 32, 128, 16, 64, 256, 2, 4]  # the most telling first, for when time runs out
 SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
-TOLERANCE = 1e-2  # bfloat16 results, and FP8 sums inside the tensor cores
+TOLERANCE = 4e-3  # of bfloat16 results, SiLU's included
+FP8_TOLERANCE = 1e-2  # of FP8 sums inside the tensor cores
+VERIFIED = 50  # runs of a winner: one race in so many would be seen
 KEEP_OWN = 0.98  # the library must be this much faster to be chosen
 
 
@@ -227,7 +229,7 @@ def search(point: Point, bench: Bench, configs: list[GemmConfig], deadline: floa
 def _try(point: Point, bench: Bench, config: GemmConfig, times: list[tuple[float, GemmConfig]]) -> None:
     try:
         error = error_of(bench, config)
-        if not error < TOLERANCE:
+        if not error < tolerance(point.problem):
             point.wrong.append([asdict(config), error])
             return
         split = split_count(point.problem.k, config) > 1 and config.kind != "hopper"
@@ -242,12 +244,18 @@ def _try(point: Point, bench: Bench, config: GemmConfig, times: list[tuple[float
         point.wrong.append([asdict(config), str(failure)[:200]])
 
 
+def tolerance(problem: Problem) -> float:
+    """What ‖out - expected‖ / ‖expected‖ must stay below."""
+    return FP8_TOLERANCE if problem.scheme == "fp8" else TOLERANCE
+
+
 def verify(point: Point, weights: Weights) -> None:
-    """The winner on fresh activations and another weight; a wrong one is thrown away."""
+    """The winner on fresh activations and another weight, many times; a wrong one is thrown away."""
     if point.config is None:
         return
-    point.error = error_of(make_bench(point.problem, weights, first=1), point.config)
-    if not point.error < TOLERANCE:
+    bench = make_bench(point.problem, weights, first=1)
+    point.error = max(error_of(bench, point.config) for _ in range(VERIFIED))
+    if not point.error < tolerance(point.problem):
         point.wrong.append([asdict(point.config), point.error])
         point.config, point.us = None, float("inf")
 
@@ -266,7 +274,7 @@ def try_dependent_launch(points: list[Point], weights: Weights, compiler: Compil
         plain = time_config(bench, point.config, 9)
         try:
             took = time_config(bench, config, 9)
-            right = error_of(bench, config) < TOLERANCE
+            right = error_of(bench, config) < tolerance(point.problem)
         except RuntimeError as failure:
             print(f"dependent launch failed: {failure}", flush=True)
             return

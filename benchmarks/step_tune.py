@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import GATE_UP, HEADS, KINDS, SHAPES, TOLERANCE, Compiler, candidates, write_rows
+from gemm import GATE_UP, HEADS, KINDS, SHAPES, Compiler, candidates, tolerance, write_rows
 from gemm_measure import Weights, error_of, make_bench, time_config
 
 from workstation import LLM, SamplingParams
@@ -124,7 +124,7 @@ def finalists(problem: Problem, today: GemmConfig, configs: list[GemmConfig], we
     times: list[tuple[float, GemmConfig]] = []
     for config in configs:
         try:
-            if error_of(bench, config) < TOLERANCE:
+            if error_of(bench, config) < tolerance(problem):
                 times.append((time_config(bench, config, 3), config))
         except RuntimeError as failure:
             print(f"left out {config}: {str(failure)[:120]}", flush=True)
