@@ -194,7 +194,7 @@ def run(launch: Launch) -> None:
     """Start the engine's process and the server; return after a clean drain."""
     import logging
 
-    from workstation.cli.progress import LoadingBar
+    from workstation.cli.progress import StartBar
     from workstation.server.log_book import LogBook
     from workstation.server.serve import run as serve
     from workstation.server.supervisor import EngineProcess
@@ -203,7 +203,7 @@ def run(launch: Launch) -> None:
     for handler in logging.getLogger().handlers:
         handler.setLevel(logging.WARNING)  # the log book lets our loggers say more than a terminal wants
     options, loader = server_options(launch.settings), model_loader(launch)
-    with LoadingBar() as bar, LogBook() as book:
+    with StartBar() as bar, LogBook() as book:
         engine = EngineProcess(replace(launch.config, online=True), on_loading=bar.update, on_said=book.add)
 
         def ready(server: Any) -> None:

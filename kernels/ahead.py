@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,13 +17,16 @@ from triton.runtime.jit import JITFunction
 
 log = logging.getLogger("ws.kernels")
 
+REPORT_SECONDS = 0.2
+
 
 @contextmanager
-def compiling_ahead(threads: int) -> Iterator[None]:
+def compiling_ahead(threads: int, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
     """Within: no kernel is launched, in no thread, so what kernels would write is left as it was. At the end all are compiled.
     Their first launch still loads them, for which Triton 3.6 builds a launcher in C for each kind of arguments.
 
     A kernel that does not compile is left to the launch that meets it again, which says so.
+    report: called in the caller's thread with (kernels compiled, kernels in all) once all are known.
     """
     run = JITFunction.run
 
@@ -36,13 +39,28 @@ def compiling_ahead(threads: int) -> Iterator[None]:
             yield
         finally:
             JITFunction.run = run
+        if report is not None:
+            pool.watch(report)
 
 
 class _Compilers(ThreadPoolExecutor):
-    """Threads that say what they could not compile."""
+    """Threads that say what they could not compile, and how far they are."""
+
+    def __init__(self, threads: int) -> None:
+        super().__init__(threads)
+        self._asked: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
-        return super().submit(_compiled, fn, *args, **options)
+        future = super().submit(_compiled, fn, *args, **options)
+        self._asked.append(future)
+        return future
+
+    def watch(self, report: Callable[[int, int], None]) -> None:
+        """Return when all are compiled."""
+        left = len(self._asked)
+        while left:
+            left = len(wait(self._asked, timeout=REPORT_SECONDS).not_done)
+            report(len(self._asked) - left, len(self._asked))
 
 
 def _compiled(compile_kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:

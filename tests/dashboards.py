@@ -121,7 +121,7 @@ def machine_in(state: str) -> Machine:
     made = machine.frame()
     if state == "loading":
         machine.states, machine.rows = b"", []
-        loading = {"done_bytes": 41 << 30, "total_bytes": 68 << 30, "seconds_left": 12.4}
+        loading = {"stage": "weights", "done": 41 << 30, "total": 68 << 30, "seconds_left": 12.4}
         server = {**made["server"], "state": "starting", "uptime": 19.0, "loading": loading}
         machine.changes |= {"server": server, "requests": [],
                             "blocks": {**made["blocks"], "total": 0, "free": 0, "held": 0, "shared": 0, "cached": 0,

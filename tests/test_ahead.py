@@ -135,3 +135,20 @@ def test_a_sample_has_two_of_each_form_of_weights(tmp_path: Path) -> None:
     parts = {f"model.layers.{layer}.mlp.down_proj": Part(form=Form.FP8_CHANNEL) for layer in (1, 3, 4)}
     whole, some = sample(write_tiny(tmp_path / "m", "llama", num_hidden_layers=6), WeightForms(parts))
     assert some.layers == [whole.layers[number] for number in (0, 1, 2, 3)]
+
+
+def test_it_says_how_many_kernels_are_compiled_and_ends_with_all_of_them(compiled: list[str]) -> None:
+    said: list[tuple[int, int]] = []
+    with targeting(90), compiling_ahead(1, lambda *now: said.append(now)):
+        add_kernel[(1,)](torch.ones(32), torch.zeros(32), BLOCK=16)
+        add_kernel[(1,)](torch.ones(32), torch.zeros(32), BLOCK=32)
+        assert said == []
+    assert len(compiled) == 2
+    assert said == sorted(said) and said[-1] == (2, 2)
+
+
+def test_it_says_nothing_when_there_was_nothing_to_compile() -> None:
+    said: list[tuple[int, int]] = []
+    with compiling_ahead(1, lambda *now: said.append(now)):
+        pass
+    assert said == []

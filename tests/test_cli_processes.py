@@ -88,7 +88,7 @@ class Loading(FakeEngine):
     code = -1
 
     def health(self) -> Health:
-        return Health(self.state, loading=Progress(42, 100, 2.0))
+        return Health(self.state, loading=Progress("weights", 42, 100, 2.0))
 
     def stats(self) -> EngineStats:
         return EngineStats()

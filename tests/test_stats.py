@@ -348,11 +348,11 @@ def test_a_wrong_question_to_the_log_is_refused_by_name(model: ServedModel, quer
 def test_a_frame_says_how_far_loading_has_come(model: ServedModel) -> None:
     class Loading(FakeEngine):
         def health(self) -> Health:
-            return Health("restarting", loading=Progress(25, 100, 2.0))
+            return Health("restarting", loading=Progress("weights", 25, 100, 2.0))
 
     frame = get(Loading(), model, "/stats").json()
-    assert frame["server"]["loading"] == {"done_bytes": 25, "total_bytes": 100, "seconds_left": 6.0}
-    assert Progress(0, 100, 2.0).seconds_left is None and Progress(100, 100, 2.0).seconds_left is None
+    assert frame["server"]["loading"] == {"stage": "weights", "done": 25, "total": 100, "seconds_left": 6.0}
+    assert Progress("weights", 0, 100, 2.0).seconds_left is None and Progress("weights", 100, 100, 2.0).seconds_left is None
 
 
 def test_while_the_engine_loads_the_door_answers_its_state_and_refuses_the_rest(model: ServedModel) -> None:

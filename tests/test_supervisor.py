@@ -14,6 +14,8 @@ import pytest
 from tiny import write_tiny
 
 from workstation.config import EngineConfig
+from workstation.engine import wire
+from workstation.engine.client import Progress
 from workstation.engine.request import EngineRequest, SamplingParams
 from workstation.errors import EngineDeadError, InvalidRequestError, ModelFolderError
 from workstation.server import supervisor
@@ -197,3 +199,18 @@ def test_a_folder_that_cannot_be_served_is_a_named_error_and_leaves_neither_proc
 
 def test_the_private_directory_is_closed_to_others(engine: EngineProcess) -> None:
     assert Path(engine._directory).stat().st_mode & 0o777 == 0o700
+
+
+def test_what_is_left_of_a_start_is_reckoned_stage_by_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[tuple[str, int, int]] = []
+    engine = EngineProcess(config(tmp_path), on_loading=lambda *now: said.append(now))
+    clock = [100.0]
+    monkeypatch.setattr(supervisor.time, "monotonic", lambda: clock[0])
+    reports = [wire.Loading("weights", 0, 80), wire.Loading("weights", 80, 80), wire.Loading("kernels", 0, 10),
+               wire.Loading("kernels", 5, 10)]
+    for report, clock[0] in zip(reports, (100.0, 140.0, 150.0, 152.0), strict=True):
+        engine._handle(report)
+    loading = engine.health().loading
+    assert loading == Progress("kernels", 5, 10, 2.0) and loading.seconds_left == 2.0
+    assert engine.health().progress == 1.0
+    assert said[-1] == ("kernels", 5, 10) and len(said) == 4

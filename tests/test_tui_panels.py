@@ -264,3 +264,16 @@ def test_a_cells_line_names_its_owner_at_eighty_columns() -> None:
     line = cell_line(frame, 1, answer, 78).plain
     assert line == " blocks 51 to 100: 25 held by one, 12 cached · aaaa1111 tokens 832-1,616"
     assert cell_line(frame, 1, answer, 120).plain.endswith("at most 1 reference · age 3.0 s")
+
+
+def test_each_stage_of_loading_is_named_and_counted() -> None:
+    machine = machine_in("loading")
+    loading = machine.changes["server"]["loading"]
+    assert "reading weights: 60 %" in str(panels.loading_bar(frame_of(machine), 80, Glyphs()))
+    loading |= {"done": loading["total"], "seconds_left": None}
+    assert str(panels.loading_bar(frame_of(machine), 80, Glyphs())).endswith("\n weights read")
+    loading |= {"stage": "kernels", "done": 12, "total": 31}
+    assert str(panels.loading_bar(frame_of(machine), 80, Glyphs())).endswith("\n compiling kernels: 12 of 31")
+    assert panels.progress(frame_of(machine)) == "compiling kernels: 12 of 31"
+    loading |= {"stage": "graphs", "done": 3, "total": 64}
+    assert panels.progress(frame_of(machine)) == "capturing graphs: 3 of 64"

@@ -28,6 +28,7 @@ from workstation.tui.request_table import is_stuck
 
 STATE_STYLES = {"ready": f"bold {GREEN}", "dead": f"bold {RED}", "down": f"bold {RED}"}
 STATE_NAMES = {"starting": "LOADING"}
+STAGES = {"weights": "reading weights", "kernels": "compiling kernels", "graphs": "capturing graphs"}
 HISTORY, SECOND = 120, 0.9  # two minutes
 FULL_SHARE, FULL_SECONDS = 0.9, 30.0
 
@@ -156,7 +157,7 @@ def _state(frame: Frame, trouble: str, width: int, age: float) -> Text:
         return text.append(f"  last frame {seconds(age)} ago " if width >= 40 else " ")
     if server.get("loading"):
         loading = server["loading"]
-        words = [f"  {progress(frame)} ", f"  {percent(loading['done_bytes'] / max(1, loading['total_bytes']))} "]
+        words = [f"  {progress(frame)} ", f"  {percent(loading['done'] / max(1, loading['total']))} "]
     else:
         running, waiting = batch["running"], batch["waiting"]
         words = [f"  {clock(server['uptime'])}  {running} running {waiting} waiting ", f"  {running} run {waiting} wait "]
@@ -164,11 +165,13 @@ def _state(frame: Frame, trouble: str, width: int, age: float) -> Text:
 
 
 def progress(frame: Frame) -> str:
-    """How far loading has come, in words."""
+    """How far the stage of loading has come, in words."""
     loading = frame.data["server"]["loading"]
-    done, total, left = loading["done_bytes"], loading["total_bytes"], loading["seconds_left"]
+    done, total, left = loading["done"], loading["total"], loading["seconds_left"]
+    if loading["stage"] != "weights":
+        return f"{STAGES.get(loading['stage'], loading['stage'])}: {done} of {total}"
     if total and done >= total:
-        return "weights read; graphs and warming up"
+        return "weights read"
     return f"{percent(done / total if total else 0.0)}  {gib(done)}/{gib(total)} GiB  {seconds(left)} left"
 
 
@@ -177,8 +180,10 @@ def loading_bar(frame: Frame, width: int, glyphs: Glyphs) -> Text:
     loading = frame.data["server"].get("loading")
     if loading is None:
         return Text(" the engine is starting", no_wrap=True)
-    bar = glyphs.bar([(loading["done_bytes"], COLOURS["owned"])], loading["total_bytes"], max(10, width - 2))
-    return Text(" ", no_wrap=True).append_text(bar).append(f"\n reading weights: {progress(frame)}")
+    bar = glyphs.bar([(loading["done"], COLOURS["owned"])], loading["total"], max(10, width - 2))
+    reading = loading["stage"] == "weights" and loading["done"] < loading["total"]
+    what = f"{STAGES['weights']}: " if reading else ""
+    return Text(" ", no_wrap=True).append_text(bar).append(f"\n {what}{progress(frame)}")
 
 
 def map_foot(frame: Frame | None, width: int, glyphs: Glyphs, border: Style) -> Text:

@@ -23,8 +23,9 @@ class Spread(TypedDict):
 
 
 class Loading(TypedDict):
-    done_bytes: Int
-    total_bytes: Int
+    stage: str
+    done: Int
+    total: Int
     seconds_left: float | None
 
 

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, Stage, TokenEvent
 from workstation.engine.snapshot import Look, Picture
 from workstation.errors import WorkstationError
 
@@ -17,18 +17,22 @@ EngineState = Literal["starting", "ready", "restarting", "draining", "dead"]
 
 @dataclass(slots=True)
 class Progress:
-    """How far loading has come. seconds: since its first bytes; what is left of a load of even speed follows from it."""
+    """How far a stage of the start has come: bytes of weights, kernels compiled, graphs captured.
 
-    done_bytes: int
-    total_bytes: int
+    seconds: since the stage began; what is left of a stage of even speed follows from it.
+    """
+
+    stage: Stage
+    done: int
+    total: int
     seconds: float
 
     @property
     def seconds_left(self) -> float | None:
-        """None before anything was read, and once all is read: what follows (graphs, warming up) has no known length."""
-        if not 0 < self.done_bytes < self.total_bytes:
+        """None before anything was done, and once all is: what follows has no known length."""
+        if not 0 < self.done < self.total:
             return None
-        return self.seconds * (self.total_bytes - self.done_bytes) / self.done_bytes
+        return self.seconds * (self.total - self.done) / self.done
 
 
 @dataclass(slots=True)
@@ -49,9 +53,9 @@ class Health:
     @property
     def progress(self) -> float | None:
         """Share of the weights' bytes that is read, 0 to 1; None when nothing loads."""
-        if self.loading is None or self.loading.total_bytes <= 0:
+        if self.loading is None or self.loading.total <= 0:
             return None
-        return min(1.0, self.loading.done_bytes / self.loading.total_bytes)
+        return min(1.0, self.loading.done / self.loading.total) if self.loading.stage == "weights" else 1.0
 
 
 class Inbox:

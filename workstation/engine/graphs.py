@@ -135,19 +135,21 @@ class StepGraphs:
         """A step of this shape that does nothing, with other bounds than its own: kernels are chosen by them."""
         return self._tensors(shape, self._idle_inputs(shape), longest_chunk, longest_context)
 
-    def capture(self, shapes: list[Shape], logits: torch.Tensor) -> None:
+    def capture(self, shapes: list[Shape], logits: torch.Tensor, report: Callable[[int, int], None]) -> None:
         """Capture the shapes, given smallest first, largest first, in one memory pool. Those without memory stay uncaptured.
 
         logits: [most sequences, V], into whose first rows every graph writes its result: of its own it keeps none.
+        report: called with (shapes done, shapes in all).
         """
         pool = torch.cuda.graph_pool_handle()
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         found = {}
-        for shape in reversed(shapes):
+        for number, shape in enumerate(reversed(shapes), 1):
             try:
                 found[shape] = self._capture(shape, pool, stream, logits[:shape.sequences])
             except torch.OutOfMemoryError:
                 log.warning("no memory for a CUDA graph of %s; such steps run without one", shape)
+            report(number, len(shapes))
         self._captured = {shape: found[shape] for shape in shapes if shape in found}
 
     def choose(self, step: HostStep) -> Shape | None:

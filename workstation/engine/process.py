@@ -24,7 +24,7 @@ from workstation.collector import calm_collector
 from workstation.config import EngineConfig
 from workstation.engine import wire
 from workstation.engine.host import server_threads
-from workstation.engine.request import EngineStats
+from workstation.engine.request import EngineStats, Stage
 from workstation.errors import StartupError, WorkstationError
 
 BEAT_SECONDS = 0.5
@@ -105,8 +105,8 @@ class EngineLoop:
             return 1
         return 0
 
-    def _progress(self, done: int, total: int) -> None:
-        self._send(wire.Loading(done, total))
+    def _progress(self, stage: Stage, done: int, total: int) -> None:
+        self._send(wire.Loading(stage, done, total))
 
     def _send(self, message: wire.FromEngine) -> None:
         self._outbox.send(wire.encode(message))

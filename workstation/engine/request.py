@@ -11,6 +11,7 @@ from workstation.grammar.params import StructuredOutputsParams
 
 FinishReason = Literal["stop", "length", "abort", "error"]
 Pooling = Literal["last", "mean"]
+Stage = Literal["weights", "kernels", "graphs"]  # of an engine's start: read, compiled, captured
 
 MAX_N = 64
 MAX_LOGPROBS = 20

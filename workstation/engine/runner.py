@@ -35,6 +35,7 @@ PROMPT_LOGPROB_ROWS = 256
 MOST_COMPILERS = 16  # threads
 _GREEDY = SamplingParams(temperature=0.0)
 Masks = Callable[[], TokenMasks | None]
+Report = Callable[[int, int], None]
 
 
 @dataclass(slots=True)
@@ -96,8 +97,11 @@ class ModelRunner:
         self._graphs = StepGraphs(self._inputs, self._logits, pad_row=max_rows, max_model_len=max_model_len, device=device)
 
     @torch.inference_mode()
-    def compile_ahead(self, max_tokens: int) -> None:
-        """On a GPU: compile what steps launch, in parallel, those of any length included that a graph never sees."""
+    def compile_ahead(self, max_tokens: int, report: Report) -> None:
+        """On a GPU: compile what steps launch, in parallel, those of any length included that a graph never sees.
+
+        report: called with (kernels compiled, kernels in all).
+        """
         from workstation.kernels.ahead import compiling_ahead  # a CPU install may lack Triton
 
         largest = largest_shape(self._state.max_rows, max_tokens)
@@ -106,7 +110,7 @@ class ModelRunner:
         ends = itertools.product((1, largest.tokens), (1, None))
         steps = [*map(self._graphs.idle, shapes), *(self._graphs.idle(largest, *bounds) for bounds in ends)]
         model = self.model.sample_of_layers()
-        with compiling_ahead(min(os.cpu_count() or 1, MOST_COMPILERS)):
+        with compiling_ahead(min(os.cpu_count() or 1, MOST_COMPILERS), report):
             self._sampler.prepare(self.model.dtype)
             for inputs in steps:
                 hidden = _wanted(model.forward(inputs, self._kv), inputs)
@@ -120,10 +124,13 @@ class ModelRunner:
         torch.cuda.synchronize(self.device)
 
     @torch.inference_mode()
-    def capture(self, max_tokens: int) -> None:
-        """Capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs kernel by kernel."""
+    def capture(self, max_tokens: int, report: Report) -> None:
+        """Capture CUDA graphs of steps up to a budget of max_tokens; without this every step runs kernel by kernel.
+
+        report: called with (shapes done, shapes in all).
+        """
         shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
-        self._graphs.capture(shapes, self.logits_room)
+        self._graphs.capture(shapes, self.logits_room, report)
 
     def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,7 +18,7 @@ from workstation.engine.engine import Engine
 from workstation.engine.grammars import GrammarDesk
 from workstation.engine.host import keep_large_buffers, release_stacks
 from workstation.engine.ledger import MemoryLedger
-from workstation.engine.request import EngineInfo
+from workstation.engine.request import EngineInfo, Stage
 from workstation.engine.runner import ModelRunner
 from workstation.engine.scheduler import Scheduler
 from workstation.errors import ConfigError, DeviceError, OutOfMemoryError
@@ -29,7 +30,7 @@ from workstation.safetensors_header import read_checkpoint
 
 log = logging.getLogger("ws.engine")
 
-Progress = Callable[[int, int], None]
+Progress = Callable[[Stage, int, int], None]
 FP8 = torch.float8_e4m3fn
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -74,7 +75,11 @@ def device_memory(device: torch.device) -> DeviceMemory:
 
 
 def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engine:
-    """Load a model and make it ready. Raises a StartupError that names the cause and the cure."""
+    """Load a model and make it ready. Raises a StartupError that names the cause and the cure.
+
+    progress: called with (stage, done, in all): bytes of weights, kernels compiled, graphs captured.
+    """
+    progress = progress or _unseen
     begun = time.monotonic()
     if config.num_threads is not None:
         torch.set_num_threads(config.num_threads)
@@ -98,14 +103,15 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     try:
         with ledger.part("workspace"):
             model = load_model(config.model, shape, dtype=dtype, device=device, max_model_len=plan.max_model_len,
-                               load_format=config.load_format, forms=forms, kv_scales=cache.scales, progress=progress)
+                               load_format=config.load_format, forms=forms, kv_scales=cache.scales,
+                               progress=partial(progress, "weights"))
         loaded = time.monotonic()
         with ledger.part("workspace"):
             runner = ModelRunner(model, shape, num_blocks=plan.num_blocks, block_size=config.block_size,
                                  max_rows=config.max_num_seqs, max_model_len=plan.max_model_len, kv_dtype=kv_dtype,
                                  device=device)
         if device.type == "cuda":
-            _make_ready(runner, ledger, plan, eager=config.enforce_eager)
+            _make_ready(runner, ledger, plan, progress, eager=config.enforce_eager)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"the plan ({gib(plan.total)}) did not fit beside what else is on {device}: {error}") from error
     pool = BlockPool(plan.num_blocks, config.block_size)
@@ -122,18 +128,22 @@ def build_engine(config: EngineConfig, progress: Progress | None = None) -> Engi
     return Engine(scheduler, runner, info, overlap=overlap, grammars=grammars)
 
 
-def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, *, eager: bool) -> None:
+def _unseen(stage: Stage, done: int, total: int) -> None:
+    """Nobody watches."""
+
+
+def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, progress: Progress, *, eager: bool) -> None:
     """Nothing is compiled or taken later that could be now: run the largest step, capture the others."""
     model = runner.model
     for part, count in (("weights", model.weight_bytes - model.cos_sin.nbytes), ("kv", runner.pool.nbytes),
                         ("logits", runner.logits_room.nbytes)):
         ledger.move("workspace", part, count)  # what is left of it: tables, rows, and what allocations were rounded up by
     with ledger.working():
-        runner.compile_ahead(plan.max_num_batched_tokens)
+        runner.compile_ahead(plan.max_num_batched_tokens, partial(progress, "kernels"))
         runner.warm_up(plan.max_num_batched_tokens)
     if not eager:
         with ledger.capturing():
-            runner.capture(plan.max_num_batched_tokens)
+            runner.capture(plan.max_num_batched_tokens, partial(progress, "graphs"))
 
 
 def read_cache(config: EngineConfig, shape: ModelShape, dtype: torch.dtype) -> KVCacheForm:

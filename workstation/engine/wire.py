@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import msgspec
 
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, TokenEvent
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, Stage, TokenEvent
 from workstation.engine.snapshot import Look, Picture
 
 
@@ -45,8 +45,11 @@ class Ready(msgspec.Struct, tag="ready", array_like=True):
 
 
 class Loading(msgspec.Struct, tag="loading", array_like=True):
-    done_bytes: int
-    total_bytes: int
+    """How far a stage of the start has come: bytes of weights, kernels compiled, graphs captured."""
+
+    stage: Stage
+    done: int
+    total: int
 
 
 class Said(msgspec.Struct, tag="said", array_like=True):

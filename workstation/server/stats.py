@@ -40,17 +40,19 @@ class ModelStats(Struct):
 
 
 class LoadingStats(Struct):
-    """seconds_left: None before the first bytes, and once all are read (graphs and warming up follow)."""
+    """stage: weights (done and total in bytes), kernels or graphs (counted). seconds_left: of the stage, if it keeps its speed;
+    None before anything is done, and once all is."""
 
-    done_bytes: int
-    total_bytes: int
+    stage: str
+    done: int
+    total: int
     seconds_left: float | None
 
 
 class ServerStats(Struct):
     """state: starting, ready, restarting, draining or dead.  uptime: since the API process began to answer.
 
-    loading: while weights load, at the start or after the engine's death.
+    loading: while the engine starts, at first or after its death, from its first weights on.
     """
 
     state: str
@@ -301,8 +303,8 @@ def loading_stats(health: Health) -> LoadingStats | None:
     """How far loading has come."""
     if health.loading is None:
         return None
-    left = health.loading.seconds_left
-    return LoadingStats(health.loading.done_bytes, health.loading.total_bytes, None if left is None else round(left, 1))
+    now, left = health.loading, health.loading.seconds_left
+    return LoadingStats(now.stage, now.done, now.total, None if left is None else round(left, 1))
 
 
 def request_stats(row: RequestRow, now: float) -> RequestStats:

@@ -27,7 +27,7 @@ from workstation import errors
 from workstation.config import EngineConfig
 from workstation.engine import wire
 from workstation.engine.client import EngineState, Health, Inbox, Progress
-from workstation.engine.request import EngineInfo, EngineRequest, EngineStats
+from workstation.engine.request import EngineInfo, EngineRequest, EngineStats, Stage
 from workstation.engine.snapshot import Look, Picture
 
 log = logging.getLogger("ws.supervisor")
@@ -65,16 +65,16 @@ class EngineProcess:
     """An engine in a process of its own, restarted when it dies: at most 3 times in 60 s.
 
     Args:
-        config: handed to the engine.  on_loading: called with (bytes done, bytes in all) while weights load.
+        config: handed to the engine.  on_loading: called with (stage, done, in all) while the engine starts.
         on_said: called with each line of the engine's log: Unix seconds, level, source, text.
     """
 
-    def __init__(self, config: EngineConfig, *, on_loading: Callable[[int, int], None] | None = None,
+    def __init__(self, config: EngineConfig, *, on_loading: Callable[[Stage, int, int], None] | None = None,
                  on_said: Callable[[float, int, str, str], None] | None = None) -> None:
         self._config = config
         self._on_loading = on_loading
         self._on_said = on_said
-        self._loading: tuple[int, int, float] | None = None  # bytes done, bytes in all, when the first came
+        self._loading: tuple[wire.Loading, float] | None = None  # the newest, and when its stage began
         self._state: EngineState = "starting"
         self._info = EngineInfo()
         self._stats = EngineStats()
@@ -110,8 +110,8 @@ class EngineProcess:
     def health(self) -> Health:
         now, progress = time.monotonic(), None
         if self._loading is not None and self._state in ("starting", "restarting"):
-            done, total, began = self._loading
-            progress = Progress(done, total, now - began)
+            newest, began = self._loading
+            progress = Progress(newest.stage, newest.done, newest.total, now - began)
         return Health(self._state, now - self._last_beat, self._restarts, self._cause, progress)
 
     async def start(self) -> None:
@@ -295,10 +295,10 @@ class EngineProcess:
             if answer is not None and not answer.done():
                 answer.set_result(message.picture)
         elif isinstance(message, wire.Loading):
-            began = self._loading[2] if self._loading else time.monotonic()
-            self._loading = (message.done_bytes, message.total_bytes, began)
+            same = self._loading is not None and self._loading[0].stage == message.stage
+            self._loading = (message, self._loading[1] if same and self._loading else time.monotonic())
             if self._on_loading is not None:
-                self._on_loading(message.done_bytes, message.total_bytes)
+                self._on_loading(message.stage, message.done, message.total)
         elif isinstance(message, wire.Said):
             if self._on_said is not None:
                 self._on_said(message.when, message.level, message.source, message.text)
