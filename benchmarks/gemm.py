@@ -56,7 +56,7 @@ SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight", "n
 KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
 TOLERANCE = 4e-3  # of bfloat16 results, SiLU's included
 FP8_TOLERANCE = 1e-2  # of FP8 sums inside the tensor cores
-VERIFIED = 50  # runs of a winner: one race in so many would be seen
+VERIFIED = 50  # runs of a winner, none of which may be wrong
 KEEP_OWN = 0.98  # the library must be this much faster to be chosen
 
 

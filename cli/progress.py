@@ -9,11 +9,15 @@ TITLES = {"weights": "loading weights", "kernels": "compiling kernels", "graphs"
 
 
 class StartBar:
-    """Takes (stage, done, in all) as often as it likes: a bar a stage, each in the place of the one before."""
+    """Takes (stage, done, in all) as often as it likes: a bar a stage, each in the place of the one before.
+
+    Once closed it stays away: an engine that is restarted later must not draw over a terminal that is somebody's by then.
+    """
 
     def __init__(self) -> None:
         self._stage = ""
         self._bar: LoadingBar | None = None
+        self._closed = False
 
     def __enter__(self) -> StartBar:
         return self
@@ -22,13 +26,19 @@ class StartBar:
         self.close()
 
     def update(self, stage: str, done: int, total: int) -> None:
+        if self._closed:
+            return
         if self._bar is None or stage != self._stage:
-            self.close()
+            self._end()
             self._stage, self._bar = stage, LoadingBar(TITLES.get(stage, stage), counted=stage != "weights")
         self._bar.update(done, total)
 
     def close(self) -> None:
-        """Take the bar away; a further call begins one anew."""
+        """Take the bar away; further calls do nothing."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._bar is not None:
             self._bar.close()
             self._bar = None

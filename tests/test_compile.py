@@ -25,9 +25,9 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 # Triton 3.6's assembler for sm_120 parks one value outside the loop in a few kernels, at 72 registers of 255; 3.9's for sm_90a
-# up to six in rings of codes, whose registers are meted out for two programs, and sixteen in one of bytes for 64 rows, which is
-# the fastest measured all the same.
-PARKED = 64
+# up to six in rings of codes, whose registers are meted out for two programs.
+PARKED = 24
+BYTES_PARKED = 64  # in the ring of bytes for 64 rows, the fastest that was measured all the same
 
 Product = tuple[Problem, GemmConfig, Device]
 
@@ -67,7 +67,8 @@ def check(product: Product) -> None:
     needed = resources(compile_for(problem, config, device.capability))
     assert needed.shared <= device.shared_bytes
     assert needed.shared <= tuning.shared_bytes(problem, config, device.capability)
-    assert needed.stack <= PARKED
+    crowded = problem.scheme == "int8_weight" and (config.kind, config.block_n, config.block_m) == ("hopper", 128, 64)
+    assert needed.stack <= (BYTES_PARKED if crowded else PARKED)
     assert needed.registers <= 255
 
 

@@ -18,7 +18,7 @@ import torch
 from workstation.architecture import ModelShape
 from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
-from workstation.engine.graphs import StepGraphs, graph_shapes, largest_shape
+from workstation.engine.graphs import Shape, StepGraphs, graph_shapes, largest_shape
 from workstation.engine.inputs import InputBuilder, pack
 from workstation.engine.masks import TokenMasks
 from workstation.engine.request import SamplingParams, TokenLogprobs
@@ -105,14 +105,14 @@ class ModelRunner:
         from workstation.kernels.ahead import compiling_ahead  # a CPU install may lack Triton
 
         largest = largest_shape(self._state.max_rows, max_tokens)
-        shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
         # Attention's kernels go by the longest chunk and context, each with one threshold: the ends choose all there are.
         ends = itertools.product((1, largest.tokens), (1, None))
-        steps = [*map(self._graphs.idle, shapes), *(self._graphs.idle(largest, *bounds) for bounds in ends)]
+        steps = [*map(self._graphs.idle, self._shapes(max_tokens)), *(self._graphs.idle(largest, *bounds) for bounds in ends)]
         model = self.model.sample_of_layers()
         with compiling_ahead(min(os.cpu_count() or 1, MOST_COMPILERS), report):
             self._sampler.prepare(self.model.dtype)
-            for inputs in steps:
+            while steps:  # and drop each with what its attention was planned with
+                inputs = steps.pop()
                 hidden = _wanted(model.forward(inputs, self._kv), inputs)
                 model.logits(hidden, self.logits_room[:len(hidden)])
 
@@ -129,8 +129,10 @@ class ModelRunner:
 
         report: called with (shapes done, shapes in all).
         """
-        shapes = graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
-        self._graphs.capture(shapes, self.logits_room, report)
+        self._graphs.capture(self._shapes(max_tokens), self.logits_room, report)
+
+    def _shapes(self, max_tokens: int) -> list[Shape]:
+        return graph_shapes(self._state.max_rows, graph_prompts(self.model.shape, max_tokens))
 
     def _logits(self, inputs: InputTensors, out: torch.Tensor | None) -> torch.Tensor:
         return self.model.logits(_wanted(self.model.forward(inputs, self._kv), inputs), out)

@@ -133,7 +133,7 @@ def _unseen(stage: Stage, done: int, total: int) -> None:
 
 
 def _make_ready(runner: ModelRunner, ledger: MemoryLedger, plan: MemoryPlan, progress: Progress, *, eager: bool) -> None:
-    """Nothing is compiled or taken later that could be now: run the largest step, capture the others."""
+    """Nothing is compiled or taken later that could be now: compile for all steps, run the largest, capture the others."""
     model = runner.model
     for part, count in (("weights", model.weight_bytes - model.cos_sin.nbytes), ("kv", runner.pool.nbytes),
                         ("logits", runner.logits_room.nbytes)):
