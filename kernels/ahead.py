@@ -12,7 +12,9 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 import triton
+from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 log = logging.getLogger("ws.kernels")
@@ -22,8 +24,8 @@ REPORT_SECONDS = 0.2
 
 @contextmanager
 def compiling_ahead(threads: int, report: Callable[[int, int], None] | None = None) -> Iterator[None]:
-    """Within: no kernel is launched, in no thread, so what kernels would write is left as it was. At the end all are compiled.
-    Their first launch still loads them, for which Triton 3.6 builds a launcher in C for each kind of arguments.
+    """Within: no kernel is launched, in no thread, so what kernels would write is left as it was. At the end all are compiled
+    and, on a GPU, loaded: Triton 3.6 builds a launcher in C for each kind of arguments, which takes as long again.
 
     A kernel that does not compile is left to the launch that meets it again, which says so.
     report: called in the caller's thread with (kernels compiled, kernels in all) once all are known.
@@ -47,7 +49,7 @@ class _Compilers(ThreadPoolExecutor):
     """Threads that say what they could not compile, and how far they are."""
 
     def __init__(self, threads: int) -> None:
-        super().__init__(threads)
+        super().__init__(threads, initializer=_same_device())
         self._asked: list[Future[Any]] = []
 
     def submit(self, fn: Callable[..., Any], /, *args: Any, **options: Any) -> Future[Any]:
@@ -65,7 +67,18 @@ class _Compilers(ThreadPoolExecutor):
 
 def _compiled(compile_kernel: Callable[..., Any], *args: Any, **options: Any) -> Any:
     try:
-        return compile_kernel(*args, **options)
+        kernel = compile_kernel(*args, **options)
+        if hasattr(driver.active, "launcher_cls"):  # not while compiling for a GPU that is elsewhere
+            _ = kernel.run  # a property that builds the launcher and loads both
+        return kernel
     except Exception as error:
         log.info("a kernel is left to its first launch: %s: %s", type(error).__name__, error)
         raise
+
+
+def _same_device() -> Callable[[], None] | None:
+    """What makes the caller's GPU a thread's own: kernels are loaded into the GPU of the thread that asks."""
+    if not torch.cuda.is_available():
+        return None
+    device = torch.cuda.current_device()
+    return lambda: torch.cuda.set_device(device)

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS
 from workstation.kernels.gemm_hopper import conclude
@@ -157,14 +157,24 @@ def _scale(s_ring, slot, RUN: gl.constexpr, ACC: gl.constexpr):
 
 
 @gluon.jit
-def _settle(first, second, parts, held, s_ring, slot, RUN: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr,
-            TILES: gl.constexpr, ACC: gl.constexpr):  # fmt: skip
+def _scales(s_ring, slot, RUN: gl.constexpr, GROUPS: gl.constexpr, ROWS: gl.constexpr, TILES: gl.constexpr, ACC: gl.constexpr):
+    """`_scale` of groups RUN, + GROUPS of a step, of one tile or two in turn."""
+    found = ()
+    for group in gl.static_range(GROUPS):
+        found = found + (_scale(s_ring, slot, RUN + group, ACC),)  # noqa: RUF005
+        if TILES == 2:
+            found = found + (_scale(s_ring, slot + ROWS, RUN + group, ACC),)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _settle(first, second, parts, held, scales, GROUPS: gl.constexpr, TILES: gl.constexpr):
     """Wait for some groups' sums and add them, scaled. held: what the products in flight still read."""
     done = warpgroup_mma_wait(0, deps=parts + held)
     for group in gl.static_range(GROUPS):
-        first += done[group * TILES] * _scale(s_ring, slot, RUN + group, ACC)
+        first += done[group * TILES] * scales[group * TILES]
         if TILES == 2:
-            second += done[group * TILES + 1] * _scale(s_ring, slot + ROWS, RUN + group, ACC)
+            second += done[group * TILES + 1] * scales[group * TILES + 1]
     return first, second
 
 
@@ -217,7 +227,9 @@ def _consume(
                 if TILES == 2:
                     parts = parts + (up_part,)  # noqa: RUF005
                 held = held + read
-            first, second = _settle(first, second, parts, held, scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
+            scale = _scales(scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
+            first, second = _settle(first, second, parts, held, scale, GROUPS, TILES)
+        fence_async_shared()  # scales are all read: a barrier waits for no load under way, and the next copy may overtake one
         mbarrier.arrive(free.index(stage), count=1)
     if SILU and TILES == 1 and TEAM == 1:
         up_sums.store(first)

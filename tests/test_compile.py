@@ -92,6 +92,16 @@ def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
     assert "mma.sync" not in assembly
 
 
+@pytest.mark.parametrize("scheme", ["int4", "int8_weight", "nf4", "mxfp4"])
+def test_a_ring_slot_is_given_back_when_its_scales_have_been_read(scheme: tuning.Scheme) -> None:
+    """A barrier alone waits for no load under way: `test_rings_gpu.py` tells what came of it."""
+    config = GemmConfig("hopper", 64, 32, 256, 2, 4, 2, pdl=True)
+    assembly = compile_for(Problem(scheme, "linear", 128, 6144, 4096), config, H200.capability).asm["ptx"]
+    release = assembly.index("mbarrier.arrive.shared::cta.b64")
+    last_load = max(assembly.rfind(word, 0, release) for word in ("ld.shared", "ldmatrix"))
+    assert "fence.proxy.async" in assembly[last_load:release]
+
+
 @pytest.mark.parametrize("kind", ["dot", "gemv"])
 def test_programmatic_launch_prefetches_before_it_waits(kind: tuning.Kind) -> None:
     problem = Problem("fp8", "linear", 1, 6144, 4096)
