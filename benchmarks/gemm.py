@@ -137,7 +137,7 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
         shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
-    found = []
+    found = _few(problem) if problem.scheme == "int4" and problem.m <= tuning.FEW_ROWS else []
     crowd = 8 if coded else 32  # rows from which two warpgroups share a program
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
@@ -157,6 +157,21 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
             fills = splits == 1 or (programs * splits <= room and problem.k >= 4 * splits * panels * width)
             if stages >= least and fills:
                 found.append(replace(config, splits=splits, stages=stages))
+    return found
+
+
+def _few(problem: Problem) -> list[GemmConfig]:
+    """Rings of `gemm_int_few_hopper.py` beside x, one to four programs a multiprocessor."""
+    found = []
+    silu = problem.output == "silu_mul"
+    tiles_of, rooms = (2,) if silu else (1, 2), (52, 70, 108, 220)
+    for tiles, step, splits, room in itertools.product(tiles_of, (256, 512), (1, 2, 3, 4, 6, 8), rooms):
+        config = GemmConfig("hopper", tuning.CHANNELS * (1 if silu else tiles), tuning.FEW_ROWS, step, splits, 4, 1, True)
+        x = tuning.shared_bytes(problem, config, 90) - tuning.stage_bytes(problem, config)
+        stages = (room * tuning.KIB - x) // tuning.stage_bytes(problem, config)
+        programs = problem.n // (tiles * tuning.CHANNELS) * splits
+        if 2 <= stages <= 10 and problem.k >= 4 * splits * step and programs <= 1056:
+            found.append(replace(config, stages=stages))
     return found
 
 

@@ -86,7 +86,7 @@ class Bed:
     def captured(self) -> Any:
         """The step's graph with the table as it is."""
         torch.cuda.synchronize()
-        self._graphs.capture([Shape(self._m)], self._engine._runner.logits_room)
+        self._graphs.capture([Shape(self._m)], self._engine._runner.logits_room, lambda done, total: None)
         return self._graphs._captured
 
     def turn(self, graph: Any) -> float:

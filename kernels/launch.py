@@ -90,7 +90,7 @@ def rope_and_cache(
     out = torch.empty((tokens, num_heads, head_dim), dtype=qkv.dtype, device=qkv.device)
     if not tokens:
         return out
-    heads = 8
+    heads = 8 if tokens > 1 else 2  # of a program: a single token's end sooner when they are small
     block, side, head, token, _ = kv_layer.stride()
     rope_and_cache_kernel[(tokens, triton.cdiv(num_heads + 2 * num_kv_heads, heads))](
         qkv, positions, cos_sin, q_norm, k_norm, codes(kv_layer), slots, out, eps, scales.key, scales.value,

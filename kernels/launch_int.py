@@ -15,7 +15,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import CHANNELS, FUSED_ROWS, GemmConfig, Output, Problem, Scheme, most_rows
+from workstation.kernels.tuning import CHANNELS, FEW_SPAN, FUSED_ROWS, GemmConfig, Output, Problem, Scheme, is_few, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -63,7 +63,7 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     rings = rings_serve(weight, output)
     config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight)
+    return None if config.kind == "library" else fitted(config, weight, x.dtype)
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:
@@ -73,6 +73,12 @@ def rings_serve(weight: IntWeight, output: Output) -> bool:
     tiles = output == "linear" or not isinstance(weight.words, torch.Tensor) or weight.rows % (2 * CHANNELS) == 0
     narrow = weight.zero is not None and weight.size < NARROW
     return groups and tiles and not narrow and (not isinstance(weight.scale, torch.Tensor) or weight.scale.stride(0) % 8 == 0)
+
+
+def _serves_few(weight: IntWeight, dtype: torch.dtype) -> bool:
+    """Whether `gemm_int_few_hopper.py` serves: 4 bits around the middle, groups of whole chunks, activations of eight bits."""
+    whole = weight.size % FEW_SPAN == 0 and weight.columns % FEW_SPAN == 0
+    return dtype == torch.bfloat16 and weight.bits == 4 and weight.zero is None and whole
 
 
 def suits_groups(weight: IntWeight | CodeWeight, step: int) -> bool:
@@ -92,10 +98,13 @@ def _chunk(bits: int) -> int:
     return UNIT * WORD_BITS // bits
 
 
-def fitted(config: GemmConfig, weight: IntWeight) -> GemmConfig:
+def fitted(config: GemmConfig, weight: IntWeight, dtype: torch.dtype) -> GemmConfig:
     """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
-    as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one."""
+    as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one; few rows
+    get another ring where the weight or activations of `dtype` are not what theirs can read."""
     if config.kind == "hopper":
+        if is_few(config) and not _serves_few(weight, dtype):
+            config = replace(config, block_m=8)
         whole = suits_groups(weight, config.block_k)
         return config if whole else replace(config, block_k=HOPPER_WORDS * WORD_BITS // weight.bits)
     if weight.zero is not None:
@@ -124,8 +133,11 @@ def int_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k
     """
     weight: IntWeight = operands.weight
     if config.kind == "hopper":
-        from workstation.kernels.launch_int_hopper import hopper_int_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_int_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_int_hopper import hopper_int_call
 
+        if is_few(config):
+            return Call(*few_rows_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
         return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)

@@ -44,6 +44,8 @@ LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
+FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
+FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of a chunk of x, and what it takes in shared memory
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
@@ -128,6 +130,9 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     """
     if config.kind == "library":
         return 0
+    if is_few(config):
+        x = few_chunks(problem.k, config, problem.m) * FEW_CHUNK_BYTES
+        return config.stages * stage_bytes(problem, config) + x + CHANNELS * FEW_ROWS * 4 + KIB
     if config.kind == "hopper":
         stages, table = config.stages, 0
         if problem.scheme == "nf4":
@@ -146,6 +151,8 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
 def stage_bytes(problem: Problem, config: GemmConfig) -> int:
     """Shared memory a step of a ring takes, in bytes, at most."""
     channels = _channels(problem, config)
+    if is_few(config):
+        return int(config.block_k * (problem.weight_bytes + 2 / FEW_SPAN) * channels)
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
         size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / LEAST_GROUP  # scales
@@ -154,6 +161,19 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
 
 def _channels(problem: Problem, config: GemmConfig) -> int:
     return 2 * config.block_n if problem.output == "silu_mul" else config.block_n
+
+
+def is_few(config: GemmConfig) -> bool:
+    """Whether it is one of `gemm_int_few_hopper.py`."""
+    return config.kind == "hopper" and config.block_m == FEW_ROWS
+
+
+def few_chunks(k: int, config: GemmConfig, m: int) -> int:
+    """Chunks of x that a program of that kernel has room for: its part of K, rounded up as its layouts ask."""
+    steps = -(-k // (config.block_k * config.splits))
+    chunks = steps * config.block_k // FEW_SPAN
+    rows = 1 << (m - 1).bit_length()
+    return max(4 * rows, 1 << (chunks - 1).bit_length())  # whole layouts
 
 
 def table_stages(step: int, channels: int, rows: int) -> int:

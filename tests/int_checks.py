@@ -32,7 +32,7 @@ def expected(case: Case) -> torch.Tensor:
 
 def check_product(case: Case, config: GemmConfig, out_dtype: torch.dtype) -> None:
     x, weight, bias = case
-    fitted, y = launch_int.fitted(config, weight), expected(case)
+    fitted, y = launch_int.fitted(config, weight, x.dtype), expected(case)
     out = gemm_launch.run_linear(Operands(x, weight, bias=bias), fitted, out_dtype)
     assert relative_error(out, y) < TOLERANCE[out_dtype]
     gate, up = y.chunk(2, -1)

@@ -38,7 +38,7 @@ def compiled(device: Device, form: tuple[int, int, bool], output: Output, m: int
     weight = int_types(bits, size, 4096, zeros=zeros)
     n = 28672 if output == "silu_mul" else 6144
     problem = Problem(scheme_of(weight), output, m, n, 4096)
-    config = fitted(default_config(problem, device, rings=rings_serve(weight, output)), weight)
+    config = fitted(default_config(problem, device, rings=rings_serve(weight, output)), weight, torch.bfloat16)
     silu = output == "silu_mul"
     x: Any = torch.bfloat16
     call = int_call(Operands(x, weight), config, torch.bfloat16, m, n // 2 if silu else n, 4096, silu=silu)

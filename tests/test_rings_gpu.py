@@ -6,6 +6,7 @@ them when a neighbouring program, adding parts of K, had emptied the first-level
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import FP8, Operands, run_linear
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_hopper import is_hopper
-from workstation.kernels.tuning import GemmConfig
+from workstation.kernels.tuning import FEW_ROWS, GemmConfig
 
 ON_HOPPER = pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))),
                                reason="needs a Hopper GPU")
@@ -66,6 +67,20 @@ def test_a_product_has_the_same_bits_every_time(scheme: str, splits: int) -> Non
     torch.cuda.synchronize()  # a ring reads its weights before the kernel in front has ended
     step = {"16bit": 128}.get(scheme, 256)
     config = GemmConfig("hopper", 64, 32, step, splits, 4, 2 if scheme not in ("16bit", "fp8") else 3, True)
+    first = run_linear(given, config, torch.bfloat16)
+    different = [run for run in range(RUNS) if not torch.equal(run_linear(given, config, torch.bfloat16), first)]
+    assert torch.isfinite(first).all()
+    assert different == []
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("splits", [1, 2, 4])
+def test_a_product_of_few_rows_has_the_same_bits_every_time(splits: int) -> None:
+    given = operands("int4")
+    given = replace(given, x=given.x[:2])
+    torch.cuda.synchronize()
+    config = GemmConfig("hopper", 64, FEW_ROWS, 256, splits, 4, 2, True)
     first = run_linear(given, config, torch.bfloat16)
     different = [run for run in range(RUNS) if not torch.equal(run_linear(given, config, torch.bfloat16), first)]
     assert torch.isfinite(first).all()

@@ -1,0 +1,268 @@
+"""4-bit integers, one to four rows, for Hopper, in Gluon: the products of `gemm_int.py` that decode a single conversation.
+
+A code c in the low bits of a byte is the e4m3 number c / 512, in the subnormals and the binade above them alike. So one mask
+(and a shift, for the upper half) of a register of codes gives four operands of an FP8 product: 0.4 instructions a weight,
+where `gemm_int_hopper.py` takes 1.4 to make 16-bit floats. A program first takes its columns of x apart: within a group of 128
+columns, divided by a power of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-10 of the
+group's largest, else to 2^-16 of that. They are two rows of the right operand, in the order that the bytes of codes have:
+
+    y[m, n] = Σ_g scale[g, n] · 2^e[g, m] · (512 Σ_k (high + low)[m, k] · (code[n, k] / 512) − 8 Σ_k (high + low)[m, k])
+
+Tensor cores keep 14 bits of a sum of FP8 products, a group's only; groups are added in float32. In all a step takes 1.0
+instructions a weight (Triton 3.6, 1 row, a gate and its up), the other ring 2.1. One warp keeps a ring of codes and scales
+filled by TMA, all of it before the kernel in front has ended; one warpgroup multiplies, one or two tiles of 64 output channels
+(neighbours, or a gate and its up) over a part of K. Parts are added as in `gemm_hopper.py`.
+"""
+
+# Arguments of kernels are pointers and scalars that only Triton can type.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,attr-defined,assignment,var-annotated"
+
+from __future__ import annotations
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
+
+from workstation.kernels.gemm_hopper import conclude
+from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
+
+SPAN = gl.constexpr(128)  # columns of a chunk of the layout, and of a group of x
+BYTES = gl.constexpr(128)  # of a row of codes, a copy: two chunks
+ROWS = gl.constexpr(8)  # of the right operand: two for each of four rows of x
+FIRST = gl.constexpr("and.b32 $0, $1, 0x0f0f0f0f;")
+SECOND = gl.constexpr("{ .reg .b32 upper; shr.b32 upper, $1, 4; and.b32 $0, upper, 0x0f0f0f0f; }")
+REST = gl.constexpr("sub.rn.f32 $0, $1, $2;")  # of a product, which the compiler would make twice
+LEAST_EXPONENT = gl.constexpr(8 << 23)
+HIGHEST_EXPONENT = gl.constexpr(0x7F800000)
+
+
+@gluon.jit
+def _halves(values):
+    """values [C, 128] float32, a group a row → e4m3 (high, low), 2^e · (high + low) ≈ values; 2^e; the sums of values / 2^e."""
+    exponent = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True) & HIGHEST_EXPONENT
+    endless = exponent == HIGHEST_EXPONENT
+    exponent = gl.maximum(exponent, LEAST_EXPONENT) - (7 << 23)  # the largest becomes 128 to 256
+    power = exponent.to(gl.float32, bitcast=True)
+    inverse = ((254 << 23) - exponent).to(gl.float32, bitcast=True)
+    values = values * inverse[:, None]
+    # Cut off, not rounded: what remains has four bits either way, and nothing need be read back from e4m3, which Triton 3.6's
+    # assembler gets wrong here (it unpacks a register before it is packed).
+    high = (values.to(gl.int32, bitcast=True) & -(1 << 20)).to(gl.float32, bitcast=True)
+    low = gl.inline_asm_elementwise(REST, "=f,f,f", [values, high], dtype=gl.float32, is_pure=True, pack=1)
+    return high.to(gl.float8e4nv), low.to(gl.float8e4nv), gl.where(endless, float("nan"), power), gl.sum(values, 1)
+
+
+@gluon.jit
+def _places(COUNT: gl.constexpr, LOAD: gl.constexpr):
+    """Columns of x, [COUNT, 4, 2, 16]: a chunk, a run of 32 bytes of it, a byte's parity there, and the byte. So a thread loads
+    neighbouring columns, twice, and has what a run of bytes holds."""
+    THREE: gl.constexpr = gl.SliceLayout(3, LOAD)
+    TWO: gl.constexpr = gl.SliceLayout(2, THREE)
+    chunk = gl.arange(0, COUNT, layout=gl.SliceLayout(1, TWO))
+    run = gl.arange(0, 4, layout=gl.SliceLayout(0, TWO))
+    odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, THREE)))
+    byte = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, LOAD))))
+    first = gl.expand_dims(chunk[:, None] * SPAN + (run % 2 * 32 + run // 2 * 16)[None, :], 2)
+    halves = first + gl.expand_dims(gl.expand_dims(odd, 0), 0) * 64
+    return gl.expand_dims(halves, 3) + gl.expand_dims(gl.expand_dims(gl.expand_dims(byte, 0), 0), 0)
+
+
+@gluon.jit
+def _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.constexpr, TOKENS: gl.constexpr):
+    """Columns [begin, begin + 128 · CHUNKS) of x into shared memory, as rows 2t and 2t + 1 for row t of x."""
+    COUNT: gl.constexpr = CHUNKS // TOKENS  # chunks at a time: as many values a thread, however many rows
+    EACH: gl.constexpr = 16 if COUNT >= 32 else 8 if COUNT >= 16 else 4  # neighbours a thread loads at once
+    LOAD: gl.constexpr = gl.BlockedLayout([1, 1, 2, EACH], [EACH // 2, 4, 1, 16 // EACH], [4, 1, 1, 1], [3, 2, 1, 0])
+    BYTE_ORDER: gl.constexpr = gl.BlockedLayout([1, 2 * EACH], [EACH // 2, 64 // EACH], [4, 1], [1, 0])
+    TILE: gl.constexpr = gl.BlockedLayout([8, 2 * EACH], [1, 32], [1, 4], [1, 0])
+    FACTORS: gl.constexpr = gl.BlockedLayout([1, (EACH + 7) // 8], [EACH // 2, 64 // EACH], [4, 1], [1, 0])
+    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE))[:, None]
+    factor_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, FACTORS))[None, :]
+    places = begin + _places(COUNT, LOAD)
+    for part in gl.static_range(TOKENS):
+        at = part * COUNT * SPAN + places
+        tile = gl.zeros([ROWS, COUNT * 128], gl.int8, TILE)
+        power_tile = gl.zeros([COUNT, ROWS], gl.float32, FACTORS)
+        sum_tile = power_tile
+        for token in gl.static_range(TOKENS):
+            values = gl.load(x + token * stride + at, mask=(at < k) & (token < m), other=0.0).to(gl.float32)
+            # Into the order of bytes before they are made, so that neighbours are made together: registers change names only.
+            values = gl.convert_layout(gl.reshape(gl.permute(values, (0, 1, 3, 2)), [COUNT, 128]), BYTE_ORDER)
+            high, low, power, total = _halves(values)
+            high = gl.convert_layout(gl.reshape(high.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
+            low = gl.convert_layout(gl.reshape(low.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
+            tile = gl.where(row == 2 * token, high[None, :], gl.where(row == 2 * token + 1, low[None, :], tile))
+            power = gl.convert_layout(power, gl.SliceLayout(1, FACTORS))[:, None]
+            total = gl.convert_layout(total, gl.SliceLayout(1, FACTORS))[:, None]
+            power_tile = gl.where(factor_row // 2 == token, power, power_tile)
+            sum_tile = gl.where(factor_row == 2 * token, total * power * (-8.0 / 512.0), sum_tile)
+        reinterpreted(x_tiles, [TOKENS, ROWS, COUNT * SPAN]).index(part).store(tile.to(gl.float8e4nv, bitcast=True))
+        reinterpreted(powers, [TOKENS, COUNT, ROWS]).index(part).store(power_tile)
+        reinterpreted(sums, [TOKENS, COUNT, ROWS]).index(part).store(sum_tile)
+    fence_async_shared()
+    align()
+
+
+@gluon.jit
+def _codes(w_ring, panel, START: gl.constexpr, SHIFTED: gl.constexpr, A: gl.constexpr):
+    """Lower or upper codes of bytes [START, START + 32) of a panel as e4m3 numbers, [64, 32]."""
+    packed = w_ring.index(panel).slice(START, 32, dim=1).load(A)
+    if SHIFTED:
+        return gl.inline_asm_elementwise(SECOND, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
+    else:
+        return gl.inline_asm_elementwise(FIRST, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
+
+
+@gluon.jit
+def _chunk_sum(w_ring, panel, x_tile, HALF: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr):
+    """A chunk's sums [64, 8], still in flight. HALF: of the panel's two chunks."""
+    part = gl.zeros([64, ROWS], gl.float32, ACC)
+    for index in gl.static_range(4):
+        lhs = _codes(w_ring, panel, HALF * 64 + index // 2 * 32, index % 2 == 1, A)
+        rhs = x_tile.slice(index * 32, 32, dim=1).permute((1, 0))
+        part = warpgroup_mma(lhs, rhs, part, use_acc=index > 0, is_async=True)
+    return part
+
+
+@gluon.jit
+def _consume(
+    x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n, k, stride,
+    first_channel, tile_stride, tile_number, split,
+    GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
+    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """x taken apart, the products of the ring's steps, and what becomes of them."""
+    ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
+    A: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
+    SUMS: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
+    SCALES: gl.constexpr = s_ring.shape[1]
+    scales = reinterpreted(s_ring, [STAGES * TILES * SCALES, 1, 64])
+    if PDL:
+        await_previous()
+    _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS)
+    first = gl.zeros([64, ROWS], gl.float32, ACC)
+    second = gl.zeros([64, ROWS], gl.float32, ACC)
+    for i in range(steps):
+        stage = i % STAGES
+        mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
+        for panel in gl.static_range(PANELS):
+            parts = ()
+            for half in gl.static_range(2):
+                chunk = (i * PANELS + panel) * 2 + half
+                for tile in gl.static_range(TILES):
+                    part = _chunk_sum(w_ring, (stage * TILES + tile) * PANELS + panel, x_tiles.index(chunk), half, ACC, A)
+                    parts = parts + (part,)  # noqa: RUF005
+            factors = ()
+            for half in gl.static_range(2):
+                chunk = (i * PANELS + panel) * 2 + half
+                factors = factors + (powers.index(chunk).load(ACC), sums.index(chunk).load(ACC))  # noqa: RUF005
+                for tile in gl.static_range(TILES):
+                    row = (stage * TILES + tile) * SCALES + (panel * 2 + half) * SPAN // GROUP
+                    factors = factors + (scales.index(row).permute((1, 0)).load(ACC).to(gl.float32),)  # noqa: RUF005
+            done = warpgroup_mma_wait(0, deps=parts)
+            for half in gl.static_range(2):
+                power = factors[half * (2 + TILES)]
+                less = factors[half * (2 + TILES) + 1]
+                first += (done[half * TILES] * power + less) * factors[half * (2 + TILES) + 2]
+                if TILES == 2:
+                    second += (done[half * TILES + 1] * power + less) * factors[half * (2 + TILES) + 3]
+        fence_async_shared()  # as in `gemm_int_hopper.py`
+        mbarrier.arrive(free.index(stage), count=1)
+    first = _joined(first, SUMS)
+    second = _joined(second, SUMS) if TILES == 2 else first
+    conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, 0, tile_number,
+             split, TILES, SILU, SPLITS, ROWS // 2, PDL, SUMS)  # fmt: skip
+
+
+@gluon.jit
+def _joined(sums, LAYOUT: gl.constexpr):
+    """[64, 8] of high and low parts in turn → 512 times their sums, [64, 4]."""
+    high, low = gl.split(gl.reshape(sums, [64, ROWS // 2, 2]))
+    return gl.convert_layout((high + low) * 512.0, LAYOUT)
+
+
+@gluon.jit
+def _fetch_step(
+    w, s, bar, w_ring, s_ring, stage, at, first_channel, tile_stride, size,
+    TILES: gl.constexpr, PANELS: gl.constexpr,
+):  # fmt: skip
+    for tile in gl.static_range(TILES):
+        channel = first_channel + tile * tile_stride
+        slot = stage * TILES + tile
+        for panel in gl.static_range(PANELS):
+            fetch(w, [channel, at // 2 + panel * BYTES], bar, w_ring.index(slot * PANELS + panel))
+        fetch(s, [at // size, channel], bar, s_ring.index(slot))
+
+
+@gluon.jit
+def _produce(
+    w, s, w_ring, s_ring, ready, free, begin, steps, size, first_channel, tile_stride,
+    TILES: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, STEP_BYTES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """Codes and scales, step by step along K; a ring full of them before the kernel in front has ended."""
+    STEP: gl.constexpr = PANELS * BYTES * 2
+    early = gl.minimum(steps, STAGES)
+    for i in range(early):
+        mbarrier.expect(ready.index(i), STEP_BYTES)
+        _fetch_step(w, s, ready.index(i), w_ring, s_ring, i, begin + i * STEP, first_channel, tile_stride, size, TILES, PANELS)
+    if PDL:
+        await_previous()
+        allow_next()
+    for i in range(early, steps):
+        stage = i % STAGES
+        mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
+        mbarrier.expect(ready.index(stage), STEP_BYTES)
+        _fetch_step(w, s, ready.index(stage), w_ring, s_ring, stage, begin + i * STEP, first_channel, tile_stride, size, TILES,
+                    PANELS)  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["m"])
+def hopper_few_kernel(
+    x, w, s, out, partial, arrivals, bias, m, n, k, chunk, size, stride,
+    GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
+    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, COPYING: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    """x [m, k], rows stride apart; w: of codes [n, k / 2] int8 (SILU: [2n, ·] = gate | up) in boxes [64, BYTES]; s: of scales
+    [G, n or 2n] in boxes [SCALES, 64].
+
+    size: columns of a row of s; GROUP: of those in a step, at least 128; TOKENS: a power of two, at least m, at most 4; CHUNKS:
+    a power of two, at least 4 · TOKENS, and as many as a split has of 128 columns. A step is PANELS * 256 columns. out [m, n],
+    bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies, with
+    COPYING registers.
+    """
+    tile_number = gl.program_id(0)
+    split = gl.program_id(1)
+    WIDE: gl.constexpr = 64 if SILU else TILES * 64
+    first_channel = tile_number * WIDE
+    tile_stride = n if SILU else 64
+    STEP: gl.constexpr = PANELS * BYTES * 2
+    SCALES: gl.constexpr = STEP // GROUP
+    begin = split * chunk
+    steps = (gl.minimum(chunk, k - begin) + STEP - 1) // STEP
+
+    SPANNED: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
+    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+    w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TILES * PANELS, 64, BYTES], SPANNED)
+    x_tiles = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, ROWS, SPAN], SPANNED)
+    s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TILES, SCALES, 64],
+                                       gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2))  # fmt: skip
+    powers = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
+    sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(ready.index(i), count=1)
+        mbarrier.init(free.index(i), count=1)
+    align()
+    step_bytes: gl.constexpr = TILES * 64 * (PANELS * BYTES + SCALES * s.dtype.primitive_bitwidth // 8)
+    gl.warp_specialize(
+        [
+            (_consume, (x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n,
+                        k, stride, first_channel, tile_stride, tile_number, split, GROUP, TILES, SILU, SPLITS, TOKENS, CHUNKS,
+                        PANELS, STAGES, PDL)),
+            (_produce, (w, s, w_ring, s_ring, ready, free, begin, steps, size, first_channel, tile_stride, TILES, PANELS,
+                        STAGES, step_bytes, PDL)),
+        ],
+        [1],
+        [COPYING],
+    )  # fmt: skip

@@ -1,0 +1,45 @@
+"""Launches of `gemm_int_few_hopper.py`. Called through `launch_int.py`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+
+from workstation.kernels import gemm_launch
+from workstation.kernels.dependent import chained
+from workstation.kernels.gemm_int_few_hopper import hopper_few_kernel
+from workstation.kernels.int_weights import IntWeight
+from workstation.kernels.launch_gemm_hopper import boxes, split_space
+from workstation.kernels.tuning import CHANNELS, FEW_ROWS, FEW_SPAN, PANEL_BYTES, GemmConfig, few_chunks
+
+COPYING = 40  # registers of a thread that copies
+REGISTERS = {1: 88, 2: 120}  # of a thread that multiplies, by tiles
+
+
+def few_rows_call(
+    x: Any, weight: IntWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
+) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
+    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n]. m: at most FEW_ROWS."""
+    assert m <= FEW_ROWS
+    tiles = 2 if silu else config.block_n // CHANNELS
+    chunk = gemm_launch.chunk_size(k, config)
+    wide = CHANNELS if silu else tiles * CHANNELS
+    grid = (triton.cdiv(n, wide), triton.cdiv(k, chunk))
+    partial, arrivals = split_space(grid, tiles * CHANNELS * FEW_ROWS, out)
+    channels = 2 * n if silu else n
+    group = min(weight.size, config.block_k)
+    words: Any = weight.words.view(torch.int8) if isinstance(weight.words, torch.Tensor) else torch.int8
+    scales = boxes(weight.scale, (triton.cdiv(k, weight.size), channels), (config.block_k // group, CHANNELS), 0)
+    codes = boxes(words, (channels, k // 2), (CHANNELS, PANEL_BYTES), PANEL_BYTES)
+    stride = x.stride(0) if isinstance(x, torch.Tensor) else k
+    arguments = (x, codes, scales, out, partial, arrivals, bias, m, n, k, chunk, weight.size, stride)
+    options = {
+        "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "TOKENS": 1 << (m - 1).bit_length(),
+        "CHUNKS": few_chunks(k, config, m), "PANELS": config.block_k // (2 * FEW_SPAN),
+        "STAGES": config.stages, "COPYING": COPYING, "num_warps": 4,
+        "maxnreg": -(-(REGISTERS[tiles] + COPYING) // 16) * 8,
+    }  # fmt: skip
+    options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
+    return hopper_few_kernel, grid, arguments, options
