@@ -87,7 +87,7 @@ class Problem:
 @dataclass(frozen=True)
 class GemmConfig:
     """`dot`: tensor cores; `gemv`: CUDA cores, one row only; `hopper`: `gemm_hopper.py`, compute capability 9.0 only;
-    `library`: torch, and the sizes mean nothing.
+    `library`: torch, and the sizes mean nothing. `hopper` with a block_m of FEW_ROWS is `gemm_int_few_hopper.py`.
 
     block_n: output channels a program computes (of gate and of up each, when it fuses SiLU); block_m: activation rows;
     block_k: the step along K; splits: chunks of K, at most (a short K has fewer); pdl: programmatic dependent launch.
@@ -235,6 +235,8 @@ def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
     found = GemmConfig(*config)
     if found.kind == "gemv" and m != 1:
         raise ValueError(f"a tuned row gives m={m} rows to the gemv kernel, which computes one")
+    if is_few(found) and (scheme != "int4" or m > FEW_ROWS):
+        raise ValueError(f"a tuned row gives {scheme} with m={m} to the kernel of int4 with up to {FEW_ROWS} rows")
     return Problem(scheme, output, m, n, k), found
 
 

@@ -1,0 +1,74 @@
+"""What products of few rows with 4-bit codes rest on, where no GPU is needed. Their results: `test_int_few_gpu.py`."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from test_tuning import H200
+
+from workstation.kernels import tuning
+from workstation.kernels.gemm_compile import compile_for, int_types
+from workstation.kernels.launch_int import fitted
+from workstation.kernels.offline import resources
+from workstation.kernels.tuning import FEW_ROWS, GemmConfig, Output, Problem
+
+FEW = GemmConfig("hopper", 64, FEW_ROWS, 256, 1, 4, 4, True)
+
+
+@pytest.fixture(autouse=True)
+def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9 warns until multiply-add fusion, which we want, is asked for by name."""
+    monkeypatch.setenv("TRITON_DEFAULT_FP_FUSION", "1")
+
+
+def test_a_code_in_a_byte_is_the_e4m3_number_of_its_512th() -> None:
+    codes = torch.arange(16, dtype=torch.uint8)
+    assert torch.equal(codes.view(torch.float8_e4m3fn).float() * 512, codes.float())
+
+
+def test_a_bfloat16_number_is_the_sum_of_two_e4m3_ones() -> None:
+    exponents = torch.arange(-2, 8).repeat_interleave(256)
+    mantissas = torch.arange(256).repeat(10)
+    x = ((1 + (mantissas & 127) / 128) * 2.0**exponents * torch.where(mantissas < 128, 1, -1)).float()  # up to 2^10 apart
+    high = (x.view(torch.int32) & -(1 << 20)).view(torch.float32)
+    assert torch.equal(high.to(torch.float8_e4m3fn).float() + (x - high).to(torch.float8_e4m3fn).float(), x)
+
+
+@pytest.mark.parametrize(("output", "m"), [("linear", 1), ("silu_mul", 1), ("linear", 4), ("silu_mul", 4)])
+def test_codes_go_into_fp8_products_from_registers(output: Output, m: int) -> None:
+    n = 28672 if output == "silu_mul" else 6144
+    problem = Problem("int4", output, m, n, 4096)
+    compiled = compile_for(problem, FEW, H200.capability)
+    assembly, needed = compiled.asm["ptx"], resources(compiled)
+    assert "wgmma.mma_async.sync.aligned.m64n8k32.f32.e4m3.e4m3" in assembly and "mma.sync" not in assembly
+    loop = assembly[assembly.index("wgmma.mma_async"):assembly.rindex("wgmma.mma_async")]
+    assert "ldmatrix" in loop and "cvt.rn" not in loop and "fma.rn.bf16" not in loop
+    assert needed.stack == 0 and needed.shared <= tuning.shared_bytes(problem, FEW, H200.capability) <= H200.shared_bytes
+
+
+@pytest.mark.parametrize("m", [1, 4])
+def test_products_of_a_step_are_in_flight_together(m: int) -> None:
+    kernel = compile_for(Problem("int4", "silu_mul", m, 28672, 4096), FEW, H200.capability)
+    assert kernel.asm["ptx"].count("wgmma.mma_async") == 16 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 1
+
+
+OTHERS = {"narrow groups": int_types(4, 64, 4096), "zero points": int_types(4, 128, 4096, zeros=True),
+          "half a chunk": int_types(4, 4160, 4160)}
+
+
+@pytest.mark.parametrize("weight", OTHERS.values(), ids=OTHERS.keys())
+def test_weights_that_the_kernel_cannot_read_get_another_ring(weight: object) -> None:
+    config = fitted(FEW, weight, torch.bfloat16)  # type: ignore[arg-type]
+    assert (config.kind, config.block_m) == ("hopper", 8)
+    assert tuning.shared_bytes(Problem("int4", "linear", 4, 6144, 4096), config, 90) <= H200.shared_bytes
+
+
+def test_activations_of_more_bits_than_two_e4m3_numbers_have_get_another_ring() -> None:
+    assert fitted(FEW, int_types(4, 128, 4096), torch.float16).block_m == 8
+    assert fitted(FEW, int_types(4, 128, 4096), torch.bfloat16) == FEW
+
+
+@pytest.mark.parametrize(("scheme", "m"), [("int8_weight", 1), ("mxfp4", 1), ("int4", 5)])
+def test_a_row_that_asks_for_it_elsewhere_is_refused(scheme: str, m: int) -> None:
+    with pytest.raises(ValueError, match=f"{scheme} with m={m}"):
+        tuning.parse_row([scheme, "linear", 6144, 4096, m, "hopper", 64, FEW_ROWS, 256, 1, 4, 4, True])
