@@ -159,7 +159,7 @@ def _consume(
                 for tile in gl.static_range(TILES):
                     row = (stage * TILES + tile) * SCALES + (panel * 2 + half) * SPAN // GROUP
                     factors = factors + (scales.index(row).permute((1, 0)).load(ACC).to(gl.float32),)  # noqa: RUF005
-            done = warpgroup_mma_wait(0, deps=parts)
+            done = warpgroup_mma_wait(0, deps=parts)  # it takes no operands of 8 bits; the assembler keeps theirs until here
             for half in gl.static_range(2):
                 power = factors[half * (2 + TILES)]
                 less = factors[half * (2 + TILES) + 1]
