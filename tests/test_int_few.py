@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from test_tuning import H200
@@ -50,6 +52,29 @@ def test_codes_go_into_fp8_products_from_registers(output: Output, m: int) -> No
 def test_products_of_a_step_are_in_flight_together(m: int) -> None:
     kernel = compile_for(Problem("int4", "silu_mul", m, 28672, 4096), FEW, H200.capability)
     assert kernel.asm["ptx"].count("wgmma.mma_async") == 16 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 1
+
+
+def overwritten(sass: str) -> list[str]:
+    """Instructions that write a register from which a product in flight still reads codes."""
+    lines = sass.splitlines()
+    products = [number for number, line in enumerate(lines) if "QGMMA" in line]
+    waiting = next(number for number in range(products[-1], len(lines)) if "WARPGROUP.DEPBAR" in lines[number])
+    found = []
+    for number in products:
+        first = int(re.findall(r" R(\d+),", lines[number])[1])
+        for line in lines[number + 1 : waiting]:
+            written = re.match(r"\S+\s+(?:@!?U?P\d+ )?(?!QGMMA|ST|WARP)(\S+) R(\d+)\b", line)
+            width = 4 if written and "LDSM" in written[1] else 2
+            if written and int(written[2]) < first + 4 and int(written[2]) + width > first:
+                found.append(line)
+    return found
+
+
+@pytest.mark.parametrize(("output", "m"), [("linear", 1), ("silu_mul", 1), ("silu_mul", 4)])
+def test_no_product_in_flight_loses_its_codes(output: Output, m: int) -> None:
+    """The wait cannot name operands of 8 bits, so that it is the assembler alone that keeps their registers."""
+    n = 28672 if output == "silu_mul" else 6144
+    assert overwritten(compile_for(Problem("int4", output, m, n, 4096), FEW, H200.capability).asm["sass"]) == []
 
 
 OTHERS = {"narrow groups": int_types(4, 64, 4096), "zero points": int_types(4, 128, 4096, zeros=True),
