@@ -60,8 +60,9 @@ def code_types(scheme: Scheme, columns: int, *, divides: bool = False) -> Any:
 
 
 def fingerprint(problem: Problem, config: GemmConfig, capability: int) -> tuple[Any, ...]:
-    """Equal for products that run the same compiled kernel on one kind of device."""
-    call = call_of(problem, replace(config, splits=min(config.splits, 2)), capability)
+    """Equal for products that run the same compiled kernel on one kind of device. A ring's has its splits in it."""
+    splits = config.splits if config.kind == "hopper" else min(config.splits, 2)
+    call = call_of(problem, replace(config, splits=splits), capability)
     kinds = [_kind(value) for value in call.arguments[:9]]
     return capability, call.kernel.__name__, *kinds, *sorted(call.options.items())
 

@@ -124,6 +124,13 @@ def test_sums_over_n_and_k_share_one_kernel() -> None:
     assert len(kernels) == 1
 
 
+@pytest.mark.parametrize(("kind", "block_m", "different"), [("dot", 16, 1), ("hopper", 8, 3), ("hopper", 4, 3)])
+def test_a_ring_s_kernel_knows_its_splits(kind: tuning.Kind, block_m: int, different: int) -> None:
+    problem = Problem("int4", "linear", 1, 4096, 14336)
+    configs = [GemmConfig(kind, 64, block_m, 256, splits, 4, 3) for splits in (2, 4, 7)]
+    assert len({fingerprint(problem, config, H200.capability) for config in configs}) == different
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("product", [p for device in DEVICES for p in computed(device)], ids=name)
 def test_every_computed_configuration_compiles_and_fits(product: Product) -> None:
