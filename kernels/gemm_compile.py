@@ -12,6 +12,7 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import FP8, Call, Operands, gemm_call
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.offline import targeting
+from workstation.kernels.quantized import Halves
 from workstation.kernels.tuning import CODE_SCHEMES, FP8_CAPABILITY, INTEGER_BITS, GemmConfig, Problem, Scheme, fuses_silu
 
 GROUP = 128
@@ -22,7 +23,9 @@ def call_of(problem: Problem, config: GemmConfig, capability: int) -> Call:
 
     Integers are symmetric, with a bfloat16 scale a group of 128 columns; NF4 has one a group of 64.
     """
-    x = FP8 if problem.scheme == "fp8" else torch.bfloat16
+    x: Any = FP8 if problem.scheme == "fp8" else torch.bfloat16
+    if problem.scheme == "int4_halves":
+        x = halves_types(problem.m)
     weight: Any = torch.bfloat16
     if problem.scheme in INTEGER_BITS:
         weight = int_types(INTEGER_BITS[problem.scheme], GROUP, problem.k)
@@ -45,6 +48,13 @@ def int_types(bits: int, size: int, columns: int, *, zeros: bool = False) -> Any
     scale: Any = torch.bfloat16
     zero: Any = torch.uint8 if zeros else None
     return IntWeight(words, scale, zero, bits, min(size, columns), columns)
+
+
+def halves_types(tokens: int) -> Any:
+    """`Halves` of dtypes."""
+    values: Any = FP8
+    factors: Any = torch.float32
+    return Halves(values, factors, tokens)
 
 
 def code_types(scheme: Scheme, columns: int, *, divides: bool = False) -> Any:

@@ -2,9 +2,9 @@
 
 A code c in the low bits of a byte is the e4m3 number c / 512, in the subnormals and the binade above them alike. So one mask
 (and a shift, for the upper half) of a register of codes gives four operands of an FP8 product: 0.4 instructions a weight,
-where `gemm_int_hopper.py` takes 1.4 to make 16-bit floats. A program first takes its columns of x apart: within a group of 128
-columns, divided by a power of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-10 of the
-group's largest, else to 2^-16 of that. They are two rows of the right operand, in the order that the bytes of codes have:
+where `gemm_int_hopper.py` takes 1.4 to make 16-bit floats. x is taken apart: within a group of 128 columns, divided by a power
+of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-9 of the group's largest, else to 2^-16 of
+that. They are two rows of the right operand, in the order that the bytes of codes have (`quantized.Halves`):
 
     y[m, n] = Σ_g scale[g, n] · 2^e[g, m] · (512 Σ_k (high + low)[m, k] · (code[n, k] / 512) − 8 Σ_k (high + low)[m, k])
 
@@ -12,6 +12,9 @@ Tensor cores keep 14 bits of a sum of FP8 products, a group's only; groups are a
 instructions a weight (Triton 3.6, 1 row, a gate and its up), the other ring 2.1. One warp keeps a ring of codes and scales
 filled by TMA, all of it before the kernel in front has ended; one warpgroup multiplies, one or two tiles of 64 output channels
 (neighbours, or a gate and its up) over a part of K. Parts are added as in `gemm_hopper.py`.
+
+Whoever made x may have taken it apart (`halves.py`); then it comes through the ring, beside the codes, and a program needs few
+registers and little shared memory: of 70B's gate and up all 448 run at once. Else a program first does so for its own columns.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -129,17 +132,19 @@ def _consume(
     x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n, k, stride,
     first_channel, tile_stride, tile_number, split,
     GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """x taken apart, the products of the ring's steps, and what becomes of them."""
+    """x taken apart if it is not yet, the products of the ring's steps, and what becomes of them."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     SUMS: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     SCALES: gl.constexpr = s_ring.shape[1]
     scales = reinterpreted(s_ring, [STAGES * TILES * SCALES, 1, 64])
-    if PDL:
-        await_previous()
-    _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS)
+    if not APART:
+        if PDL:
+            await_previous()
+        _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS)
+    SPREAD: gl.constexpr = 2 if APART else 1  # through the ring come a chunk's powers and sums in turn
     first = gl.zeros([64, ROWS], gl.float32, ACC)
     second = gl.zeros([64, ROWS], gl.float32, ACC)
     for i in range(steps):
@@ -148,14 +153,14 @@ def _consume(
         for panel in gl.static_range(PANELS):
             parts = ()
             for half in gl.static_range(2):
-                chunk = (i * PANELS + panel) * 2 + half
+                chunk = ((stage if APART else i) * PANELS + panel) * 2 + half
                 for tile in gl.static_range(TILES):
                     part = _chunk_sum(w_ring, (stage * TILES + tile) * PANELS + panel, x_tiles.index(chunk), half, ACC, A)
                     parts = parts + (part,)  # noqa: RUF005
             factors = ()
             for half in gl.static_range(2):
-                chunk = (i * PANELS + panel) * 2 + half
-                factors = factors + (powers.index(chunk).load(ACC), sums.index(chunk).load(ACC))  # noqa: RUF005
+                at = (((stage if APART else i) * PANELS + panel) * 2 + half) * SPREAD
+                factors = factors + (powers.index(at).load(ACC), sums.index(at + SPREAD - 1).load(ACC))  # noqa: RUF005
                 for tile in gl.static_range(TILES):
                     row = (stage * TILES + tile) * SCALES + (panel * 2 + half) * SPAN // GROUP
                     factors = factors + (scales.index(row).permute((1, 0)).load(ACC).to(gl.float32),)  # noqa: RUF005
@@ -195,11 +200,19 @@ def _fetch_step(
 
 
 @gluon.jit
+def _fetch_x(x, factors, bar, x_ring, f_ring, stage, at, PANELS: gl.constexpr):
+    for panel in gl.static_range(PANELS):
+        fetch(x, [(at // SPAN + panel * 2) * ROWS, 0], bar, x_ring.index(stage * PANELS + panel))
+    fetch(factors, [at // SPAN, 0], bar, f_ring.index(stage))
+
+
+@gluon.jit
 def _produce(
-    w, s, w_ring, s_ring, ready, free, begin, steps, size, first_channel, tile_stride,
-    TILES: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, STEP_BYTES: gl.constexpr, PDL: gl.constexpr,
+    x, factors, w, s, w_ring, s_ring, x_ring, f_ring, ready, free, begin, steps, size, first_channel, tile_stride,
+    TILES: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, STEP_BYTES: gl.constexpr, APART: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
-    """Codes and scales, step by step along K; a ring full of them before the kernel in front has ended."""
+    """Codes and scales, step by step along K; a ring full of them before the kernel in front has ended. Then x, if apart."""
     STEP: gl.constexpr = PANELS * BYTES * 2
     early = gl.minimum(steps, STAGES)
     for i in range(early):
@@ -208,23 +221,28 @@ def _produce(
     if PDL:
         await_previous()
         allow_next()
+    if APART:
+        for i in range(early):
+            _fetch_x(x, factors, ready.index(i), x_ring, f_ring, i, begin + i * STEP, PANELS)
     for i in range(early, steps):
         stage = i % STAGES
         mbarrier.wait(free.index(stage), (i // STAGES - 1) & 1)
         mbarrier.expect(ready.index(stage), STEP_BYTES)
         _fetch_step(w, s, ready.index(stage), w_ring, s_ring, stage, begin + i * STEP, first_channel, tile_stride, size, TILES,
                     PANELS)  # fmt: skip
+        if APART:
+            _fetch_x(x, factors, ready.index(stage), x_ring, f_ring, stage, begin + i * STEP, PANELS)
 
 
 @gluon.jit(do_not_specialize=["m"])
 def hopper_few_kernel(
-    x, w, s, out, partial, arrivals, bias, m, n, k, chunk, size, stride,
+    x, w, s, out, partial, arrivals, bias, factors, m, n, k, chunk, size, stride,
     GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
     CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, COPYING: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """x [m, k], rows stride apart; w: of codes [n, k / 2] int8 (SILU: [2n, ·] = gate | up) in boxes [64, BYTES]; s: of scales
-    [G, n or 2n] in boxes [SCALES, 64].
+    """x [m, k], rows stride apart, or taken apart: `Halves`' values in boxes [16, 128], its factors in boxes [2 PANELS, 16].
 
+    w: codes [n, k / 2] int8 (SILU: [2n, ·] = gate | up) in boxes [64, BYTES]; s: scales [G, n or 2n] in boxes [SCALES, 64].
     size: columns of a row of s; GROUP: of those in a step, at least 128; TOKENS: a power of two, at least m, at most 4; CHUNKS:
     a power of two, at least 4 · TOKENS, and as many as a split has of 128 columns. A step is PANELS * 256 columns. out [m, n],
     bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies, with
@@ -235,33 +253,44 @@ def hopper_few_kernel(
     WIDE: gl.constexpr = 64 if SILU else TILES * 64
     first_channel = tile_number * WIDE
     tile_stride = n if SILU else 64
+    APART: gl.constexpr = factors is not None
     STEP: gl.constexpr = PANELS * BYTES * 2
     SCALES: gl.constexpr = STEP // GROUP
     begin = split * chunk
     steps = (gl.minimum(chunk, k - begin) + STEP - 1) // STEP
 
     SPANNED: gl.constexpr = gl.NVMMASharedLayout(128, 8, 2)
-    PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TILES * PANELS, 64, BYTES], SPANNED)
-    x_tiles = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, ROWS, SPAN], SPANNED)
     s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TILES, SCALES, 64],
                                        gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2))  # fmt: skip
-    powers = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
-    sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
+    if APART:
+        x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * PANELS, 2 * ROWS, SPAN], SPANNED)
+        f_ring = gl.allocate_shared_memory(gl.float32, [STAGES, PANELS * 2, 2 * ROWS], gl.NVMMASharedLayout(0, 32, 2))
+        x_tiles = reinterpreted(x_ring, [STAGES * PANELS * 2, ROWS, SPAN])
+        powers = reinterpreted(f_ring, [STAGES * PANELS * 4, 1, ROWS])
+        sums = powers
+    else:
+        PLAIN: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
+        x_tiles = gl.allocate_shared_memory(gl.float8e4nv, [CHUNKS, ROWS, SPAN], SPANNED)
+        powers = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
+        sums = gl.allocate_shared_memory(gl.float32, [CHUNKS, 1, ROWS], PLAIN)
+        x_ring = x_tiles
+        f_ring = powers
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(ready.index(i), count=1)
         mbarrier.init(free.index(i), count=1)
     align()
-    step_bytes: gl.constexpr = TILES * 64 * (PANELS * BYTES + SCALES * s.dtype.primitive_bitwidth // 8)
+    x_bytes: gl.constexpr = PANELS * 2 * ROWS * (SPAN + 8) if APART else 0
+    step_bytes: gl.constexpr = TILES * 64 * (PANELS * BYTES + SCALES * s.dtype.primitive_bitwidth // 8) + x_bytes
     gl.warp_specialize(
         [
             (_consume, (x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n,
                         k, stride, first_channel, tile_stride, tile_number, split, GROUP, TILES, SILU, SPLITS, TOKENS, CHUNKS,
-                        PANELS, STAGES, PDL)),
-            (_produce, (w, s, w_ring, s_ring, ready, free, begin, steps, size, first_channel, tile_stride, TILES, PANELS,
-                        STAGES, step_bytes, PDL)),
+                        PANELS, STAGES, APART, PDL)),
+            (_produce, (x, factors, w, s, w_ring, s_ring, x_ring, f_ring, ready, free, begin, steps, size, first_channel,
+                        tile_stride, TILES, PANELS, STAGES, step_bytes, APART, PDL)),
         ],
         [1],
         [COPYING],

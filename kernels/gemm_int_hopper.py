@@ -1,12 +1,15 @@
 """Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py`, and of `gemm_codes.py` but for e4m3 scales.
 
 One warp keeps a ring in shared memory filled by TMA: words of codes, the scales of their groups, and rows of x. One warpgroup
-takes words into registers as a wgmma wants its left operand (`int_weights.UNIT` makes a plane of codes a tile of neighbouring
-columns), turns a plane after the other into 16-bit floats, and multiplies; a group's float32 sum meets its scale. Integers are
-widened and e2m1 codes placed by arithmetic, exactly, other codes looked up in a table in shared memory (`code_decode.py`),
-rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.5 for e2m1, in groups of 32). A
-warpgroup stops while a group's products end, so several programs share a multiprocessor: three or four, or two beside tables of
-32 KiB.
+takes words into registers, turns a plane of their codes after the other into 16-bit floats (`hopper_codes.py`), and multiplies;
+a group's float32 sum meets its scale. Integers are widened and e2m1 codes placed by arithmetic, exactly, other codes looked up
+in a table, rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.5 for e2m1, in groups
+of 32). A warpgroup stops while a group's products end, so several programs share a multiprocessor: three or four, or two beside
+tables of 32 KiB.
+
+With 128 rows a group's sums outnumber its weights, so integers meet their scale first and are rounded to x's type again, as
+they are where weights are widened for the library: half an instruction a weight for a group's 64 additions a thread, a wait a
+step instead of a group, and half the registers of sums.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
@@ -22,97 +25,15 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
-from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
-from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
+from workstation.kernels.hopper_codes import fill_table, middle, offset, plane, times, zero_points
 
 WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
-UNIT = gl.constexpr(32)  # `int_weights.UNIT`
+UNIT = gl.constexpr(32)  # `int_weights.UNIT`, columns of a plane
 COLUMNS = gl.constexpr(64)  # of x, a copy: 128 bytes too
 RESERVE = gl.constexpr(".shared .align 128 .b8 code_pairs[32768]; mov.u32 $0, code_pairs;")
 COPYING = gl.constexpr(40)  # registers of a thread that copies
-
-
-@gluon.jit
-def _plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, TABLE: gl.constexpr, target: gl.constexpr):
-    """As `int_codes.plane`: codes INDEX of words [64, 32], `less` added, as `target`. With a table: looked up at `less`."""
-    if TABLE == "e2m1" and target == gl.bfloat16:
-        placed: gl.constexpr = E2M1_BFLOAT16[INDEX]
-        return gl.inline_asm_elementwise(placed, "=r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)
-    elif TABLE == "e2m1":
-        put: gl.constexpr = E2M1_FLOAT16[INDEX]
-        return gl.inline_asm_elementwise(put, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
-    elif TABLE is not None:
-        lookup: gl.constexpr = LOOKUPS[INDEX]
-        if target == gl.bfloat16:
-            return gl.inline_asm_elementwise(lookup, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
-        else:
-            return gl.inline_asm_elementwise(lookup, "=r,r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
-    elif BITS == 8 and target == gl.bfloat16:
-        wide: gl.constexpr = BYTES_BFLOAT16[INDEX]
-        return gl.inline_asm_elementwise(wide, "=r,r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
-    elif BITS == 8:
-        half: gl.constexpr = BYTES_FLOAT16[INDEX]
-        return gl.inline_asm_elementwise(half, "=r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
-    elif target == gl.float16:
-        nibble: gl.constexpr = NIBBLES_FLOAT16[INDEX]
-        return gl.inline_asm_elementwise(nibble, "=r,r,r", [words, less], dtype=gl.float16, is_pure=True, pack=2)
-    else:
-        lower: gl.constexpr = NIBBLES_BFLOAT16[INDEX]
-        return gl.inline_asm_elementwise(lower, "=r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
-
-
-@gluon.jit
-def _zero_points(zero, group, stride, channel, channels, BITS: gl.constexpr):
-    """int32, as `int_codes.zero_points`; channels behind the last count as the last."""
-    channel = gl.minimum(channel, channels - 1)
-    if BITS == 8:
-        return gl.load(zero + group.to(gl.int64) * stride + channel).to(gl.int32)
-    else:
-        pair = gl.load(zero + group.to(gl.int64) * stride + channel // 2).to(gl.int32)
-        return (pair >> (channel % 2) * 4) & 15
-
-
-@gluon.jit
-def _less(points, BITS: gl.constexpr, target: gl.constexpr):
-    """As `int_codes.offset`: minus the zero point and the number that a code's float has on top, [64, 32]."""
-    if target == gl.float16:
-        less = (-1024.0 - points.to(gl.float32)).to(gl.float16)
-    elif BITS == 4:
-        less = (-128.0 - points.to(gl.float32)).to(gl.bfloat16)
-    else:
-        less = -8388608.0 - points.to(gl.float32)
-    return less[:, None].broadcast_to([64, UNIT])
-
-
-@gluon.jit
-def _middle(BITS: gl.constexpr, target: gl.constexpr, A: gl.constexpr):
-    """`_less` of the middle, for weights without zero points."""
-    if target == gl.float16:
-        less = gl.full([64, UNIT], -1024.0 - (1 << BITS - 1), gl.float16, A)
-    elif BITS == 4:
-        less = gl.full([64, UNIT], -136.0, gl.bfloat16, A)
-    else:
-        less = gl.full([64, UNIT], -8388736.0, gl.float32, A)
-    return less
-
-
-@gluon.jit
-def _filled(table, filled, TABLE: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl.constexpr, A: gl.constexpr):
-    """The first warpgroup fills the table, the second awaits that. Where a thread's bank of it lies, [64, 32]."""
-    if TEAM == 0:
-        THREADS: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-        thread = gl.arange(0, 128, layout=THREADS)
-        place = gl.full([128], table, gl.int32, THREADS)
-        gl.inline_asm_elementwise(TABLE, "=r,r,r", [thread, place], dtype=gl.int32, is_pure=False, pack=1)
-        align()
-        if TEAMS == 2:
-            mbarrier.arrive(filled, count=1)
-    else:
-        mbarrier.wait(filled, 0)
-    lane = gl.inline_asm_elementwise("mov.u32 $0, %laneid;", "=r", [], dtype=gl.int32, is_pure=False, pack=1)
-    return gl.full([64, UNIT], table + lane * 4, gl.int32, A)
 
 
 @gluon.jit
@@ -135,11 +56,11 @@ def _run(
         for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
             box = x_ring.index(boxes + (chunk * PER + index) // 2)
             rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
-            lhs = _plane(words, less, index, BITS, TABLE, x_ring.dtype)
+            lhs = plane(words, less, index, BITS, TABLE, x_ring.dtype)
             first = warpgroup_mma(lhs, rhs, first, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
             held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
-                lhs = _plane(up_words, up_less, index, BITS, TABLE, x_ring.dtype)
+                lhs = plane(up_words, up_less, index, BITS, TABLE, x_ring.dtype)
                 second = warpgroup_mma(lhs, rhs, second, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
     return first, second, held
@@ -179,14 +100,35 @@ def _settle(first, second, parts, held, scales, GROUPS: gl.constexpr, TILES: gl.
 
 
 @gluon.jit
+def _scaled_step(
+    total, w_ring, panels, x_ring, boxes, s_ring, slot, less,
+    SPAN: gl.constexpr, BITS: gl.constexpr, PANELS: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr,
+):  # fmt: skip
+    """total [64, BLOCK_M] and the products of a step's integers, each times its scale first. slot: where the scales begin."""
+    PER: gl.constexpr = 16 // BITS
+    held = ()
+    for index in gl.static_range(PANELS * (WORDS // UNIT) * PER):
+        if index % PER == 0:
+            panel = w_ring.index(panels + index // PER // (WORDS // UNIT))
+            words = panel.slice(index // PER % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
+        rhs = x_ring.index(boxes + index // 2).slice(index % 2 * UNIT, UNIT, dim=1).permute((1, 0))
+        scale = gl.sum(s_ring.index(slot + index * UNIT // SPAN).permute((1, 0)).load(ACC), 1)  # of one each
+        scale = gl.convert_layout(scale, gl.SliceLayout(1, A))
+        lhs = times(plane(words, less, index % PER, BITS, None, x_ring.dtype), scale)
+        total = warpgroup_mma(lhs, rhs, total, is_async=True)
+        held = held + (lhs,)  # noqa: RUF005
+    return warpgroup_mma_wait(0, deps=(total,) + held)[0]  # noqa: RUF005
+
+
+@gluon.jit
 def _consume(
     out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
     n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
     TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
-    PANELS: gl.constexpr, STAGES: gl.constexpr, PDL: gl.constexpr,
+    PANELS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    """One warpgroup's products of the ring's steps, group by group, and what becomes of them."""
+    """One warpgroup's products of the ring's steps, group by group or with weights SCALED, and what becomes of them."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 2)
     STEP: gl.constexpr = PANELS * WORDS * 16 // BITS
@@ -198,26 +140,29 @@ def _consume(
     scales = reinterpreted(s_ring, [STAGES * TEAMS * TILES * ROWS, 1, 64])
     first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
     second = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    less = _filled(table, filled, TABLE, TEAM, TEAMS, A) if LOOKS else _middle(BITS, x_ring.dtype, A)
+    less = fill_table(table, filled, TABLE, TEAM, TEAMS, A) if LOOKS else middle(BITS, x_ring.dtype, A)
     up_less = less
     if zero is not None:
-        points = _zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
+        points = zero_points(zero, begin // size, zero_stride, channel, channels, BITS)
         up_points = points
         if TILES == 2:
-            up_points = _zero_points(zero, begin // size, zero_stride, channel + tile_stride, channels, BITS)
+            up_points = zero_points(zero, begin // size, zero_stride, channel + tile_stride, channels, BITS)
     for i in range(steps):
         stage = i % STAGES
         mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
-        for run in gl.static_range(0, RUNS, GROUPS):
+        tile = (stage * TEAMS + TEAM) * TILES
+        if SCALED:
+            first = _scaled_step(first, w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), scales, tile * ROWS, less,
+                                 SPAN, BITS, PANELS, ACC, A)  # fmt: skip
+        for run in gl.static_range(0, 0 if SCALED else RUNS, GROUPS):
             if zero is not None:
-                less = _less(points, BITS, x_ring.dtype)
-                up_less = _less(up_points, BITS, x_ring.dtype)
+                less = offset(points, BITS, x_ring.dtype)
+                up_less = offset(up_points, BITS, x_ring.dtype)
                 # The next group's are asked for while this one is multiplied.
                 ahead = gl.minimum(begin + i * STEP + (run + 1) * SPAN, k - 1) // size
-                points = _zero_points(zero, ahead, zero_stride, channel, channels, BITS)
+                points = zero_points(zero, ahead, zero_stride, channel, channels, BITS)
                 if TILES == 2:
-                    up_points = _zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
-            tile = (stage * TEAMS + TEAM) * TILES
+                    up_points = zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
             parts = ()
             held = ()
             for group in gl.static_range(GROUPS):
@@ -298,8 +243,7 @@ def hopper_int_kernel(
     x, w, s, out, partial, arrivals, zero, bias, m, n, k, chunk, size, zero_stride,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAMS: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, COLUMNS]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes
     [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64], or of words of four e8m0 ones;
@@ -307,7 +251,8 @@ def hopper_int_kernel(
 
     size: columns of a row of s; SPAN: a group's in a step, which holds whole groups or lies in one; GROUPS: those multiplied at
     a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: None for
-    integers, "e2m1", or 4-bit codes' `code_decode.filler`. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
+    integers, "e2m1", or 4-bit codes' `code_decode.filler`. SCALED: integers around the middle meet scales of x's type before
+    their products, in one tile a warpgroup. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
     grid: as `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second
     with REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
@@ -356,7 +301,7 @@ def hopper_int_kernel(
                 (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
                             summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
                             tile_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
-                            STAGES, PDL)),
+                            STAGES, SCALED, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -370,11 +315,11 @@ def hopper_int_kernel(
                 (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
                             summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
                             first_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
-                            STAGES, PDL)),
+                            STAGES, SCALED, PDL)),
                 (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
                             summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
                             first_row, first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS,
-                            BLOCK_M, PANELS, STAGES, PDL)),
+                            BLOCK_M, PANELS, STAGES, SCALED, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],

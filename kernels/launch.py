@@ -7,11 +7,13 @@ import triton
 
 from workstation.kernels.activation import silu_mul_kernel
 from workstation.kernels.dependent import chained
+from workstation.kernels.halves import add_rms_norm_halves_kernel
 from workstation.kernels.kv_store import copy_blocks_kernel, rope_and_cache_kernel
 from workstation.kernels.launch_decode import attend_decodes
 from workstation.kernels.launch_prefill import attend_prefills
 from workstation.kernels.norm import add_rms_norm_kernel, rms_norm_kernel
 from workstation.kernels.paging import AttentionPlan, KVScales, StepInputs, codes
+from workstation.kernels.quantized import HALVES_SPAN, Halves
 from workstation.kernels.step_inputs import step_inputs_kernel
 
 
@@ -56,6 +58,21 @@ def add_rms_norm(
         add_rms_norm_kernel[(rows,)](
             x, residual, weight, out, width, eps, BLOCK=block, num_warps=_row_warps(block), **chained(x.device)
         )
+    return out, residual
+
+
+def add_rms_norm_halves(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[Halves, torch.Tensor]:
+    tokens, width = x.shape
+    _require_contiguous(x=x, residual=residual)
+    out = Halves.empty(tokens, width, x.device)
+    if tokens:
+        block = max(HALVES_SPAN, triton.next_power_of_2(width))
+        add_rms_norm_halves_kernel[(tokens,)](
+            x, residual, weight, out.values, out.factors, width, eps, BLOCK=block, num_warps=_row_warps(block),
+            **chained(x.device),
+        )  # fmt: skip
     return out, residual
 
 

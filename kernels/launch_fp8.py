@@ -15,7 +15,7 @@ from workstation.kernels.gemm_fp8_weight import fp8_weight_kernel
 from workstation.kernels.norm import add_rms_norm_fp8_kernel
 from workstation.kernels.paging import codes
 from workstation.kernels.quantize import quantize_per_token_kernel
-from workstation.kernels.quantized import Operand, Quantized, Rounding
+from workstation.kernels.quantized import Fp8Operand, Quantized, Rounding
 
 FIRST_WITH_FP8 = (8, 9)
 
@@ -69,7 +69,7 @@ def silu_mul_of_quantized(
 
 
 def linear_fp8(
-    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
+    x: Fp8Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None, out: torch.Tensor | None
 ) -> torch.Tensor:
     if isinstance(x, Quantized):
         return gemm_launch.linear(x.values, weight, scale, x.scale, bias, None, x.dtype, out)

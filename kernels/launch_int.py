@@ -15,7 +15,9 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
-from workstation.kernels.tuning import CHANNELS, FEW_SPAN, FUSED_ROWS, GemmConfig, Output, Problem, Scheme, is_few, most_rows
+from workstation.kernels.launch_hopper import is_hopper
+from workstation.kernels.quantized import Halves, IntOperand
+from workstation.kernels.tuning import CHANNELS, FEW_SPAN, GemmConfig, Output, Problem, Scheme, is_few, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -24,17 +26,24 @@ FUSED_ROWS_ZEROS = 16  # of activations, at most, where gate and up share a prog
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
 NARROW = 128  # columns of a group with zero points, below which rings lack registers
 HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
+HALVED_ROWS = 2  # of activations, at most, that are taken apart by their maker
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 
-def linear_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None) -> torch.Tensor:
+def linear_int(
+    x: IntOperand, weight: IntWeight, bias: torch.Tensor | None, out: torch.Tensor | None
+) -> torch.Tensor:
+    if isinstance(x, Halves):
+        return _of_halves(x, weight, bias, "linear", out)
     config = _choose(x, weight, "linear")
     if config is not None:
         return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, x.dtype, out=out)
     return widened(x, weight, bias, out)
 
 
-def silu_mul_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None) -> torch.Tensor:
+def silu_mul_int(x: IntOperand, weight: IntWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    if isinstance(x, Halves):
+        return _of_halves(x, weight, bias, "silu_mul", None)
     config = _choose(x, weight, "silu_mul") if _fuses(x, weight) else None
     if config is not None:
         return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, x.dtype, silu=True)
@@ -42,9 +51,23 @@ def silu_mul_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None) 
     return made
 
 
+def takes_halves(tokens: int, dtype: torch.dtype, weight: IntWeight) -> bool:
+    """Tensors of TMA start at 16 bytes and have rows of such; few rows only, for more are widened only once."""
+    whole = weight.rows % (2 * CHANNELS) == 0 and weight.scale.stride(0) % 8 == 0 and weight.scale.itemsize == 2
+    return 0 < tokens <= HALVED_ROWS and is_hopper(weight.words.device) and whole and _serves_few(weight, dtype)
+
+
+def _of_halves(
+    x: Halves, weight: IntWeight, bias: torch.Tensor | None, output: Output, out: torch.Tensor | None
+) -> torch.Tensor:
+    config = _cached_choice("int4_halves", output, x.tokens, weight.rows, weight.columns, x.device, True)
+    return gemm_launch.run_linear(Operands(x, weight, bias=bias), config, torch.bfloat16, silu=output == "silu_mul", out=out)
+
+
 def _fuses(x: torch.Tensor, weight: IntWeight) -> bool:
-    """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor with many rows."""
-    return _step(weight, 0) > 0 and x.shape[0] <= (FUSED_ROWS if weight.zero is None else FUSED_ROWS_ZEROS)
+    """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor beside zero points with many
+    rows."""
+    return _step(weight, 0) > 0 and (weight.zero is None or x.shape[0] <= FUSED_ROWS_ZEROS)
 
 
 def scheme_of(weight: IntWeight) -> Scheme:

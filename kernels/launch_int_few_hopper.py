@@ -12,6 +12,7 @@ from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_few_hopper import hopper_few_kernel
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
+from workstation.kernels.quantized import HALVES_ROWS, HALVES_SPAN, Halves
 from workstation.kernels.tuning import CHANNELS, FEW_ROWS, FEW_SPAN, PANEL_BYTES, GemmConfig, few_chunks
 
 COPYING = 40  # registers of a thread that copies
@@ -19,9 +20,12 @@ REGISTERS = {1: 88, 2: 120}  # of a thread that multiplies, by tiles
 
 
 def few_rows_call(
-    x: Any, weight: IntWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
+    x: Any | Halves, weight: IntWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
 ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
-    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n]. m: at most FEW_ROWS."""
+    """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n]. m: at most FEW_ROWS.
+
+    Dtypes may stand for tensors, those of `Halves` too.
+    """
     assert m <= FEW_ROWS
     tiles = 2 if silu else config.block_n // CHANNELS
     chunk = gemm_launch.chunk_size(k, config)
@@ -33,11 +37,16 @@ def few_rows_call(
     words: Any = weight.words.view(torch.int8) if isinstance(weight.words, torch.Tensor) else torch.int8
     scales = boxes(weight.scale, (triton.cdiv(k, weight.size), channels), (config.block_k // group, CHANNELS), 0)
     codes = boxes(words, (channels, k // 2), (CHANNELS, PANEL_BYTES), PANEL_BYTES)
-    stride = x.stride(0) if isinstance(x, torch.Tensor) else k
-    arguments = (x, codes, scales, out, partial, arrivals, bias, m, n, k, chunk, weight.size, stride)
+    panels = config.block_k // (2 * FEW_SPAN)
+    factors, stride = None, x.stride(0) if isinstance(x, torch.Tensor) else k
+    if isinstance(x, Halves):
+        groups, rows = k // HALVES_SPAN, 2 * HALVES_ROWS
+        factors = boxes(x.factors, (groups, 2 * rows), (2 * panels, 2 * rows), 0)
+        x = boxes(x.values, (groups * rows, HALVES_SPAN), (2 * rows, HALVES_SPAN), HALVES_SPAN)
+    arguments = (x, codes, scales, out, partial, arrivals, bias, factors, m, n, k, chunk, weight.size, stride)
     options = {
-        "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "TOKENS": 1 << (m - 1).bit_length(),
-        "CHUNKS": few_chunks(k, config, m), "PANELS": config.block_k // (2 * FEW_SPAN),
+        "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "PANELS": panels,
+        "TOKENS": 1 if factors else 1 << (m - 1).bit_length(), "CHUNKS": 1 if factors else few_chunks(k, config, m),
         "STAGES": config.stages, "COPYING": COPYING, "num_warps": 4,
         "maxnreg": -(-(REGISTERS[tiles] + COPYING) // 16) * 8,
     }  # fmt: skip

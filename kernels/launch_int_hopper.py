@@ -21,6 +21,7 @@ COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
 ALONE = 80 << 10  # bytes of a ring beside a table, for which a multiprocessor has room once
 FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
+SCALED_ROWS = 128  # of a program, from which a group has more sums than weights: weights are scaled instead
 
 
 def hopper_int_call(
@@ -30,7 +31,7 @@ def hopper_int_call(
 
     Codes: with float32 or e8m0 scales and no factor.
     """
-    bits, zero, table = _form(weight, x.dtype if isinstance(x, torch.Tensor) else x)
+    bits, zero, table = _form(weight, _type(x))
     teams = config.warps // 4
     tiles = config.block_n // (teams * CHANNELS)
     if silu:
@@ -62,14 +63,20 @@ def hopper_int_call(
         # A ring that fills a multiprocessor has its registers to itself.
         alone = stages * teams * step * (tiles * CHANNELS // 2 + config.block_m) > ALONE
         registers = _table_registers(tiles, config.block_m, span, step // min(span, 64) + 2 * alone)
+    plain = table is None and zero is None and weight.size < weight.columns and _type(x) == _type(weight.scale)
+    scaled = plain and tiles == 1 and config.block_m >= SCALED_ROWS
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,
-        "PANELS": step // (WORDS * WORD_BITS // bits), "STAGES": stages, "REGISTERS": registers,
+        "PANELS": step // (WORDS * WORD_BITS // bits), "STAGES": stages, "REGISTERS": registers, "SCALED": scaled,
         "num_warps": 4, "maxnreg": -(-(teams * registers + COPYING) // (8 * (teams + 1))) * 8,
     }  # fmt: skip
     options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
     return hopper_int_kernel, grid, arguments, options
+
+
+def _type(tensor: Any) -> torch.dtype:
+    return tensor.dtype if isinstance(tensor, torch.Tensor) else tensor
 
 
 def _form(weight: IntWeight | CodeWeight, dtype: torch.dtype) -> tuple[int, Any, str | None]:

@@ -20,7 +20,18 @@ from workstation.kernels.door import FORCE_TRITON, check
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
-from workstation.kernels.quantized import Operand, Quantized, Rounding
+from workstation.kernels.quantized import (
+    HALVES_ROWS,
+    HALVES_SPAN,
+    Fp8Operand,
+    Halves,
+    Halving,
+    IntOperand,
+    Operand,
+    Quantized,
+    Rounding,
+)
+from workstation.kernels.tuning import MOST_GROUPED_ROWS
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan, StepInputs
@@ -84,20 +95,27 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 
 def add_rms_norm(
-    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, rounding: Rounding | None = None
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float, form: Rounding | Halving | None = None
 ) -> tuple[Operand, torch.Tensor]:
     """`residual += x` in place, then RMSNorm of the sum: (normed, residual), both [T, H], rows contiguous.
 
-    With `rounding` the first is FP8: equal to `quantize_fp8` of the normed sum, in one kernel.
+    With a form the first is made so in the same kernel: rounded, equal to `quantize_fp8` of the normed sum; or taken apart,
+    for x [T ≤ 4, 128 n] of bfloat16.
     """
     check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
     check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
+    if isinstance(form, Halving):
+        few = x.shape[0] <= HALVES_ROWS and x.shape[1] % HALVES_SPAN == 0
+        check(few and x.dtype == torch.bfloat16, "x", x, "must be bfloat16 [T, 128 n], T at most 4, to be taken apart")
     if x.is_cuda or FORCE_TRITON:
-        if rounding is not None:
-            return _fp8().add_rms_norm_fp8(x, residual, weight, eps, rounding)  # type: ignore[no-any-return]
-        return _triton().add_rms_norm(x, residual, weight, eps)  # type: ignore[no-any-return]
+        if isinstance(form, Rounding):
+            return _fp8().add_rms_norm_fp8(x, residual, weight, eps, form)  # type: ignore[no-any-return]
+        normed = _triton().add_rms_norm if form is None else _triton().add_rms_norm_halves
+        return normed(x, residual, weight, eps)  # type: ignore[no-any-return]
     normed, residual = reference.add_rms_norm(x, residual, weight, eps)
-    return (normed if rounding is None else reference_fp8.quantize_fp8(normed, rounding)), residual
+    if isinstance(form, Rounding):
+        return reference_fp8.quantize_fp8(normed, form), residual
+    return (normed if form is None else reference_int.take_apart(normed)), residual
 
 
 def silu_mul(gate_up: torch.Tensor, rounding: Rounding | None = None) -> Operand:
@@ -222,7 +240,7 @@ def multiplies_fp8(dtype: torch.dtype, weight: torch.Tensor, scale: torch.Tensor
 
 
 def linear_fp8(
-    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
+    x: Fp8Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
     out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """`y = x · Wᵀ + b` with FP8 weights: W[n, k] = weight[n, k] * scale[n], or * scale[n // 128, k // 128].
@@ -250,7 +268,7 @@ def linear_fp8(
 
 
 def silu_mul_fp8(
-    x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
+    x: Fp8Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None = None,
     rounding: Rounding | None = None,
 ) -> Operand:
     """`silu_mul(linear_fp8(…), rounding)` for weight [2F, K] = gate | up; few rows that are FP8 already take one kernel,
@@ -260,33 +278,45 @@ def silu_mul_fp8(
     return silu_mul(linear_fp8(x, weight, scale, bias), rounding)
 
 
+def takes_halves(tokens: int, dtype: torch.dtype, weight: IntWeight) -> bool:
+    """Whether products of so many tokens, of this type, are faster with activations taken apart (`Halves`) than with plain
+    ones: one or two of bfloat16, on compute capability 9.0, with 4-bit codes around the middle in groups of 128 n columns."""
+    return weight.words.is_cuda and bool(_int().takes_halves(tokens, dtype, weight))
+
+
 def linear_int(
-    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
+    x: IntOperand, weight: IntWeight, bias: torch.Tensor | None = None, out: torch.Tensor | None = None
 ) -> torch.Tensor:
     """`y = x · Wᵀ + b` with integer weights, W[n, k] = (code[n, k] − zero[k // size, n]) · scale[k // size, n].
 
     Args:
-        x: [T, K], rows contiguous, its columns in the weight's order.  bias: [N] of x's dtype.
+        x: [T, K], rows contiguous, its columns in the weight's order, or such taken apart where `takes_halves`.
+        bias: [N] of x's dtype.
         out: [T, N] of x's dtype, contiguous, to write into.
     Returns:
         [T, N] of x's dtype.
     """
     rows = weight.rows
-    check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
+    if isinstance(x, Halves):
+        check(x.shape[1] == weight.columns, "x", x.values, "must be of K columns")
+    else:
+        check(x.dim() == 2 and x.shape[1] == weight.columns and x.stride(1) == 1, "x", x, "must be [T, K] with contiguous rows")
     check(weight.scale.shape == (weight.columns // weight.size, rows), "scale", weight.scale, "must be [G, N]")
     check(bias is None or bias.shape == (rows,), "bias", bias, "must be [N]")
     check(out is None or out.shape == (x.shape[0], rows), "out", out, "must be [T, N]")
-    if x.is_cuda or FORCE_TRITON:
+    if isinstance(x, Halves) or x.is_cuda or FORCE_TRITON:
         return _int().linear_int(x, weight, bias, out)  # type: ignore[no-any-return]
     y = reference_int.linear_int(x, weight, bias)
     return y if out is None else out.copy_(y)
 
 
 def silu_mul_int(
-    x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
+    x: IntOperand, weight: IntWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
 ) -> Operand:
     """`silu_mul(linear_int(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
-    if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+    if isinstance(x, Halves):
+        return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
+    if x.is_cuda and x.shape[0] <= MOST_GROUPED_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_int(x, weight, bias), rounding)
 
@@ -334,6 +364,6 @@ def silu_mul_codes(
     x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
 ) -> Operand:
     """`silu_mul(linear_codes(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
-    if x.is_cuda and x.shape[0] <= MAX_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+    if x.is_cuda and x.shape[0] <= MOST_GROUPED_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_codes(x, weight, bias), rounding)

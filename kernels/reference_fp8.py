@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
-from workstation.kernels.quantized import Operand, Quantized, Rounding
+from workstation.kernels.quantized import Fp8Operand, Quantized, Rounding
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = 448.0
@@ -35,7 +35,7 @@ def from_codes(codes: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return wide.masked_fill_(wide.abs() > FP8_MAX, torch.nan).to(dtype)
 
 
-def linear_fp8(x: Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+def linear_fp8(x: Fp8Operand, weight: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """scale [N] float32, or [⌈N/128⌉, ⌈K/128⌉] for 128 × 128 blocks."""
     if isinstance(x, Quantized):
         x = (x.values.float() * x.scale[:, None]).to(x.dtype)

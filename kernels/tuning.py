@@ -14,9 +14,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group; 4-bit codes with a table
-# and float32 scales, with e8m0 and with e4m3 ones. All but the second have 16-bit activations.
-Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
+# bf16 or fp16; FP8 weights and activations; FP8 weights only; integer weights with a scale a group, the first also with
+# activations that their maker took apart (`Halves`); 4-bit codes with a table and float32 scales, with e8m0 and with e4m3
+# ones. All but the second and the halves have 16-bit activations.
+Scheme = Literal["16bit", "fp8", "fp8_weight", "int4", "int4_halves", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 Output = Literal["linear", "silu_mul"]
 Kind = Literal["dot", "gemv", "hopper", "library"]
 
@@ -31,21 +32,23 @@ READS_SHARED = (9, 10)  # major capabilities whose tensor cores read operands fr
 # Without a measurement the library gets what lies above: its FP8 products are slow at few rows, its 16-bit ones less so,
 # and FP8 weights with 16-bit activations it cannot read at all.
 LIBRARY_ABOVE: dict[Scheme, int] = {
-    "16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS, "int4": MAX_ROWS, "int8_weight": MAX_ROWS,
+    "16bit": 64, "fp8": 128, "fp8_weight": MAX_ROWS, "int4": MAX_ROWS, "int4_halves": MAX_ROWS, "int8_weight": MAX_ROWS,
     "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
-INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int8_weight": 8}
+INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, "int8_weight": 8}
 GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4")  # what `gemm_int_hopper.py` multiplies
 # Where a measurement says so, for more rows still: the library needs them widened first.
-MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512)
+MOST_GROUPED_ROWS = 512
+MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, MOST_GROUPED_ROWS)
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
-LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
+LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int4_halves": 256, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
 FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of a chunk of x, and what it takes in shared memory
+FEW_SCHEMES: tuple[Scheme, ...] = ("int4", "int4_halves")
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
@@ -76,7 +79,7 @@ class Problem:
     @property
     def weight_bytes(self) -> float:
         """Bytes a weight element takes, scales not counted."""
-        return {"16bit": 2, "int4": 0.5, **dict.fromkeys(CODE_SCHEMES, 0.5)}.get(self.scheme, 1)
+        return {"16bit": 2, "int4": 0.5, "int4_halves": 0.5, **dict.fromkeys(CODE_SCHEMES, 0.5)}.get(self.scheme, 1)
 
     @property
     def row_bytes(self) -> int:
@@ -131,14 +134,16 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     if config.kind == "library":
         return 0
     if is_few(config):
-        x = few_chunks(problem.k, config, problem.m) * FEW_CHUNK_BYTES
+        x = few_chunks(problem.k, config, problem.m) * FEW_CHUNK_BYTES if problem.scheme == "int4" else 0
         return config.stages * stage_bytes(problem, config) + x + CHANNELS * FEW_ROWS * 4 + KIB
     if config.kind == "hopper":
         stages, table = config.stages, 0
         if problem.scheme == "nf4":
             stages, table = max(stages, table_stages(config.block_k, _channels(problem, config), config.block_m)), TABLE_BYTES
         ring = stages * stage_bytes(problem, config) + table
-        return ring + config.warps // 4 * min(CHANNELS * config.block_m * 4, 16 * KIB) + KIB
+        tile = CHANNELS * config.block_m * 4
+        sums = max(tile, 16 * KIB) if _is_paired(problem, config) else min(tile, 16 * KIB)
+        return ring + sums + (config.warps // 4 - 1) * min(tile, 16 * KIB) + KIB
     tiles = 2 if fuses_silu(problem, config) else 1
     columns = 1 if config.kind == "gemv" else config.block_m
     # Scales of codes come by the same way, at most as many bytes as fp32 ones of 64 columns or bytes of 16.
@@ -152,7 +157,8 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
     """Shared memory a step of a ring takes, in bytes, at most."""
     channels = _channels(problem, config)
     if is_few(config):
-        return int(config.block_k * (problem.weight_bytes + 2 / FEW_SPAN) * channels)
+        x = FEW_CHUNK_BYTES / FEW_SPAN if problem.scheme == "int4_halves" else 0
+        return int(config.block_k * ((problem.weight_bytes + 2 / FEW_SPAN) * channels + x))
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
         size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / LEAST_GROUP  # scales
@@ -161,6 +167,11 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
 
 def _channels(problem: Problem, config: GemmConfig) -> int:
     return 2 * config.block_n if problem.output == "silu_mul" else config.block_n
+
+
+def _is_paired(problem: Problem, config: GemmConfig) -> bool:
+    """Whether gate and up have a warpgroup each, and one hands its sums to the other."""
+    return problem.output == "silu_mul" and config.warps == 8 and config.block_n == CHANNELS
 
 
 def is_few(config: GemmConfig) -> bool:
@@ -197,17 +208,17 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
     for most, config in rows:
         if problem.m <= most and (rings or config.kind != "hopper"):
             return config
-    if problem.m > LIBRARY_ABOVE[problem.scheme] or (rings and _is_left_apart(problem, device)):
+    if problem.m > LIBRARY_ABOVE[problem.scheme] or _is_left_apart(problem, device, rings=rings):
         return LIBRARY
     return default_config(problem, device, rings=rings)
 
 
-def _is_left_apart(problem: Problem, device: Device) -> bool:
-    """Whether SiLU·mul follows a product by a ring, unless measured otherwise: gate's and up's codes in one program have no
-    registers for many rows, and in a warpgroup each a few measured shapes are known only."""
-    if problem.scheme not in CODED_ROWS or device.capability != 90:
+def _is_left_apart(problem: Problem, device: Device, *, rings: bool) -> bool:
+    """Whether SiLU·mul follows a product, unless measured otherwise: gate's and up's codes in one program have no registers for
+    many rows, and in a warpgroup each a few measured shapes are known only."""
+    if problem.output != "silu_mul" or problem.m <= _fused_rows(problem.scheme):
         return False
-    return problem.output == "silu_mul" and problem.m > _fused_rows(problem.scheme)
+    return problem.scheme in INTEGER_BITS or (problem.scheme in CODED_ROWS and rings and device.capability == 90)
 
 
 def _fused_rows(scheme: Scheme) -> int:
@@ -235,7 +246,7 @@ def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
     found = GemmConfig(*config)
     if found.kind == "gemv" and m != 1:
         raise ValueError(f"a tuned row gives m={m} rows to the gemv kernel, which computes one")
-    if is_few(found) and (scheme != "int4" or m > FEW_ROWS):
+    if is_few(found) and (scheme not in FEW_SCHEMES or m > FEW_ROWS):
         raise ValueError(f"a tuned row gives {scheme} with m={m} to the kernel of int4 with up to {FEW_ROWS} rows")
     return Problem(scheme, output, m, n, k), found
 
@@ -251,7 +262,7 @@ def default_config(problem: Problem, device: Device, *, rings: bool = True) -> G
     Aims: a step of 256 bytes along K (128 once the activations' tile grows), two programs a multiprocessor, and enough of
     them to keep every multiprocessor loading; the float32 parts of a split K stay well below the weights' own bytes.
     """
-    make = _grouped_ring if problem.scheme in GROUPED else _ring
+    make = few_ring if problem.scheme == "int4_halves" else _grouped_ring if problem.scheme in GROUPED else _ring
     ring = make(problem, device) if rings else None
     if ring is not None:
         return ring
@@ -304,6 +315,15 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     config = GemmConfig("hopper", teams * tiles * CHANNELS // (2 if silu else 1), block_m, step, splits, 4 * teams, 1, True)
     ring = 76 if table else 66
     return replace(config, stages=max(2, min(6, ring * KIB // stage_bytes(problem, config))))
+
+
+def few_ring(problem: Problem, device: Device) -> GemmConfig:
+    """For `gemm_int_few_hopper.py`: rings of five steps; as many programs as run at once, each with 2,048 columns or more."""
+    silu = problem.output == "silu_mul"
+    programs = -(-problem.n // (2 * CHANNELS if silu else CHANNELS))
+    room = (2 if silu else 4) * device.processors
+    splits = max(1, min(room // programs, problem.k // 2048))
+    return GemmConfig("hopper", CHANNELS, FEW_ROWS, 2 * FEW_SPAN, splits, 4, 5, True)
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

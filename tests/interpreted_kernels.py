@@ -15,6 +15,7 @@ from kernel_checks import (
     check_add_rms_norm,
     check_attention,
     check_copy_blocks,
+    check_norm_that_takes_apart,
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
@@ -58,6 +59,11 @@ def test_step_inputs(tokens: int) -> None:
 @TOKENS
 def test_add_rms_norm(tokens: int, dtype: torch.dtype) -> None:
     check_add_rms_norm(tokens, 160, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (1, 640), (2, 256), (4, 384)])
+def test_the_norm_that_takes_apart_equals_the_norm(tokens: int, width: int) -> None:
+    check_norm_that_takes_apart(tokens, width, "cpu")
 
 
 @DTYPES

@@ -6,6 +6,8 @@ import torch
 from kernel_cases import Heads, cos_sin_table, naive_rms_norm, naive_rope, paged_case
 
 from workstation.kernels import ops
+from workstation.kernels.quantized import Halves, Halving
+from workstation.kernels.reference_int import halves_order
 
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 DECODES = [(1, 1), (1, 16), (1, 17), (1, 300), (1, 45), (1, 0), (1, 46), (1, 700)]
@@ -33,6 +35,34 @@ def check_add_rms_norm(tokens: int, width: int, dtype: torch.dtype, device: str)
     normed, kept = ops.add_rms_norm(x, residual, weight, 1e-5)
     close(kept, total.cpu(), dtype)
     close(normed, naive_rms_norm(total, weight, 1e-5), dtype)
+
+
+def together(x: Halves) -> torch.Tensor:
+    """The numbers that were taken apart, [T, K] float64."""
+    groups = x.factors.shape[0]
+    rows = x.values.double().view(groups, -1, 128)[:, : 2 * x.tokens].unflatten(1, (-1, 2)).sum(2)
+    values = torch.empty_like(rows)
+    values[..., halves_order(x.device)] = rows
+    return (values * x.factors[:, 0 : 2 * x.tokens : 2, None].double()).transpose(0, 1).flatten(1)
+
+
+def check_norm_that_takes_apart(tokens: int, width: int, device: str) -> None:
+    """What `add_rms_norm` gives, but for numbers that another order of adding rounds otherwise, and factors that fit it."""
+    x, residual = (random(tokens, width, dtype=torch.bfloat16, device=device, seed=seed) for seed in (0, 1))
+    weight = random(width, dtype=torch.bfloat16, device=device, seed=2)
+    normed, kept = ops.add_rms_norm(x, residual.clone(), weight, 1e-5)
+    apart, kept_too = ops.add_rms_norm(x, residual.clone(), weight, 1e-5, Halving())
+    assert isinstance(apart, Halves) and isinstance(normed, torch.Tensor) and apart.shape == (tokens, width)
+    assert torch.equal(kept, kept_too)
+    found = together(apart)
+    close(found.to(torch.bfloat16), normed.float().cpu(), torch.bfloat16)
+    groups = normed.double().unflatten(1, (-1, 128))
+    exact = (groups.abs() >= groups.abs().amax(-1, keepdim=True) / 512).flatten(1)
+    assert int((found != normed.double())[exact].sum()) <= width * tokens // 100
+    powers, less = apart.factors[:, : 2 * tokens], apart.factors[:, 8 : 8 + 2 * tokens]
+    assert torch.equal(powers[:, 0::2], powers[:, 1::2]) and not less[:, 1::2].any()
+    sums = found.unflatten(1, (-1, 128)).sum(-1).t() * (-8 / 512)
+    assert torch.allclose(less[:, 0::2].double(), sums, atol=1e-5)
 
 
 def check_silu_mul(tokens: int, width: int, dtype: torch.dtype, device: str) -> None:

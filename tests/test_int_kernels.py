@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
-from int_checks import check_door, check_product, check_widening, make_case
+from gemm_checks import TOLERANCE, relative_error
+from int_checks import check_door, check_product, check_widening, expected, make_case
 from products import some_of
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
 from workstation.kernels import ops
 from workstation.kernels.gemm_compile import compile_call, compile_for, int_types
-from workstation.kernels.gemm_launch import Operands
+from workstation.kernels.gemm_launch import Operands, run_linear
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.launch_int import fitted, int_call, rings_serve, scheme_of, widen_call
 from workstation.kernels.offline import Resources, resources
-from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config
+from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config, shared_bytes
 
 DEVICES = [A100, L40S, H200, B200, PRO_6000]
 ARCHITECTURES = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
@@ -149,3 +151,34 @@ def test_rings_multiply_integers_of_any_shape(form: tuple[int, int, bool], dtype
     for m, block_m, tiles, teams, panels, splits in ((1, 8, 1, 1, 1, 3), (5, 16, 2, 1, 2, 1), (33, 32, 1, 2, 1, 1)):
         case = make_case(m, 1152, 4096, bits=bits, size=size, zeros=zeros, dtype=dtype, device="cuda")
         check_product(case, GemmConfig("hopper", 64 * tiles * teams, block_m, step * panels, splits, 4 * teams, 2, True), dtype)
+
+
+MANY = GemmConfig("hopper", 128, 128, 256, 1, 8, 2, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("scale", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize(("bits", "size"), [(4, 32), (4, 64), (4, 128), (4, 512), (8, 32), (8, 128)])
+def test_many_rows_are_multiplied_by_weights_that_were_scaled(bits: int, size: int, scale: torch.dtype) -> None:
+    """Where scales have x's type; else groups' sums are. Two warpgroups, one, and a gate and its up in one each."""
+    case = make_case(130, 1152, 4096, bits=bits, size=size, zeros=False, dtype=torch.bfloat16, device="cuda", scale=scale)
+    x, weight, bias = case
+    two = replace(MANY, block_k=1024 // bits)
+    operands, y = Operands(x, weight, bias=bias), expected(case)
+    torch.cuda.synchronize()  # a ring reads its weights before the kernel in front has ended
+    for config in (two, replace(two, block_n=64, warps=4, splits=2)):
+        assert relative_error(run_linear(operands, config, torch.bfloat16), y) < TOLERANCE[torch.bfloat16]
+    gate, up = y.chunk(2, -1)
+    out = run_linear(operands, replace(two, block_n=64), torch.bfloat16, silu=True)
+    assert relative_error(out, gate * gate.sigmoid() * up) < TOLERANCE[torch.bfloat16]
+
+
+@pytest.mark.parametrize(("output", "block_n"), [("linear", 128), ("silu_mul", 64)])
+def test_many_rows_need_one_wait_a_step_and_no_sums_of_groups(output: Output, block_n: int) -> None:
+    config = replace(MANY, block_n=block_n)
+    kernel = compile_for(Problem("int4", output, 128, 28672, 4096), config, H200.capability)
+    assembly, needed = kernel.asm["ptx"], resources(kernel)
+    assert assembly.count("wgmma.mma_async") == 32 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 2  # two warpgroups
+    assert "mul.rn.bf16x2" in assembly and needed.stack == 0
+    assert needed.shared <= shared_bytes(Problem("int4", output, 128, 28672, 4096), config, 90) <= H200.shared_bytes

@@ -11,6 +11,7 @@ from kernel_checks import (
     check_add_rms_norm,
     check_attention,
     check_copy_blocks,
+    check_norm_that_takes_apart,
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
@@ -18,6 +19,7 @@ from kernel_checks import (
 )
 
 from workstation.kernels import ops
+from workstation.kernels.quantized import Halving
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 TOKENS = pytest.mark.parametrize("tokens", [1, 3, 17])
@@ -44,6 +46,19 @@ def test_rms_norm_keeps_its_epsilon_for_tiny_inputs() -> None:
 @TOKENS
 def test_add_rms_norm_returns_the_sum_as_residual(tokens: int, dtype: torch.dtype) -> None:
     check_add_rms_norm(tokens, 160, dtype, "cpu")
+
+
+@pytest.mark.parametrize(("tokens", "width"), [(1, 128), (1, 640), (2, 256), (4, 384)])
+def test_the_norm_that_takes_apart_equals_the_norm(tokens: int, width: int) -> None:
+    check_norm_that_takes_apart(tokens, width, "cpu")
+
+
+@pytest.mark.parametrize(("shape", "dtype"), [
+    ((5, 128), torch.bfloat16), ((1, 192), torch.bfloat16), ((1, 128), torch.float16)])
+def test_only_few_rows_of_whole_groups_of_bfloat16_are_taken_apart(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    x, weight = torch.ones(shape, dtype=dtype), torch.ones(shape[1], dtype=dtype)
+    with pytest.raises(ValueError, match=r"bfloat16 \[T, 128 n\], T at most 4"):
+        ops.add_rms_norm(x, x.clone(), weight, 1e-5, Halving())
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 5, 200])

@@ -11,6 +11,7 @@ from kernel_checks import (
     check_add_rms_norm,
     check_attention,
     check_copy_blocks,
+    check_norm_that_takes_apart,
     check_rms_norm,
     check_rope_and_cache,
     check_silu_mul,
@@ -36,6 +37,12 @@ def test_norms_and_swiglu(tokens: int, dtype: torch.dtype) -> None:
     check_add_rms_norm(tokens, 4096, dtype, "cuda")
     check_silu_mul(tokens, 1100, dtype, "cuda")
     check_step_inputs(tokens, "cuda")
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4])
+def test_the_norm_that_takes_apart_equals_the_norm(tokens: int) -> None:
+    for width in (128, 640, 4096, 5120, 8192):
+        check_norm_that_takes_apart(tokens, width, "cuda")
 
 
 @DTYPES

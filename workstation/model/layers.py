@@ -6,7 +6,7 @@ import torch
 
 from workstation.kernels import ops
 from workstation.kernels.paging import UNSCALED, AttentionPlan
-from workstation.kernels.quantized import Operand, Quantized
+from workstation.kernels.quantized import Halves, Operand, Quantized
 from workstation.memory import MLP_TOKENS
 from workstation.model.linear import Linear
 
@@ -82,8 +82,9 @@ def _norm_before(
     linear: Linear, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float,
 ) -> tuple[Operand, torch.Tensor]:
     """`ops.add_rms_norm`, its result as `linear` wants it."""
-    return ops.add_rms_norm(x, residual, weight, eps, linear.rounding(x.dtype))
+    return ops.add_rms_norm(x, residual, weight, eps, linear.after_norm(x.shape[0], x.dtype))
 
 
 def _tokens(x: Operand, first: int, count: int) -> Operand:
+    assert not isinstance(x, Halves)  # few tokens
     return x.tokens(first, count) if isinstance(x, Quantized) else x[first:first + count]

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from workstation.kernels import gemm, ops
-from workstation.kernels.quantized import Operand, Rounding
+from workstation.kernels.quantized import Halving, Operand, Rounding
 
 
 class Linear(ABC):
@@ -20,7 +20,7 @@ class Linear(ABC):
 
     @abstractmethod
     def __call__(self, x: Operand) -> torch.Tensor:
-        """x: [T, in_features] → [T, out_features]. Quantized x only as `rounding` asked for it."""
+        """x: [T, in_features] → [T, out_features]. x in another form only as `rounding` or `after_norm` asked for it."""
 
     def silu_mul(self, x: Operand, following: Linear) -> Operand:
         """SwiGLU's first half for a gate | up layer: [T, in_features] → [T, out_features / 2], ready for `following`."""
@@ -34,6 +34,10 @@ class Linear(ABC):
     def rounding(self, dtype: torch.dtype) -> Rounding | None:
         """How whoever makes this layer's input, of this dtype, may round it without a kernel of its own; None: not at all."""
         return None
+
+    def after_norm(self, tokens: int, dtype: torch.dtype) -> Rounding | Halving | None:
+        """The form in which the norm in front of this layer may hand over so many tokens."""
+        return self.rounding(dtype)
 
     @property
     @abstractmethod

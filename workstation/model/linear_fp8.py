@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from workstation.kernels import ops
-from workstation.kernels.quantized import Operand, Quantized, Rounding
+from workstation.kernels.quantized import Fp8Operand, Halves, Operand, Quantized, Rounding
 from workstation.model.linear import Linear
 from workstation.quant.forms import Activations, Form, Segment, scale_grid
 
@@ -34,13 +34,15 @@ class Fp8Linear(Linear):
         return ops.linear_fp8(self._operand(x), self.weight, self.scale, self.bias)
 
     def silu_mul(self, x: Operand, following: Linear) -> Operand:
-        return ops.silu_mul_fp8(self._operand(x), self.weight, self.scale, self.bias, following.rounding(x.dtype))
+        operand = self._operand(x)
+        return ops.silu_mul_fp8(operand, self.weight, self.scale, self.bias, following.rounding(operand.dtype))
 
     def write(self, x: Operand, out: torch.Tensor) -> None:
         ops.linear_fp8(self._operand(x), self.weight, self.scale, self.bias, out)
 
-    def _operand(self, x: Operand) -> Operand:
+    def _operand(self, x: Operand) -> Fp8Operand:
         """x as the product takes it, where its maker has left it alone."""
+        assert not isinstance(x, Halves)
         return x
 
     @property
@@ -64,9 +66,10 @@ class Fp8ChannelLinear(Fp8Linear):
             return None
         return Rounding() if self.activations.bound is None else Rounding(self.activations.bound)
 
-    def _operand(self, x: Operand) -> Operand:
-        rounding = None if isinstance(x, Quantized) else self.rounding(x.dtype)
-        return x if rounding is None else ops.quantize_fp8(x, rounding)  # type: ignore[arg-type]
+    def _operand(self, x: Operand) -> Fp8Operand:
+        operand = super()._operand(x)
+        rounding = None if isinstance(operand, Quantized) else self.rounding(operand.dtype)
+        return operand if rounding is None else ops.quantize_fp8(operand, rounding)  # type: ignore[arg-type]
 
 
 class Fp8BlockLinear(Fp8Linear):

@@ -6,7 +6,7 @@ import torch
 
 from workstation.kernels import ops
 from workstation.kernels.int_weights import IntWeight
-from workstation.kernels.quantized import Operand
+from workstation.kernels.quantized import Halves, Halving, Operand, Rounding
 from workstation.model.linear import Linear
 from workstation.quant.forms import Segment
 from workstation.quant.integers import Groups, words
@@ -34,15 +34,22 @@ class IntLinear(Linear):
         return self._product(x, None)
 
     def silu_mul(self, x: Operand, following: Linear) -> Operand:
+        if isinstance(x, Halves):
+            return ops.silu_mul_int(x, self.weight, self.bias)
         assert isinstance(x, torch.Tensor)
         if self.rounds and ops.multiplies_int8(x, self.weight):
             return super().silu_mul(x, following)
         return ops.silu_mul_int(self._ordered(x), self.weight, self.bias, following.rounding(x.dtype))
 
+    def after_norm(self, tokens: int, dtype: torch.dtype) -> Rounding | Halving | None:
+        return Halving() if self.order is None and ops.takes_halves(tokens, dtype, self.weight) else None
+
     def write(self, x: Operand, out: torch.Tensor) -> None:
         self._product(x, out)
 
     def _product(self, x: Operand, out: torch.Tensor | None) -> torch.Tensor:
+        if isinstance(x, Halves):
+            return ops.linear_int(x, self.weight, self.bias, out)
         ordered = self._ordered(x)
         if self.rounds and ops.multiplies_int8(ordered, self.weight):
             return ops.linear_int8(ordered, self.weight, self.bias, out)
