@@ -17,7 +17,7 @@ from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.quantized import Halves, IntOperand
-from workstation.kernels.tuning import CHANNELS, FEW_SPAN, GemmConfig, Output, Problem, Scheme, is_few, most_rows
+from workstation.kernels.tuning import CHANNELS, FEW_SPAN, HALVED_ROWS, GemmConfig, Output, Problem, Scheme, is_few, most_rows
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -26,7 +26,6 @@ FUSED_ROWS_ZEROS = 16  # of activations, at most, where gate and up share a prog
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
 NARROW = 128  # columns of a group with zero points, below which rings lack registers
 HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
-HALVED_ROWS = 2  # of activations, at most, that are taken apart by their maker
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 

@@ -48,6 +48,7 @@ LEAST_GROUP = 32  # columns that may have a scale of their own
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
 FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of a chunk of x, and what it takes in shared memory
+HALVED_ROWS = 2  # of those that it is the fastest for
 FEW_SCHEMES: tuple[Scheme, ...] = ("int4", "int4_halves")
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
@@ -302,10 +303,12 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table of codes there is
     room for two programs, so two warpgroups share those too where they have registers.
 
-    Left to measurements: gate and up in a warpgroup each."""
+    Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers have a kernel of their own."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
     if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > _fused_rows(problem.scheme)):
         return None
+    if problem.scheme == "int4" and problem.m <= HALVED_ROWS and not silu and problem.k % FEW_SPAN == 0:
+        return few_ring(problem, device)
     block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
     teams = 2 if block_m >= 64 or (table and block_m == 8 and not silu) else 1
     tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16 and teams == 1) else 1
@@ -318,12 +321,12 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
 
 
 def few_ring(problem: Problem, device: Device) -> GemmConfig:
-    """For `gemm_int_few_hopper.py`: rings of five steps; as many programs as run at once, each with 2,048 columns or more."""
+    """For `gemm_int_few_hopper.py`: rings of four or five steps; programs that run at once, with 2,048 columns or more."""
     silu = problem.output == "silu_mul"
     programs = -(-problem.n // (2 * CHANNELS if silu else CHANNELS))
     room = (2 if silu else 4) * device.processors
     splits = max(1, min(room // programs, problem.k // 2048))
-    return GemmConfig("hopper", CHANNELS, FEW_ROWS, 2 * FEW_SPAN, splits, 4, 5, True)
+    return GemmConfig("hopper", CHANNELS, FEW_ROWS, 2 * FEW_SPAN, splits, 4, 4 if problem.scheme == "int4" else 5, True)
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:
