@@ -34,8 +34,7 @@ from workstation.engine.graphs import Shape
 from workstation.engine.request import EngineRequest
 from workstation.kernels import gemm_launch, launch_codes, launch_int, tuning
 from workstation.kernels.gemm_launch import device_of
-from workstation.kernels.tuning import FUSED_ROWS
-from workstation.kernels.tuning import CODE_SCHEMES, INTEGER_BITS, Device, GemmConfig, Problem, Scheme
+from workstation.kernels.tuning import CODE_SCHEMES, FUSED_ROWS, INTEGER_BITS, Device, GemmConfig, Problem, Scheme
 
 KEEP = 0.997  # of the step's time, at most, for another configuration to be taken
 TURNS = 8

@@ -38,16 +38,18 @@ COPYING = gl.constexpr(40)  # registers of a thread that copies
 
 @gluon.jit
 def _run(
-    w_ring, panels, x_ring, boxes, less, up_less, START: gl.constexpr, SPAN: gl.constexpr,
+    first, second, w_ring, panels, x_ring, boxes, less, up_less, scale, up_scale, START: gl.constexpr, SPAN: gl.constexpr,
     BITS: gl.constexpr, TABLE: gl.constexpr, TILES: gl.constexpr, PANELS: gl.constexpr, BLOCK_M: gl.constexpr,
-    ACC: gl.constexpr, A: gl.constexpr,
+    SCALED: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr,
 ):  # fmt: skip
-    """Sums over a step's columns [START, START + SPAN), of one tile or two: still in flight, with their operands."""
+    """Sums over a step's columns [START, START + SPAN), of one tile or two: still in flight, with their operands. They are a
+    group's own, or with weights SCALED added to first and second."""
     PER: gl.constexpr = 16 // BITS
     CHUNK: gl.constexpr = UNIT * PER
     held = ()
-    first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
-    second = first
+    if not SCALED:
+        first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
+        second = first
     for chunk in gl.static_range(START // CHUNK, (START + SPAN + CHUNK - 1) // CHUNK):
         panel = panels + chunk // (WORDS // UNIT)
         words = w_ring.index(panel).slice(chunk % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
@@ -57,13 +59,24 @@ def _run(
             box = x_ring.index(boxes + (chunk * PER + index) // 2)
             rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
             lhs = plane(words, less, index, BITS, TABLE, x_ring.dtype)
-            first = warpgroup_mma(lhs, rhs, first, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
+            if SCALED:
+                lhs = times(lhs, scale)
+            first = warpgroup_mma(lhs, rhs, first, use_acc=SCALED or chunk * CHUNK + index * UNIT > START, is_async=True)
             held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
                 lhs = plane(up_words, up_less, index, BITS, TABLE, x_ring.dtype)
-                second = warpgroup_mma(lhs, rhs, second, use_acc=chunk * CHUNK + index * UNIT > START, is_async=True)
+                if SCALED:
+                    lhs = times(lhs, up_scale)
+                second = warpgroup_mma(lhs, rhs, second, use_acc=SCALED or chunk * CHUNK + index * UNIT > START, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
     return first, second, held
+
+
+@gluon.jit
+def _factor(s_ring, slot, RUN: gl.constexpr, dtype: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr):
+    """`_scale` as `times` takes it, [64]."""
+    scale = gl.sum(_scale(s_ring, slot, RUN, ACC), 1)  # of one number each
+    return gl.convert_layout(scale, gl.SliceLayout(1, A)).to(dtype)
 
 
 @gluon.jit
@@ -100,27 +113,6 @@ def _settle(first, second, parts, held, scales, GROUPS: gl.constexpr, TILES: gl.
 
 
 @gluon.jit
-def _scaled_step(
-    total, w_ring, panels, x_ring, boxes, s_ring, slot, less,
-    SPAN: gl.constexpr, BITS: gl.constexpr, PANELS: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr,
-):  # fmt: skip
-    """total [64, BLOCK_M] and the products of a step's integers, each times its scale first. slot: where the scales begin."""
-    PER: gl.constexpr = 16 // BITS
-    held = ()
-    for index in gl.static_range(PANELS * (WORDS // UNIT) * PER):
-        if index % PER == 0:
-            panel = w_ring.index(panels + index // PER // (WORDS // UNIT))
-            words = panel.slice(index // PER % (WORDS // UNIT) * UNIT, UNIT, dim=1).load(A)
-        rhs = x_ring.index(boxes + index // 2).slice(index % 2 * UNIT, UNIT, dim=1).permute((1, 0))
-        scale = gl.sum(s_ring.index(slot + index * UNIT // SPAN).permute((1, 0)).load(ACC), 1)  # of one each
-        scale = gl.convert_layout(scale, gl.SliceLayout(1, A))
-        lhs = times(plane(words, less, index % PER, BITS, None, x_ring.dtype), scale)
-        total = warpgroup_mma(lhs, rhs, total, is_async=True)
-        held = held + (lhs,)  # noqa: RUF005
-    return warpgroup_mma_wait(0, deps=(total,) + held)[0]  # noqa: RUF005
-
-
-@gluon.jit
 def _consume(
     out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
     n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
@@ -151,10 +143,7 @@ def _consume(
         stage = i % STAGES
         mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
         tile = (stage * TEAMS + TEAM) * TILES
-        if SCALED:
-            first = _scaled_step(first, w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), scales, tile * ROWS, less,
-                                 SPAN, BITS, PANELS, ACC, A)  # fmt: skip
-        for run in gl.static_range(0, 0 if SCALED else RUNS, GROUPS):
+        for run in gl.static_range(0, RUNS, GROUPS):
             if zero is not None:
                 less = offset(points, BITS, x_ring.dtype)
                 up_less = offset(up_points, BITS, x_ring.dtype)
@@ -165,15 +154,29 @@ def _consume(
                     up_points = zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
             parts = ()
             held = ()
+            scale, up_scale = less, up_less  # where there is no need of them
             for group in gl.static_range(GROUPS):
-                part, up_part, read = _run(w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less, up_less,
-                                           (run + group) * SPAN, SPAN, BITS, TABLE, TILES, PANELS, BLOCK_M, ACC, A)  # fmt: skip
-                parts = parts + (part,)  # noqa: RUF005
-                if TILES == 2:
-                    parts = parts + (up_part,)  # noqa: RUF005
+                if SCALED:
+                    scale = _factor(scales, tile * ROWS, run + group, x_ring.dtype, ACC, A)
+                    up_scale = _factor(scales, (tile + TILES - 1) * ROWS, run + group, x_ring.dtype, ACC, A)
+                part, up_part, read = _run(first, second, w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less,
+                                           up_less, scale, up_scale, (run + group) * SPAN, SPAN, BITS, TABLE, TILES, PANELS,
+                                           BLOCK_M, SCALED, ACC, A)  # fmt: skip
                 held = held + read
-            scale = _scales(scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
-            first, second = _settle(first, second, parts, held, scale, GROUPS, TILES)
+                if SCALED:
+                    first, second = part, up_part
+                elif TILES == 2:
+                    parts = parts + (part, up_part)  # noqa: RUF005
+                else:
+                    parts = parts + (part,)  # noqa: RUF005
+            if SCALED and TILES == 2:
+                done = warpgroup_mma_wait(0, deps=(first, second) + held)  # noqa: RUF005
+                first, second = done[0], done[1]
+            elif SCALED:
+                first = warpgroup_mma_wait(0, deps=(first,) + held)[0]  # noqa: RUF005
+            else:
+                scale = _scales(scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
+                first, second = _settle(first, second, parts, held, scale, GROUPS, TILES)
         fence_async_shared()  # scales are all read: a barrier waits for no load under way, and the next copy may overtake one
         mbarrier.arrive(free.index(stage), count=1)
     if SILU and TILES == 1 and TEAM == 1:
@@ -251,8 +254,8 @@ def hopper_int_kernel(
 
     size: columns of a row of s; SPAN: a group's in a step, which holds whole groups or lies in one; GROUPS: those multiplied at
     a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: None for
-    integers, "e2m1", or 4-bit codes' `code_decode.filler`. SCALED: integers around the middle meet scales of x's type before
-    their products, in one tile a warpgroup. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
+    integers, "e2m1", or 4-bit codes' `code_decode.filler`. SCALED: integers meet scales, of x's type, before their products.
+    out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
     grid: as `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second
     with REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """

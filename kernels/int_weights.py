@@ -39,6 +39,12 @@ class IntWeight(NamedTuple):
     def shape(self) -> tuple[int, int]:
         return self.words.shape[0], self.columns
 
+    def scales_first(self, dtype: torch.dtype) -> bool:
+        """Whether products may have weights that were scaled in activations' `dtype`: rounded as if widened to it, there being
+        more than a scale a row."""
+        scale = self.scale if isinstance(self.scale, torch.dtype) else self.scale.dtype  # a type, in kernels only compiled
+        return scale == dtype and self.size < self.columns
+
     def part(self, start: int, stop: int) -> IntWeight:
         """Rows [start, stop), both even, without a copy."""
         zero = self.zero

@@ -17,7 +17,21 @@ from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.quantized import Halves, IntOperand
-from workstation.kernels.tuning import CHANNELS, FEW_SPAN, HALVED_ROWS, GemmConfig, Output, Problem, Scheme, is_few, most_rows
+from workstation.kernels.tuning import (
+    CHANNELS,
+    FEW_SPAN,
+    HALVED_ROWS,
+    MAX_ROWS,
+    WIDE_ABOVE,
+    WIDE_GROUP,
+    GemmConfig,
+    Output,
+    Problem,
+    Scheme,
+    is_few,
+    is_wide,
+    most_rows,
+)
 
 # Of weights widened at a time, in bytes of x's type; the memory plan has the same (`quant.forms.SCRATCH_BYTES`).
 SCRATCH_BYTES = 64 << 20
@@ -65,7 +79,9 @@ def _of_halves(
 
 def _fuses(x: torch.Tensor, weight: IntWeight) -> bool:
     """Whether one program has registers for gate and up: not with a sum for every 32 columns, nor beside zero points with many
-    rows."""
+    rows, but for rings of so many that weights are scaled first."""
+    if x.shape[0] > MAX_ROWS:
+        return weight.scales_first(x.dtype)
     return _step(weight, 0) > 0 and (weight.zero is None or x.shape[0] <= FUSED_ROWS_ZEROS)
 
 
@@ -83,9 +99,13 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
+    if tokens > WIDE_ABOVE:
+        if not weight.scales_first(x.dtype):
+            return None
+        tokens = WIDE_ABOVE + 1  # one choice for all
     rings = rings_serve(weight, output)
     config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight, x.dtype)
+    return None if config.kind == "library" else fitted(config, weight, x.dtype, output)
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:
@@ -120,13 +140,17 @@ def _chunk(bits: int) -> int:
     return UNIT * WORD_BITS // bits
 
 
-def fitted(config: GemmConfig, weight: IntWeight, dtype: torch.dtype) -> GemmConfig:
+def fitted(config: GemmConfig, weight: IntWeight, dtype: torch.dtype, output: Output = "linear") -> GemmConfig:
     """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
     as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one; few rows
-    get another ring where the weight or activations of `dtype` are not what theirs can read."""
+    get another ring where the weight or activations of `dtype` are not what theirs can read, and many one of half the channels
+    where groups have sums or more than one scale a chunk."""
     if config.kind == "hopper":
         if is_few(config) and not _serves_few(weight, dtype):
             config = replace(config, block_m=8)
+        scaled = weight.scales_first(dtype) and weight.zero is None
+        if is_wide(output, config) and not (scaled and weight.size == WIDE_GROUP):
+            config = replace(config, block_n=config.block_n // 2)
         whole = suits_groups(weight, config.block_k)
         return config if whole else replace(config, block_k=HOPPER_WORDS * WORD_BITS // weight.bits)
     if weight.zero is not None:

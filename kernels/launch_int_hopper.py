@@ -54,7 +54,10 @@ def hopper_int_call(
     )  # fmt: skip
     groups, stages = 1, config.stages
     registers = _registers(tiles, config.block_m, span, zeros=zero is not None)
-    if table == E2M1:
+    scaled = isinstance(weight, IntWeight) and weight.scales_first(_type(x)) and config.block_m >= SCALED_ROWS
+    if scaled and zero is None:
+        groups = max(1, step // tiles // span)  # more operands in flight find no registers
+    elif table == E2M1:
         groups = max(1, min(4, 2 * FEW_SUMS // (tiles * config.block_m)))
         registers = min(MOST_REGISTERS, 64 + tiles * (4 * config.block_m + step // 256 * 32 - 32))
     elif table is not None:
@@ -63,8 +66,6 @@ def hopper_int_call(
         # A ring that fills a multiprocessor has its registers to itself.
         alone = stages * teams * step * (tiles * CHANNELS // 2 + config.block_m) > ALONE
         registers = _table_registers(tiles, config.block_m, span, step // min(span, 64) + 2 * alone)
-    plain = table is None and zero is None and weight.size < weight.columns and _type(x) == _type(weight.scale)
-    scaled = plain and tiles == 1 and config.block_m >= SCALED_ROWS
     options = {
         "BITS": bits, "TABLE": table, "SPAN": span, "GROUPS": groups, "TEAMS": teams,
         "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "BLOCK_M": config.block_m,

@@ -31,7 +31,7 @@ from workstation.kernels.quantized import (
     Quantized,
     Rounding,
 )
-from workstation.kernels.tuning import MOST_GROUPED_ROWS
+from workstation.kernels.tuning import most_rows
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan, StepInputs
@@ -316,7 +316,8 @@ def silu_mul_int(
     """`silu_mul(linear_int(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
     if isinstance(x, Halves):
         return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
-    if x.is_cuda and x.shape[0] <= MOST_GROUPED_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+    most = most_rows("int4") if rounding is None else MAX_ROWS
+    if x.is_cuda and x.shape[0] <= most and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _int().silu_mul_int(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_int(x, weight, bias), rounding)
 
@@ -364,6 +365,7 @@ def silu_mul_codes(
     x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
 ) -> Operand:
     """`silu_mul(linear_codes(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
-    if x.is_cuda and x.shape[0] <= MOST_GROUPED_ROWS and x.dtype != torch.float32 and weight.rows % 32 == 0:
+    most = most_rows("nf4") if rounding is None else MAX_ROWS
+    if x.is_cuda and x.shape[0] <= most and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_codes(x, weight, bias), rounding)

@@ -37,14 +37,15 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, "int8_weight": 8}
 GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4")  # what `gemm_int_hopper.py` multiplies
-# Where a measurement says so, for more rows still: the library needs them widened first.
-MOST_GROUPED_ROWS = 512
-MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, MOST_GROUPED_ROWS)
+# Where a measurement says so, for more rows still: the library needs them widened first. Integers of 4 bits for any number.
+MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512) | {"int4": 1 << 30}
+WIDE_ABOVE = 512  # rows: programs of 256 channels beyond, whose x the L2 would not bring in time for 128
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int4_halves": 256, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
+WIDE_GROUP = 128  # the same where a program has 256 channels and 128 rows, which fill registers and shared memory
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
 FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of a chunk of x, and what it takes in shared memory
@@ -162,7 +163,8 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
         return int(config.block_k * ((problem.weight_bytes + 2 / FEW_SPAN) * channels + x))
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
-        size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / LEAST_GROUP  # scales
+        group = WIDE_GROUP if is_wide(problem.output, config) else LEAST_GROUP
+        size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / group  # scales
     return int(config.block_k * size)
 
 
@@ -173,6 +175,12 @@ def _channels(problem: Problem, config: GemmConfig) -> int:
 def _is_paired(problem: Problem, config: GemmConfig) -> bool:
     """Whether gate and up have a warpgroup each, and one hands its sums to the other."""
     return problem.output == "silu_mul" and config.warps == 8 and config.block_n == CHANNELS
+
+
+def is_wide(output: Output, config: GemmConfig) -> bool:
+    """Whether a warpgroup of a ring has two tiles of 128 rows."""
+    channels = config.block_n * (2 if output == "silu_mul" else 1)
+    return config.kind == "hopper" and config.block_m == 128 and channels == config.warps * CHANNELS // 2
 
 
 def is_few(config: GemmConfig) -> bool:
@@ -209,6 +217,8 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
     for most, config in rows:
         if problem.m <= most and (rings or config.kind != "hopper"):
             return config
+    if problem.scheme == "int4" and problem.m > MAX_ROWS and rings and device.capability == 90:
+        return _many_ring(problem, device)
     if problem.m > LIBRARY_ABOVE[problem.scheme] or _is_left_apart(problem, device, rings=rings):
         return LIBRARY
     return default_config(problem, device, rings=rings)
@@ -318,6 +328,15 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     config = GemmConfig("hopper", teams * tiles * CHANNELS // (2 if silu else 1), block_m, step, splits, 4 * teams, 1, True)
     ring = 76 if table else 66
     return replace(config, stages=max(2, min(6, ring * KIB // stage_bytes(problem, config))))
+
+
+def _many_ring(problem: Problem, device: Device) -> GemmConfig:
+    """For `gemm_int_hopper.py`: programs of 128 rows, and of as many channels as their registers have sums for, but for a
+    weight so narrow that they would leave multiprocessors idle, which is widened for the library."""
+    if problem.n % (4 * CHANNELS) or 8 * problem.n // (4 * CHANNELS) < 0.9 * device.processors:
+        return LIBRARY
+    channels = 4 * CHANNELS if problem.m > WIDE_ABOVE else 2 * CHANNELS
+    return GemmConfig("hopper", channels // (2 if problem.output == "silu_mul" else 1), 128, 256, 1, 8, 2, True)
 
 
 def few_ring(problem: Problem, device: Device) -> GemmConfig:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from gemm_checks import TOLERANCE, relative_error
-from int_checks import check_door, check_product, check_widening, expected, make_case
+from int_checks import Case, check_door, check_product, check_widening, expected, make_case
 from products import some_of
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
@@ -161,24 +161,48 @@ MANY = GemmConfig("hopper", 128, 128, 256, 1, 8, 2, True)
 @pytest.mark.parametrize("scale", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(("bits", "size"), [(4, 32), (4, 64), (4, 128), (4, 512), (8, 32), (8, 128)])
 def test_many_rows_are_multiplied_by_weights_that_were_scaled(bits: int, size: int, scale: torch.dtype) -> None:
-    """Where scales have x's type; else groups' sums are. Two warpgroups, one, and a gate and its up in one each."""
-    case = make_case(130, 1152, 4096, bits=bits, size=size, zeros=False, dtype=torch.bfloat16, device="cuda", scale=scale)
+    """Where scales have x's type; else groups' sums are. Warpgroups with one tile or two, one alone, a gate and its up."""
+    case = make_case(130, 1536, 4096, bits=bits, size=size, zeros=False, dtype=torch.bfloat16, device="cuda", scale=scale)
+    check_many(case, bits)
+
+
+def check_many(case: Case, bits: int) -> None:
     x, weight, bias = case
     two = replace(MANY, block_k=1024 // bits)
     operands, y = Operands(x, weight, bias=bias), expected(case)
-    torch.cuda.synchronize()  # a ring reads its weights before the kernel in front has ended
-    for config in (two, replace(two, block_n=64, warps=4, splits=2)):
-        assert relative_error(run_linear(operands, config, torch.bfloat16), y) < TOLERANCE[torch.bfloat16]
     gate, up = y.chunk(2, -1)
-    out = run_linear(operands, replace(two, block_n=64), torch.bfloat16, silu=True)
-    assert relative_error(out, gate * gate.sigmoid() * up) < TOLERANCE[torch.bfloat16]
+    torch.cuda.synchronize()  # a ring reads its weights before the kernel in front has ended
+    for config in (two, replace(two, block_n=64, warps=4, splits=2), replace(two, block_n=256)):
+        out = run_linear(operands, fitted(config, weight, x.dtype), x.dtype)
+        assert relative_error(out, y) < TOLERANCE[x.dtype]
+    for channels in (64, 128):
+        config = fitted(replace(two, block_n=channels), weight, x.dtype, "silu_mul")
+        out = run_linear(operands, config, x.dtype, silu=True)
+        assert relative_error(out, gate * gate.sigmoid() * up) < TOLERANCE[x.dtype]
 
 
-@pytest.mark.parametrize(("output", "block_n"), [("linear", 128), ("silu_mul", 64)])
-def test_many_rows_need_one_wait_a_step_and_no_sums_of_groups(output: Output, block_n: int) -> None:
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("size", [128, 256])
+def test_many_rows_beside_zero_points(size: int) -> None:
+    check_many(make_case(300, 1536, 4096, bits=4, size=size, zeros=True, dtype=torch.bfloat16, device="cuda"), 4)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("m", [600, 1000])
+def test_the_door_agrees_with_the_oracle_on_more_rows_than_were_measured(m: int) -> None:
+    for size, zeros in ((128, False), (64, False), (128, True), (4096, False)):
+        check_door(make_case(m, 4096, 4096, bits=4, size=size, zeros=zeros, dtype=torch.bfloat16, device="cuda"))
+
+
+@pytest.mark.parametrize(("output", "block_n", "tiles"), [
+    ("linear", 128, 1), ("silu_mul", 64, 1), ("linear", 256, 2), ("silu_mul", 128, 2)])
+def test_many_rows_need_a_wait_for_256_columns_and_no_sums_of_groups(output: Output, block_n: int, tiles: int) -> None:
+    """For 128 where a warpgroup has two tiles."""
     config = replace(MANY, block_n=block_n)
     kernel = compile_for(Problem("int4", output, 128, 28672, 4096), config, H200.capability)
     assembly, needed = kernel.asm["ptx"], resources(kernel)
-    assert assembly.count("wgmma.mma_async") == 32 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 2  # two warpgroups
+    assert assembly.count("wgmma.mma_async") == 32 * tiles  # of two warpgroups
+    assert kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 2 * tiles
     assert "mul.rn.bf16x2" in assembly and needed.stack == 0
     assert needed.shared <= shared_bytes(Problem("int4", output, 128, 28672, 4096), config, 90) <= H200.shared_bytes

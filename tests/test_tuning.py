@@ -8,8 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from workstation.kernels import tuning
+from workstation.kernels.gemm_compile import int_types
+from workstation.kernels.launch_int import fitted
 from workstation.kernels.tuning import KIB, LIBRARY, Device, GemmConfig, Output, Problem, Scheme, choose, default_config
 
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 163 * KIB, 80)
@@ -75,12 +78,32 @@ def test_codes_of_gate_and_up_are_multiplied_apart_for_many_rows_on_hopper_unles
 def test_more_rows_of_grouped_weights_than_256_have_a_kernel_only_where_one_was_measured(
         monkeypatch: pytest.MonkeyPatch) -> None:
     config = GemmConfig("dot", 128, 128, 128, 1, 8, 3)
-    measured = {("int4", "linear", 512, 1024): ((512, config),), ("16bit", "linear", 512, 1024): ((512, config),)}
+    measured = {("nf4", "linear", 512, 1024): ((512, config),), ("16bit", "linear", 512, 1024): ((512, config),)}
     monkeypatch.setattr(tuning, "tuned", lambda gpu: measured)
-    assert choose(Problem("int4", "linear", 257, 512, 1024), H200) == config
-    assert choose(Problem("int4", "linear", 513, 512, 1024), H200) == LIBRARY
-    assert choose(Problem("int4", "linear", 257, 1024, 1024), H200) == LIBRARY
+    assert choose(Problem("nf4", "linear", 257, 512, 1024), H200) == config
+    assert choose(Problem("nf4", "linear", 513, 512, 1024), H200) == LIBRARY
+    assert choose(Problem("nf4", "linear", 257, 1024, 1024), H200) == LIBRARY
     assert choose(Problem("16bit", "linear", 257, 512, 1024), H200) == LIBRARY
+
+
+@pytest.mark.parametrize(("output", "share"), [("linear", 1), ("silu_mul", 2)])
+def test_any_number_of_rows_of_four_bit_integers_is_a_ring_on_hopper_where_there_are_channels_enough(
+        output: Output, share: int) -> None:
+    for m, channels in ((257, 128), (512, 128), (513, 256), (8192, 256)):
+        config = choose(Problem("int4", output, m, 34816, 5120), H200)
+        assert (config.kind, config.block_n, config.block_m, config.warps) == ("hopper", channels // share, 128, 8)
+    for narrow, rings, device in ((2048, True, H200), (34880, True, H200), (34816, False, H200), (34816, True, L40S)):
+        assert choose(Problem("int4", output, 1024, narrow, 5120), device, rings=rings) == LIBRARY
+
+
+def test_programs_of_256_channels_are_for_groups_of_128_columns_whose_weights_are_scaled_first() -> None:
+    wide = GemmConfig("hopper", 256, 128, 256, 1, 8, 2, True)
+    bfloat16, float16 = torch.bfloat16, torch.float16
+    assert fitted(wide, int_types(4, 128, 4096), bfloat16) == wide
+    for weight, dtype in ((int_types(4, 64, 4096), bfloat16), (int_types(4, 4096, 4096), bfloat16),
+                          (int_types(4, 128, 4096), float16), (int_types(4, 128, 4096, zeros=True), bfloat16)):
+        assert fitted(wide, weight, dtype) == replace(wide, block_n=128)
+        assert fitted(replace(wide, block_n=128), weight, dtype, "silu_mul") == replace(wide, block_n=64)
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
