@@ -113,6 +113,16 @@ def _settle(first, second, parts, held, scales, GROUPS: gl.constexpr, TILES: gl.
 
 
 @gluon.jit
+def _landed(first, second, held, TILES: gl.constexpr):
+    """Wait for the sums of scaled weights."""
+    if TILES == 2:
+        done = warpgroup_mma_wait(0, deps=(first, second) + held)  # noqa: RUF005
+        return done[0], done[1]
+    else:
+        return warpgroup_mma_wait(0, deps=(first,) + held)[0], second  # noqa: RUF005
+
+
+@gluon.jit
 def _consume(
     out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
     n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
@@ -154,7 +164,7 @@ def _consume(
                     up_points = zero_points(zero, ahead, zero_stride, channel + tile_stride, channels, BITS)
             parts = ()
             held = ()
-            scale, up_scale = less, up_less  # where there is no need of them
+            scale, up_scale = less, up_less  # where none are needed
             for group in gl.static_range(GROUPS):
                 if SCALED:
                     scale = _factor(scales, tile * ROWS, run + group, x_ring.dtype, ACC, A)
@@ -169,11 +179,8 @@ def _consume(
                     parts = parts + (part, up_part)  # noqa: RUF005
                 else:
                     parts = parts + (part,)  # noqa: RUF005
-            if SCALED and TILES == 2:
-                done = warpgroup_mma_wait(0, deps=(first, second) + held)  # noqa: RUF005
-                first, second = done[0], done[1]
-            elif SCALED:
-                first = warpgroup_mma_wait(0, deps=(first,) + held)[0]  # noqa: RUF005
+            if SCALED:
+                first, second = _landed(first, second, held, TILES)
             else:
                 scale = _scales(scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
                 first, second = _settle(first, second, parts, held, scale, GROUPS, TILES)
