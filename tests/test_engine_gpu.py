@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -124,7 +125,8 @@ def test_a_long_context_decodes_like_the_cpu_twin(tmp_path: Path) -> None:
 @pytest.mark.parametrize("changes", [{}, {"enforce_eager": True}, {"kv_cache_dtype": "fp8"}, {"quantization": "fp8"},
                                      {"quantization": "int4"}], ids=str)
 def test_a_ready_engine_compiles_nothing_more(tmp_path: Path, changes: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = write_tiny(tmp_path / "m", "llama", head_dim=128, hidden_size=256, intermediate_size=512, num_attention_heads=8,
+    """Gate and up have channels enough for rings of many rows."""
+    folder = write_tiny(tmp_path / "m", "llama", head_dim=128, hidden_size=256, intermediate_size=2048, num_attention_heads=8,
                         max_position_embeddings=8192)
     engine = make_engine(folder, device="cuda", dtype="bfloat16", max_num_seqs=64, num_blocks=1500, max_model_len=8192,
                          max_num_batched_tokens=4096, enable_prefix_caching=False, **changes)
@@ -136,6 +138,19 @@ def test_a_ready_engine_compiles_nothing_more(tmp_path: Path, changes: dict[str,
         submit(engine, prompts, [greedy(8) if number % 2 else drawn for number in range(len(prompts))])
         drain(engine)
     assert compiled == []
+
+
+def test_an_engine_is_captured_while_another_is_garbage(folders: dict[str, Path]) -> None:
+    gone = make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)
+    cycle = [gone]
+    cycle.append(cycle)
+    del gone, cycle
+    before = gc.get_threshold()
+    gc.set_threshold(20, 2, 2)  # as if much were made between
+    try:
+        make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)
+    finally:
+        gc.set_threshold(*before)
 
 
 def test_steps_do_not_wait_for_the_device(folders: dict[str, Path]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from test_engine import PROMPTS, RANDOM, greedy
 from tiny import write_tiny
 
 from workstation.engine.engine import Engine
-from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, graph_shapes, largest_shape
+from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, _no_collection, graph_shapes, largest_shape
 from workstation.engine.inputs import HostStep
 from workstation.memory import GRAPH_CHUNKS
 
@@ -68,6 +69,13 @@ def test_padding_writes_no_kv_and_leaves_the_null_block_alone(folder: Path) -> N
     submit(engine, PROMPTS[:3], [greedy()] * 3)
     drain(engine)
     assert engine._runner.pool[0].abs().max() == 0
+
+
+def test_garbage_is_left_alone_within_a_capture_and_collected_again_behind_it() -> None:
+    with pytest.raises(RuntimeError, match="capture"), _no_collection():
+        assert not gc.isenabled()
+        raise RuntimeError("a capture that failed")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("rows", [1, 2, 40])

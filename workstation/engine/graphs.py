@@ -11,8 +11,10 @@ in a few chunks; a launch kernel by kernel would take the CPU longer than such a
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -202,7 +204,7 @@ class StepGraphs:
             del spare
         torch.cuda.synchronize(self._device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with _no_collection(), torch.cuda.graph(graph, pool=pool, stream=stream):
             self._run(shape, inputs, logits)
         return _Captured(inputs, logits, graph)
 
@@ -222,6 +224,19 @@ class StepGraphs:
         plans = self._builder.plans(fields.query_start, fields.lengths, fields.rows, bounds)
         wanted = fields.sampled[0] if shape.chunks else None
         return InputTensors(placed.token_ids, placed.positions, placed.slots, plans, wanted)
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within: Python leaves garbage alone. Graphs of an engine there was before may be part of it, and letting go of those ends
+    the capture under way."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _device_fields(shape: Shape, inputs: torch.Tensor) -> _Fields:
