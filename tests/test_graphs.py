@@ -14,7 +14,16 @@ from test_engine import PROMPTS, RANDOM, greedy
 from tiny import write_tiny
 
 from workstation.engine.engine import Engine
-from workstation.engine.graphs import Shape, StepGraphs, _Captured, _Fields, _no_collection, graph_shapes, largest_shape
+from workstation.engine.graphs import (
+    Shape,
+    StepGraphs,
+    _Captured,
+    _Fields,
+    _no_collection,
+    graph_shapes,
+    largest_shape,
+    uncaptured_shapes,
+)
 from workstation.engine.inputs import HostStep
 from workstation.memory import GRAPH_CHUNKS
 
@@ -69,6 +78,13 @@ def test_padding_writes_no_kv_and_leaves_the_null_block_alone(folder: Path) -> N
     submit(engine, PROMPTS[:3], [greedy()] * 3)
     drain(engine)
     assert engine._runner.pool[0].abs().max() == 0
+
+
+def test_of_steps_too_large_to_be_captured_one_of_each_range_is_known() -> None:
+    shapes = uncaptured_shapes(40, [64, 128], 3000)
+    assert [shape.all_tokens for shape in shapes] == [256, 512, 1024, 2048, 3000]
+    assert uncaptured_shapes(1, [64, 128, 256, 512, 1024, 2048], 8192) == [Shape(0, 8192, 1)]
+    assert [shape.all_tokens for shape in uncaptured_shapes(1, [64], 256)] == [128, 256]
 
 
 def test_garbage_is_left_alone_within_a_capture_and_collected_again_behind_it() -> None:

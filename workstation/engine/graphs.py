@@ -23,7 +23,7 @@ import torch
 
 from workstation.engine.inputs import PADDING, HostStep, InputBuilder, Ints
 from workstation.engine.transfer import to_device
-from workstation.memory import GRAPH_CHUNKS, GRAPH_DECODES
+from workstation.memory import GRAPH_CHUNKS, GRAPH_DECODES, GRAPH_PROMPTS
 from workstation.model.inputs import InputTensors
 
 log = logging.getLogger("ws.engine")
@@ -72,6 +72,13 @@ def largest_shape(max_rows: int, max_tokens: int) -> Shape:
     """Of a step with max_tokens, nearly all of them prompts'; too large to be captured, as a rule."""
     decodes = 1 if max_tokens > 1 and max_rows > 1 else 0
     return Shape(decodes, max_tokens - decodes, min(GRAPH_CHUNKS, max_rows))
+
+
+def uncaptured_shapes(max_rows: int, prompts: Sequence[int], max_tokens: int) -> list[Shape]:
+    """Steps of prompts too large to be captured, one for each range of tokens in which products keep their kernels, the largest
+    last. prompts: those captured."""
+    ends = [tokens for tokens in GRAPH_PROMPTS if tokens not in prompts and tokens < max_tokens]
+    return [largest_shape(max_rows, tokens) for tokens in [*ends, max_tokens]]
 
 
 _NOTHING = np.empty(0, dtype=np.int64)

@@ -18,7 +18,7 @@ import torch
 from workstation.architecture import ModelShape
 from workstation.engine import sequence
 from workstation.engine.batch import Batch, Chunk, Sample, StepResult
-from workstation.engine.graphs import Shape, StepGraphs, graph_shapes, largest_shape
+from workstation.engine.graphs import Shape, StepGraphs, graph_shapes, largest_shape, uncaptured_shapes
 from workstation.engine.inputs import InputBuilder, pack
 from workstation.engine.masks import TokenMasks
 from workstation.engine.request import SamplingParams, TokenLogprobs
@@ -104,10 +104,12 @@ class ModelRunner:
         """
         from workstation.kernels.ahead import compiling_ahead  # a CPU install may lack Triton
 
-        largest = largest_shape(self._state.max_rows, max_tokens)
+        prompts = graph_prompts(self.model.shape, max_tokens)
+        *others, largest = uncaptured_shapes(self._state.max_rows, prompts, max_tokens)
         # Attention's kernels go by the longest chunk and context, each with one threshold: the ends choose all there are.
         ends = itertools.product((1, largest.tokens), (1, None))
-        steps = [*map(self._graphs.idle, self._shapes(max_tokens)), *(self._graphs.idle(largest, *bounds) for bounds in ends)]
+        steps = [self._graphs.idle(shape) for shape in [*self._shapes(max_tokens), *others]]
+        steps += [self._graphs.idle(largest, *bounds) for bounds in ends]
         model = self.model.sample_of_layers()
         with compiling_ahead(min(os.cpu_count() or 1, MOST_COMPILERS), report):
             self._sampler.prepare(self.model.dtype)
