@@ -1,7 +1,7 @@
 """What the dashboard costs: its first frame, its share of a core, its memory. No GPU and no model are needed.
 
-    python -m benchmarks.dashboard                  # ws top on a pseudo-terminal, watching 65,536 blocks and 64 requests
-    python -m benchmarks.dashboard --hour           # an hour of frames (14,400), as fast as they are drawn: does memory grow?
+    python benchmarks/dashboard.py                  # ws top on a pseudo-terminal, watching 65,536 blocks and 64 requests
+    python benchmarks/dashboard.py --hour           # an hour of frames (14,400), as fast as they are drawn: does memory grow?
 
 The frames are made up beforehand and served over HTTP by a thread of this process, whose own cost does not count.
 """
@@ -29,7 +29,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from benchmarks.dashboard_frames import Load
+from dashboard_frames import Load
+
 from workstation.tui.app import Dashboard
 from workstation.tui.drawing import Glyphs
 from workstation.tui.frame import Frame, parse
@@ -205,7 +206,7 @@ class Ring:
         answer: dict[str, Any] = json.loads(self._answers.body("/stats/requests/x"))
         return answer
 
-    async def log(self, lines: int) -> list[dict[str, Any]]:
+    async def log(self, lines: int, level: str = "info") -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = json.loads(self._answers.body("/stats/log"))["lines"]
         return found
 

@@ -15,7 +15,6 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -23,6 +22,7 @@ from typing import Any
 
 import torch
 import triton
+from gemm_candidates import KINDS, candidates
 from gemm_measure import Bench, Weights, error_of, make_bench, time_config, time_library
 
 from workstation.kernels import tuning
@@ -30,18 +30,11 @@ from workstation.kernels.gemm_compile import compile_for, fingerprint
 from workstation.kernels.gemm_launch import device_of, split_count
 from workstation.kernels.offline import resources
 from workstation.kernels.tuning import (
-    CODE_SCHEMES,
-    INTEGER_BITS,
-    LEAST_STEP,
     LIBRARY,
-    MOST_STEP,
     Device,
     GemmConfig,
     Problem,
     Scheme,
-    choose,
-    default_config,
-    shared_bytes,
 )
 
 SHAPES: dict[str, list[tuple[int, int]]] = {
@@ -52,8 +45,7 @@ SHAPES: dict[str, list[tuple[int, int]]] = {
 HEADS = {"8b": (128256, 4096), "70b": (128256, 8192), "0.6b": (151936, 1024)}  # 16-bit in every checkpoint format
 GATE_UP = {(28672, 4096), (57344, 8192), (6144, 1024)}  # 6144 x 4096 is a QKV, so the pair decides
 ROWS = [1, 8, 32, 128, 16, 64, 256, 2, 4]  # the most telling first, for when time runs out
-SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int8_weight", "nf4", "mxfp4", "nvfp4"]
-KINDS = ["dot", "gemv", "hopper"]  # of our own kernels
+SCHEMES: list[Scheme] = ["fp8", "16bit", "fp8_weight", "int4", "int4_halves", "int8_weight", "nf4", "mxfp4", "nvfp4"]
 TOLERANCE = 4e-3  # of bfloat16 results, SiLU's included
 FP8_TOLERANCE = 1e-2  # of FP8 sums inside the tensor cores
 VERIFIED = 50  # runs of a winner, none of which may be wrong
@@ -81,6 +73,9 @@ def problems(models: list[str], schemes: list[Scheme], rows: list[int]) -> list[
     """In the order of interest."""
     found = []
     for m, scheme in itertools.product(rows, schemes):
+        if scheme == "int4_halves":
+            found += [problem for model in models for problem in halved(model, m)]
+            continue
         for model in models:
             for n, k in SHAPES[model]:
                 found.append(Problem(scheme, "linear", m, n, k))
@@ -91,105 +86,10 @@ def problems(models: list[str], schemes: list[Scheme], rows: list[int]) -> list[
     return found
 
 
-def candidates(problem: Problem, device: Device, kinds: Sequence[str] = KINDS) -> list[GemmConfig]:
-    """Tiles that fit, each with the splits that give every multiprocessor one to four programs; what runs today first."""
-    least = min(256, max(16, 1 << (problem.m - 1).bit_length()))
-    row_tiles = {least, least // 2} if least >= 128 else {least}
-    today = choose(problem, device)
-    found = [today if today != LIBRARY else default_config(problem, device)]
-    widest = int(max(problem.weight_bytes, problem.row_bytes))
-    coded = problem.scheme in CODE_SCHEMES
-    steps, depths = ((256, 512), (2, 3, 4, 5, 6)) if coded else ((128, 256), (3, 4, 5, 6))
-    for block_m, block_n, step, stages in itertools.product(row_tiles, (64, 128), steps, depths):
-        for warps in (4, 8) if "dot" in kinds else ():
-            accumulators = block_n * block_m // (warps * 32)
-            if not LEAST_STEP.get(problem.scheme, 1) <= step // widest <= MOST_STEP.get(problem.scheme, step):
-                continue
-            if accumulators > 64 if warps == 4 else block_n < 128 and accumulators < 16:
-                continue
-            tile = GemmConfig("dot", block_n, block_m, step // widest, 1, warps, stages)
-            found += _with_splits(problem, tile, device)
-    if "hopper" in kinds and device.capability == 90 and problem.scheme != "fp8_weight":
-        found += _hopper(problem, row_tiles)
-    if problem.m == 1 and "gemv" in kinds and problem.scheme not in (*INTEGER_BITS, *CODE_SCHEMES):
-        for block_n, block_k, stages in itertools.product((4, 8, 16), (512, 1024), (2, 4)):
-            found += _with_splits(problem, GemmConfig("gemv", block_n, 1, block_k, 1, 4, stages), device)
-    unique: dict[tuple[GemmConfig, int], GemmConfig] = {}
-    for config in found:
-        if _fits(problem, config, device):
-            unique.setdefault((replace(config, splits=1), split_count(problem.k, config)), config)
-    return list(unique.values())
-
-
-def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
-    """Rings for one to four programs a multiprocessor; splits that give it one to three programs."""
-    coded = problem.scheme in tuning.CODED_ROWS
-    if coded:
-        row_tiles = {8} if problem.m <= 8 else {min(rows, tuning.CODED_ROWS[problem.scheme]) for rows in row_tiles}
-    elif problem.m <= 8:
-        row_tiles = row_tiles | {8}
-    if problem.scheme in tuning.GROUPED:
-        shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
-        # Beside a table a ring has at least 48 KiB, and two programs a multiprocessor have 76 each.
-        rings = (76, 170) if problem.scheme == "nf4" else (50, 66, 100, 205)
-        least, most = 2, 32 if coded else 64
-    elif problem.scheme in CODE_SCHEMES:
-        shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
-    else:
-        shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
-    found = _few(problem) if problem.scheme == "int4" and problem.m <= tuning.FEW_ROWS else []
-    crowd = 8 if coded else 32  # rows from which two warpgroups share a program
-    width = int(tuning.PANEL_BYTES // problem.weight_bytes)
-    silu = problem.output == "silu_mul"
-    for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
-        paired = coded and teams == 2  # a warpgroup for gate, one for up
-        if (tiles == 1 and silu and not paired) or (tiles == 2 and block_m > most) or (teams == 2 and block_m < crowd):
-            continue
-        if coded and panels == 2 and tiles * block_m > 16:
-            continue  # no registers
-        block_n = teams * tiles * tuning.CHANNELS // (2 if silu else 1)
-        config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)
-        stages = ring * tuning.KIB // tuning.stage_bytes(problem, config)
-        programs = -(-problem.n // (teams * tiles * tuning.CHANNELS)) * -(-problem.m // block_m)
-        for splits in (1, 2, 3, 4, 6, 8):
-            # Several rounds of programs even out what a multiprocessor has to do, if each is short to begin.
-            room = 132 * max(1, 200 // ring) * (4 if coded else 1)
-            fills = splits == 1 or (programs * splits <= room and problem.k >= 4 * splits * panels * width)
-            if stages >= least and fills:
-                found.append(replace(config, splits=splits, stages=stages))
-    return found
-
-
-def _few(problem: Problem) -> list[GemmConfig]:
-    """Rings of `gemm_int_few_hopper.py` beside x, one to four programs a multiprocessor."""
-    found = []
-    silu = problem.output == "silu_mul"
-    tiles_of, rooms = (2,) if silu else (1, 2), (52, 70, 108, 220)
-    for tiles, step, splits, room in itertools.product(tiles_of, (256, 512), (1, 2, 3, 4, 6, 8), rooms):
-        config = GemmConfig("hopper", tuning.CHANNELS * (1 if silu else tiles), tuning.FEW_ROWS, step, splits, 4, 1, True)
-        x = tuning.shared_bytes(problem, config, 90) - tuning.stage_bytes(problem, config)
-        stages = (room * tuning.KIB - x) // tuning.stage_bytes(problem, config)
-        programs = problem.n // (tiles * tuning.CHANNELS) * splits
-        if 2 <= stages <= 10 and problem.k >= 4 * splits * step and programs <= 1056:
-            found.append(replace(config, stages=stages))
-    return found
-
-
-def _with_splits(problem: Problem, tile: GemmConfig, device: Device) -> list[GemmConfig]:
-    tiles = -(-problem.n // tile.block_n) * -(-problem.m // tile.block_m)
-    wanted = {1} | {max(1, min(16, round(share * device.processors / tiles))) for share in (1, 2, 3, 4)}
-    steps = problem.k // tile.block_k
-    return [replace(tile, splits=splits) for splits in sorted(wanted) if splits == 1 or steps >= 2 * splits]
-
-
-def _fits(problem: Problem, config: GemmConfig, device: Device) -> bool:
-    fused = 2 if tuning.fuses_silu(problem, config) else 1
-    if config.kind == "hopper":
-        return shared_bytes(problem, config, device.capability) <= device.shared_bytes
-    accumulators = fused * config.block_n * config.block_m // (config.warps * 32)
-    if config.kind == "gemv":
-        accumulators = fused * config.block_n * config.block_k // (config.warps * 32)
-    return shared_bytes(problem, config, device.capability) <= device.shared_bytes and accumulators <= 128
+def halved(model: str, m: int) -> list[Problem]:
+    """The products behind a norm, QKV and gate-up, where it may take few rows apart."""
+    shapes = (SHAPES[model][0], SHAPES[model][2]) if m <= tuning.FEW_ROWS else ()
+    return [Problem("int4_halves", "silu_mul" if shape in GATE_UP else "linear", m, *shape) for shape in shapes]
 
 
 def _compile(problem: Problem, config: GemmConfig, capability: int) -> dict[str, Any]:
@@ -349,7 +249,8 @@ def main() -> None:
     todo = problems(options.models, options.schemes, options.rows)
     if options.weights:
         todo = [problem for problem in todo if f"{problem.n}x{problem.k}" in options.weights]
-    plans = {problem: candidates(problem, device, options.kinds) for problem in todo}
+    plans = {problem: found for problem in todo if (found := candidates(problem, device, options.kinds))}
+    todo = list(plans)
     shuffled = random.Random(options.seed)
     for configs in plans.values():
         tail = configs[1:]

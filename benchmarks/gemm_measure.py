@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from workstation.kernels.gemm_compile import GROUP
 from workstation.kernels.gemm_launch import FP8, Operands
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_int import widened
-from workstation.kernels.reference_int import widen
+from workstation.kernels.reference_int import take_apart, widen
 from workstation.kernels.tuning import CODE_SCHEMES, GROUPED, INTEGER_BITS, GemmConfig, Problem
 
 Launch = Callable[[], object]
@@ -50,7 +51,7 @@ class Weights:
         if problem.scheme in CODE_SCHEMES:
             return self._codes(problem)
         buffer = self.wide if problem.scheme == "16bit" else self.narrow
-        wanted = max(2, -(-3 * self.l2_bytes // (size * problem.weight_bytes)))
+        wanted = max(2, int(-(-3 * self.l2_bytes // (size * problem.weight_bytes))))
         count = min(wanted, buffer.numel() // size)
         return [buffer[i * size : (i + 1) * size].view(problem.n, problem.k) for i in range(count)]
 
@@ -116,7 +117,10 @@ def make_bench(problem: Problem, weights: Weights, first: int = 0) -> Bench:
         x = (x * shrink).to(torch.bfloat16)
     scale = weights.scales[: problem.n] if problem.scheme.startswith("fp8") else None
     inputs = [Operands(x, weight, scale, x_scale) for weight in windows]
-    return Bench(problem, inputs, _expected(inputs[0], problem))
+    expected = _expected(inputs[0], problem)
+    if problem.scheme == "int4_halves":
+        inputs = [replace(operands, x=take_apart(x)) for operands in inputs]
+    return Bench(problem, inputs, expected)
 
 
 def _expected(operands: Operands, problem: Problem) -> torch.Tensor:
@@ -181,27 +185,26 @@ def time_config(bench: Bench, config: GemmConfig, repeats: int, *, parts_only: b
 
 def time_library(bench: Bench, repeats: int) -> float | None:
     """Microseconds of torch's own product (and our SiLU·mul behind it); None where torch has none for the dtypes."""
-    if bench.problem.scheme == "fp8_weight":
+    if bench.problem.scheme in ("fp8_weight", "int4_halves"):
         return None
 
-    def product(operands: Operands) -> torch.Tensor:
+    def product(operands: Operands) -> object:
         if isinstance(operands.weight, IntWeight):
             y = widened(operands.x, operands.weight, None, None)
-            return ops.silu_mul(y) if bench.silu else y
-        if isinstance(operands.weight, CodeWeight):
+        elif isinstance(operands.weight, CodeWeight):
             y = widened(operands.x, operands.weight, None, None, launch_codes.widen_call)
-            return ops.silu_mul(y) if bench.silu else y
-        inputs = (operands.x, operands.weight, operands.weight_scale, operands.x_scale)
-        y = gemm_launch.library_linear(*inputs, None, None, torch.bfloat16)
+        else:
+            inputs = (operands.x, operands.weight, operands.weight_scale, operands.x_scale)
+            y = gemm_launch.library_linear(*inputs, None, None, torch.bfloat16)
         return ops.silu_mul(y) if bench.silu else y
 
-    calls: list[Launch] = [lambda operands=operands: product(operands) for operands in bench.inputs]
+    calls: list[Launch] = [partial(product, operands) for operands in bench.inputs]
     return time_graph(calls, repeats) / len(calls)
 
 
 def time_graph(calls: list[Launch], repeats: int) -> float:
     """Median microseconds of one replay of all calls, captured as a CUDA graph, after a warm-up outside and inside it."""
-    stream = torch.cuda.Stream()
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         calls[0]()
@@ -212,10 +215,10 @@ def time_graph(calls: list[Launch], repeats: int) -> float:
         for call in calls:
             call()
     graph.replay()
-    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]
+    marks = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]  # type: ignore[no-untyped-call]
     marks[0].record()
     for mark in marks[1:]:
         graph.replay()
         mark.record()
     torch.cuda.synchronize()
-    return statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks)) * 1e3
+    return float(statistics.median(a.elapsed_time(b) for a, b in itertools.pairwise(marks))) * 1e3

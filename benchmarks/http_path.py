@@ -21,6 +21,7 @@ import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from http_load import Stream, all_at_once, connect, request
 
@@ -40,7 +41,7 @@ def serve_api(folder: str, step_ms: str, profile: str) -> None:
     from workstation.server.options import ServerOptions
     from workstation.server.served_model import load_served_model
 
-    supervisor.ENGINE_COMMAND = (sys.executable, __file__, "--engine", step_ms, folder)
+    supervisor.ENGINE_COMMAND = (sys.executable, __file__, "--engine", step_ms, folder)  # type: ignore[assignment]
     engine = supervisor.EngineProcess(EngineConfig(folder))
 
     def ready(server: object) -> None:
@@ -65,7 +66,7 @@ def serve_engine(step_ms: str, folder: str, directory: str, parent: str) -> int:
     from workstation.engine import process, start
 
     vocabulary = vocabulary_of(folder)
-    start.build_engine = lambda *_: fake_engine(  # type: ignore[assignment]
+    start.build_engine = lambda *_: fake_engine(
         vocabulary=vocabulary, rows=ROWS, max_len=WINDOW, budget=1 << 20, step_seconds=float(step_ms) / 1e3)
     process.die_with_parent(int(parent))
     return process.EngineLoop(directory, replace(EngineConfig(folder), device="cpu")).run()
@@ -79,7 +80,7 @@ def write_words(folder: Path) -> Path:
     """A tokenizer of whole words without a decoder, as large as Llama 3's."""
     vocabulary = {f"t{index}": index for index in range(VOCABULARY)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "t0"}
-    parts = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+    parts: dict[str, Any] = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
              "pre_tokenizer": {"type": "WhitespaceSplit"}, "post_processor": None, "decoder": None, "model": model}
     (folder / "tokenizer.json").write_text(json.dumps(parts))
     (folder / "tokenizer_config.json").write_text(json.dumps({"unk_token": "t0", "eos_token": "t2"}))

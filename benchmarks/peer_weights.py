@@ -51,7 +51,7 @@ def _uniform(tensor: torch.Tensor, generator: torch.Generator) -> None:
     elif tensor.itemsize > 1:
         tensor.uniform_(-LIMIT, LIMIT, generator=generator)
     else:
-        for part in tensor.view(-1).split(PIECE):
+        for part in tensor.view(-1).split(PIECE):  # type: ignore[no-untyped-call]
             half = torch.empty(part.shape, dtype=torch.float16, device=part.device)
             part.copy_(half.uniform_(-LIMIT, LIMIT, generator=generator).to(part.dtype))
 

@@ -44,7 +44,7 @@ def timed(engine: Engine) -> dict[str, float]:
         launching += time.perf_counter() - begun
         return step
 
-    engine._runner.launch = watched  # type: ignore[method-assign]
+    engine._runner.launch = watched  # type: ignore[method-assign, assignment]
     torch.cuda.synchronize()
     begun = time.perf_counter()
     for _ in range(TIMED_STEPS):

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gemm import GATE_UP, HEADS, KINDS, SHAPES, Compiler, candidates, tolerance, write_rows
+from gemm import GATE_UP, HEADS, SHAPES, Compiler, halved, tolerance, write_rows
+from gemm_candidates import KINDS, candidates
 from gemm_measure import Weights, error_of, make_bench, time_config
 
 from workstation import LLM, SamplingParams
@@ -34,7 +35,7 @@ from workstation.engine.graphs import Shape
 from workstation.engine.request import EngineRequest
 from workstation.kernels import gemm_launch, launch_codes, launch_int, tuning
 from workstation.kernels.gemm_launch import device_of
-from workstation.kernels.tuning import CODE_SCHEMES, FUSED_ROWS, INTEGER_BITS, Device, GemmConfig, Problem, Scheme
+from workstation.kernels.tuning import CODE_SCHEMES, FUSED_ROWS, HALVED_ROWS, INTEGER_BITS, Device, GemmConfig, Problem, Scheme
 
 KEEP = 0.997  # of the step's time, at most, for another configuration to be taken
 TURNS = 8
@@ -47,6 +48,10 @@ def problems(model: str, scheme: Scheme, m: int) -> list[Problem]:
     """A step's products, the largest first."""
     fused = m <= FUSED_ROWS or scheme not in (*INTEGER_BITS, *CODE_SCHEMES)
     found = [Problem(scheme, "silu_mul" if fused and shape in GATE_UP else "linear", m, *shape) for shape in SHAPES[model]]
+    if scheme == "int4" and m <= HALVED_ROWS:
+        apart = halved(model, m)
+        taken = {(problem.n, problem.k) for problem in apart}
+        found = apart + [problem for problem in found if (problem.n, problem.k) not in taken]
     found.append(Problem("16bit", "linear", m, *HEADS[model]))
     return sorted(found, key=lambda problem: -problem.n * problem.k * problem.weight_bytes)
 
