@@ -50,6 +50,7 @@ CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at mos
 FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of a chunk of x, and what it takes in shared memory
 HALVED_ROWS = 2  # of those that it is the fastest for
+MOST_CHUNKS = 32  # of x, taken apart by each program: with more there was nothing gained
 FEW_SCHEMES: tuple[Scheme, ...] = ("int4", "int4_halves")
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
@@ -318,7 +319,9 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > _fused_rows(problem.scheme)):
         return None
     if problem.scheme == "int4" and problem.m <= HALVED_ROWS and not silu and problem.k % FEW_SPAN == 0:
-        return few_ring(problem, device)
+        few = few_ring(problem, device)
+        if few_chunks(problem.k, few, problem.m) <= MOST_CHUNKS:
+            return few
     block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
     teams = 2 if block_m >= 64 or (table and block_m == 8 and not silu) else 1
     tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16 and teams == 1) else 1

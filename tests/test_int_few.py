@@ -12,8 +12,9 @@ from workstation.kernels import tuning
 from workstation.kernels.gemm_compile import compile_for, int_types
 from workstation.kernels.launch_int import fitted
 from workstation.kernels.offline import resources
-from workstation.kernels.tuning import FEW_ROWS, GemmConfig, Output, Problem
+from workstation.kernels.tuning import FEW_ROWS, GemmConfig, Output, Problem, Scheme
 
+PARKED = 16  # bytes outside the loop, by Triton 3.9's assembler; 3.6's parks none
 FEW = GemmConfig("hopper", 64, FEW_ROWS, 256, 1, 4, 4, True)
 
 
@@ -97,3 +98,25 @@ def test_activations_of_more_bits_than_two_e4m3_numbers_have_get_another_ring() 
 def test_a_row_that_asks_for_it_elsewhere_is_refused(scheme: str, m: int) -> None:
     with pytest.raises(ValueError, match=f"{scheme} with m={m}"):
         tuning.parse_row([scheme, "linear", 6144, 4096, m, "hopper", 64, FEW_ROWS, 256, 1, 4, 4, True])
+
+
+def test_a_long_row_of_a_tall_weight_is_not_taken_apart_by_every_program() -> None:
+    config = tuning.choose(Problem("int4", "linear", 1, 16384, 53248), H200)
+    assert config.kind == "hopper" and not tuning.is_few(config)
+
+
+UNMEASURED = [("int4_halves", "linear", 7168, 5120), ("int4_halves", "silu_mul", 34816, 5120),
+              ("int4_halves", "silu_mul", 4096, 1024), ("int4", "linear", 5120, 5120), ("int4", "linear", 5120, 17408)]
+
+
+@pytest.mark.parametrize("m", [1, 2])
+@pytest.mark.parametrize(("scheme", "output", "n", "k"), UNMEASURED)
+def test_shapes_that_nobody_measured_get_a_configuration_that_fits(
+    scheme: Scheme, output: Output, n: int, k: int, m: int
+) -> None:
+    problem = Problem(scheme, output, m, n, k)
+    config = tuning.choose(problem, H200)
+    needed = resources(compile_for(problem, config, H200.capability))
+    assert tuning.is_few(config) and needed.stack <= PARKED
+    assert needed.shared <= tuning.shared_bytes(problem, config, H200.capability) <= H200.shared_bytes
+    assert -(-k // (config.block_k * config.splits)) * config.block_k >= min(k, 2048)
