@@ -17,6 +17,7 @@ from tiny import write_tiny
 from transformers import AutoModelForCausalLM
 
 from workstation.catalog import demo_folder
+from workstation.engine.graphs import StepGraphs
 from workstation.engine.request import SamplingParams
 
 pytestmark = pytest.mark.gpu
@@ -140,17 +141,21 @@ def test_a_ready_engine_compiles_nothing_more(tmp_path: Path, changes: dict[str,
     assert compiled == []
 
 
-def test_an_engine_is_captured_while_another_is_garbage(folders: dict[str, Path]) -> None:
-    gone = make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)
-    cycle = [gone]
+def test_an_engine_is_captured_while_another_is_garbage(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python may collect at any allocation; here it does at every step that is captured, if it may."""
+    cycle: list[Any] = [make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)]
     cycle.append(cycle)
-    del gone, cycle
-    before = gc.get_threshold()
-    gc.set_threshold(20, 2, 2)  # as if much were made between
-    try:
-        make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)
-    finally:
-        gc.set_threshold(*before)
+    run_step = StepGraphs._run
+
+    def collecting(*inputs: Any) -> torch.Tensor:
+        if torch.cuda.is_current_stream_capturing() and gc.isenabled():
+            gc.collect()
+        return run_step(*inputs)
+
+    monkeypatch.setattr(StepGraphs, "_run", collecting)
+    del cycle
+    engine = make_engine(folders["llama"], device="cuda", dtype="bfloat16", max_num_seqs=4)
+    assert engine._runner._graphs._captured
 
 
 def test_steps_do_not_wait_for_the_device(folders: dict[str, Path]) -> None:
