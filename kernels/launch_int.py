@@ -65,7 +65,7 @@ def silu_mul_int(x: IntOperand, weight: IntWeight, bias: torch.Tensor | None) ->
 
 
 def takes_halves(tokens: int, dtype: torch.dtype, weight: IntWeight) -> bool:
-    """Tensors of TMA start at 16 bytes and have rows of such; few rows only, for more are widened only once."""
+    """For whole tiles of channels, and scales that TMA can read: rows of whole 16 bytes."""
     whole = weight.rows % (2 * CHANNELS) == 0 and weight.scale.stride(0) % 8 == 0 and weight.scale.itemsize == 2
     return 0 < tokens <= HALVED_ROWS and is_hopper(weight.words.device) and whole and _serves_few(weight, dtype)
 
