@@ -13,8 +13,8 @@ instructions a weight (Triton 3.6, 1 row, a gate and its up), the other ring 2.1
 filled by TMA, all of it before the kernel in front has ended; one warpgroup multiplies, one or two tiles of 64 output channels
 (neighbours, or a gate and its up) over a part of K. Parts are added as in `gemm_hopper.py`.
 
-Whoever made x may have taken it apart (`halves.py`); then it comes through the ring, beside the codes, and a program needs few
-registers and little shared memory: of 70B's gate and up all 448 run at once. Else a program first does so for its own columns.
+Whoever made x may have taken it apart (`halves.py`); then it comes through the ring, beside the codes: nothing is done before
+the loop, and shared memory holds no more than the ring. Else a program first takes its own columns of x apart.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
