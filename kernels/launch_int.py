@@ -29,7 +29,6 @@ from workstation.kernels.tuning import (
     Problem,
     Scheme,
     is_few,
-    is_wide,
     most_rows,
 )
 
@@ -100,12 +99,12 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
     if tokens > WIDE_ABOVE:
-        if not weight.scales_first(x.dtype):
+        if not _serves_wide(weight, x.dtype):
             return None
         tokens = WIDE_ABOVE + 1  # one choice for all
     rings = rings_serve(weight, output)
     config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight, x.dtype, output)
+    return None if config.kind == "library" else fitted(config, weight, x.dtype)
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:
@@ -121,6 +120,12 @@ def _serves_few(weight: IntWeight, dtype: torch.dtype) -> bool:
     """Whether `gemm_int_few_hopper.py` serves: 4 bits around the middle, groups of whole chunks, activations of eight bits."""
     whole = weight.size % FEW_SPAN == 0 and weight.columns % FEW_SPAN == 0
     return dtype == torch.bfloat16 and weight.bits == 4 and weight.zero is None and whole
+
+
+def _serves_wide(weight: IntWeight, dtype: torch.dtype) -> bool:
+    """Whether programs of 256 channels serve: registers and shared memory have no room for a group's sums, zero points, or
+    more than one scale for 128 columns."""
+    return weight.scales_first(dtype) and weight.zero is None and weight.size == WIDE_GROUP
 
 
 def suits_groups(weight: IntWeight | CodeWeight, step: int) -> bool:
@@ -140,17 +145,13 @@ def _chunk(bits: int) -> int:
     return UNIT * WORD_BITS // bits
 
 
-def fitted(config: GemmConfig, weight: IntWeight, dtype: torch.dtype, output: Output = "linear") -> GemmConfig:
+def fitted(config: GemmConfig, weight: IntWeight, dtype: torch.dtype) -> GemmConfig:
     """The configuration with a step that groups allow, within one or else a single chunk of the layout, and with as many rows
     as zero points leave room for, in registers and in shared memory. A ring's step holds whole groups, or lies in one; few rows
-    get another ring where the weight or activations of `dtype` are not what theirs can read, and many one of half the channels
-    where groups have sums or more than one scale a chunk."""
+    get another ring where the weight or activations of `dtype` are not what theirs can read."""
     if config.kind == "hopper":
         if is_few(config) and not _serves_few(weight, dtype):
             config = replace(config, block_m=8)
-        scaled = weight.scales_first(dtype) and weight.zero is None
-        if is_wide(output, config) and not (scaled and weight.size == WIDE_GROUP):
-            config = replace(config, block_n=config.block_n // 2)
         whole = suits_groups(weight, config.block_k)
         return config if whole else replace(config, block_k=HOPPER_WORDS * WORD_BITS // weight.bits)
     if weight.zero is not None:

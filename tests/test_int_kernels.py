@@ -16,7 +16,7 @@ from workstation.kernels import ops
 from workstation.kernels.gemm_compile import compile_call, compile_for, int_types
 from workstation.kernels.gemm_launch import Operands, run_linear
 from workstation.kernels.launch_hopper import is_hopper
-from workstation.kernels.launch_int import fitted, int_call, rings_serve, scheme_of, widen_call
+from workstation.kernels.launch_int import _serves_wide, fitted, int_call, rings_serve, scheme_of, widen_call
 from workstation.kernels.offline import Resources, resources
 from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config, shared_bytes
 
@@ -172,12 +172,11 @@ def check_many(case: Case, bits: int) -> None:
     operands, y = Operands(x, weight, bias=bias), expected(case)
     gate, up = y.chunk(2, -1)
     torch.cuda.synchronize()  # a ring reads its weights before the kernel in front has ended
-    for config in (two, replace(two, block_n=64, warps=4, splits=2), replace(two, block_n=256)):
-        out = run_linear(operands, fitted(config, weight, x.dtype), x.dtype)
-        assert relative_error(out, y) < TOLERANCE[x.dtype]
-    for channels in (64, 128):
-        config = fitted(replace(two, block_n=channels), weight, x.dtype, "silu_mul")
-        out = run_linear(operands, config, x.dtype, silu=True)
+    wide = _serves_wide(weight, x.dtype)
+    for config in (two, replace(two, block_n=64, warps=4, splits=2), *[replace(two, block_n=256)] * wide):
+        assert relative_error(run_linear(operands, config, x.dtype), y) < TOLERANCE[x.dtype]
+    for channels in (64, 128) if wide else (64,):
+        out = run_linear(operands, replace(two, block_n=channels), x.dtype, silu=True)
         assert relative_error(out, gate * gate.sigmoid() * up) < TOLERANCE[x.dtype]
 
 

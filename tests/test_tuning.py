@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from workstation.kernels import tuning
+from workstation.kernels import launch_int, tuning
 from workstation.kernels.gemm_compile import int_types
-from workstation.kernels.launch_int import fitted
+from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.tuning import KIB, LIBRARY, Device, GemmConfig, Output, Problem, Scheme, choose, default_config
 
 A100 = Device("NVIDIA A100-SXM4-80GB", 108, 163 * KIB, 80)
@@ -96,14 +96,13 @@ def test_any_number_of_rows_of_four_bit_integers_is_a_ring_on_hopper_where_there
         assert choose(Problem("int4", output, 1024, narrow, 5120), device, rings=rings) == LIBRARY
 
 
-def test_programs_of_256_channels_are_for_groups_of_128_columns_whose_weights_are_scaled_first() -> None:
-    wide = GemmConfig("hopper", 256, 128, 256, 1, 8, 2, True)
-    bfloat16, float16 = torch.bfloat16, torch.float16
-    assert fitted(wide, int_types(4, 128, 4096), bfloat16) == wide
-    for weight, dtype in ((int_types(4, 64, 4096), bfloat16), (int_types(4, 4096, 4096), bfloat16),
-                          (int_types(4, 128, 4096), float16), (int_types(4, 128, 4096, zeros=True), bfloat16)):
-        assert fitted(wide, weight, dtype) == replace(wide, block_n=128)
-        assert fitted(replace(wide, block_n=128), weight, dtype, "silu_mul") == replace(wide, block_n=64)
+@pytest.mark.parametrize(("weight", "dtype", "served"), [
+    (int_types(4, 128, 4096), torch.bfloat16, True), (int_types(4, 64, 4096), torch.bfloat16, False),
+    (int_types(4, 4096, 4096), torch.bfloat16, False), (int_types(4, 128, 4096), torch.float16, False),
+    (int_types(4, 128, 4096, zeros=True), torch.bfloat16, False)])
+def test_programs_of_256_channels_are_for_groups_of_128_columns_whose_weights_are_scaled_first(
+        weight: IntWeight, dtype: torch.dtype, served: bool) -> None:
+    assert launch_int._serves_wide(weight, dtype) == served
 
 
 @pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
