@@ -27,24 +27,21 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from workstation.kernels.gemm_hopper import conclude
+from workstation.kernels.halves import EXPONENT, LEAST, ROWS, SPAN, TOP
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
 
-SPAN = gl.constexpr(128)  # columns of a chunk of the layout, and of a group of x
 BYTES = gl.constexpr(128)  # of a row of codes, a copy: two chunks
-ROWS = gl.constexpr(8)  # of the right operand: two for each of four rows of x
 FIRST = gl.constexpr("and.b32 $0, $1, 0x0f0f0f0f;")
 SECOND = gl.constexpr("{ .reg .b32 upper; shr.b32 upper, $1, 4; and.b32 $0, upper, 0x0f0f0f0f; }")
 REST = gl.constexpr("sub.rn.f32 $0, $1, $2;")  # of a product, which the compiler would make twice
-LEAST_EXPONENT = gl.constexpr(8 << 23)
-HIGHEST_EXPONENT = gl.constexpr(0x7F800000)
 
 
 @gluon.jit
 def _halves(values):
     """values [C, 128] float32, a group a row → e4m3 (high, low), 2^e · (high + low) ≈ values; 2^e; the sums of values / 2^e."""
-    exponent = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True) & HIGHEST_EXPONENT
-    endless = exponent == HIGHEST_EXPONENT
-    exponent = gl.maximum(exponent, LEAST_EXPONENT) - (7 << 23)  # the largest becomes 128 to 256
+    largest = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True) & EXPONENT
+    endless = largest == EXPONENT
+    exponent = gl.maximum(largest, LEAST) - TOP
     power = exponent.to(gl.float32, bitcast=True)
     inverse = ((254 << 23) - exponent).to(gl.float32, bitcast=True)
     values = values * inverse[:, None]

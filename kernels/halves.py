@@ -13,9 +13,10 @@ import triton
 import triton.language as tl
 
 from workstation.kernels.dependent import allow_next, await_previous
+from workstation.kernels.tuning import FEW_ROWS, FEW_SPAN
 
-SPAN = tl.constexpr(128)  # columns of a group
-ROWS = tl.constexpr(8)  # of a group's tile
+SPAN = tl.constexpr(FEW_SPAN)  # columns of a group, and of a chunk of the layout of codes
+ROWS = tl.constexpr(2 * FEW_ROWS)  # of a group's tile, the least columns of a wgmma: two for each of four rows of x
 EXPONENT = tl.constexpr(0x7F800000)  # of a float32
 TOP = tl.constexpr(7 << 23)  # a group's largest becomes 2^7 to 2^8, which e4m3 holds
 LEAST = tl.constexpr(8 << 23)

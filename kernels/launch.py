@@ -13,8 +13,9 @@ from workstation.kernels.launch_decode import attend_decodes
 from workstation.kernels.launch_prefill import attend_prefills
 from workstation.kernels.norm import add_rms_norm_kernel, rms_norm_kernel
 from workstation.kernels.paging import AttentionPlan, KVScales, StepInputs, codes
-from workstation.kernels.quantized import HALVES_SPAN, Halves
+from workstation.kernels.quantized import Halves
 from workstation.kernels.step_inputs import step_inputs_kernel
+from workstation.kernels.tuning import FEW_SPAN
 
 
 def step_inputs(
@@ -68,7 +69,7 @@ def add_rms_norm_halves(
     _require_contiguous(x=x, residual=residual)
     out = Halves.empty(tokens, width, x.device)
     if tokens:
-        block = max(HALVES_SPAN, triton.next_power_of_2(width))
+        block = max(FEW_SPAN, triton.next_power_of_2(width))
         add_rms_norm_halves_kernel[(tokens,)](
             x, residual, weight, out.values, out.factors, width, eps, BLOCK=block, num_warps=_row_warps(block),
             **chained(x.device),

@@ -12,7 +12,7 @@ from workstation.kernels.dependent import chained
 from workstation.kernels.gemm_int_few_hopper import hopper_few_kernel
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
-from workstation.kernels.quantized import HALVES_ROWS, HALVES_SPAN, Halves
+from workstation.kernels.quantized import Halves
 from workstation.kernels.tuning import CHANNELS, FEW_ROWS, FEW_SPAN, PANEL_BYTES, GemmConfig, few_chunks
 
 COPYING = 40  # registers of a thread that copies
@@ -40,9 +40,9 @@ def few_rows_call(
     panels = config.block_k // (2 * FEW_SPAN)
     factors, stride = None, x.stride(0) if isinstance(x, torch.Tensor) else k
     if isinstance(x, Halves):
-        groups, rows = k // HALVES_SPAN, 2 * HALVES_ROWS
+        groups, rows = k // FEW_SPAN, 2 * FEW_ROWS
         factors = boxes(x.factors, (groups, 2 * rows), (2 * panels, 2 * rows), 0)
-        x = boxes(x.values, (groups * rows, HALVES_SPAN), (2 * rows, HALVES_SPAN), HALVES_SPAN)
+        x = boxes(x.values, (groups * rows, FEW_SPAN), (2 * rows, FEW_SPAN), FEW_SPAN)
     arguments = (x, codes, scales, out, partial, arrivals, bias, factors, m, n, k, chunk, weight.size, stride)
     options = {
         "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "PANELS": panels,

@@ -20,18 +20,8 @@ from workstation.kernels.door import FORCE_TRITON, check
 from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
-from workstation.kernels.quantized import (
-    HALVES_ROWS,
-    HALVES_SPAN,
-    Fp8Operand,
-    Halves,
-    Halving,
-    IntOperand,
-    Operand,
-    Quantized,
-    Rounding,
-)
-from workstation.kernels.tuning import most_rows
+from workstation.kernels.quantized import Fp8Operand, Halves, Halving, IntOperand, Operand, Quantized, Rounding
+from workstation.kernels.tuning import FEW_ROWS, FEW_SPAN, most_rows
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan, StepInputs
@@ -105,7 +95,7 @@ def add_rms_norm(
     check(x.shape == residual.shape and x.dim() == 2, "residual", residual, "must be [T, H] like x")
     check(x.shape[-1:] == weight.shape, "weight", weight, "must be [H] for x [T, H]")
     if isinstance(form, Halving):
-        few = x.shape[0] <= HALVES_ROWS and x.shape[1] % HALVES_SPAN == 0
+        few = x.shape[0] <= FEW_ROWS and x.shape[1] % FEW_SPAN == 0
         check(few and x.dtype == torch.bfloat16, "x", x, "must be bfloat16 [T, 128 n], T at most 4, to be taken apart")
     if x.is_cuda or FORCE_TRITON:
         if isinstance(form, Rounding):

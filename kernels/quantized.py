@@ -6,6 +6,8 @@ from typing import NamedTuple
 
 import torch
 
+from workstation.kernels.tuning import FEW_ROWS, FEW_SPAN
+
 
 class Rounding(NamedTuple):
     """One scale a token, max |x| / 448. bound: the largest value a scale is made from; what lies beyond it saturates."""
@@ -32,10 +34,6 @@ class Quantized(NamedTuple):
         return Quantized(self.values[first : first + count], self.scale[first : first + count], self.dtype)
 
 
-HALVES_ROWS = 4  # tokens of `Halves`, at most: two rows each make the eight columns of the least product of tensor cores
-HALVES_SPAN = 128  # columns with a power of two of their own
-
-
 class Halves(NamedTuple):
     """bfloat16 x [T, K], T ≤ 4, K a multiple of 128, taken apart: `x[t] ≈ 2^e · (high + low)`, e for 128 columns.
 
@@ -53,7 +51,7 @@ class Halves(NamedTuple):
 
     @property
     def shape(self) -> tuple[int, int]:
-        return self.tokens, self.factors.shape[0] * HALVES_SPAN
+        return self.tokens, self.factors.shape[0] * FEW_SPAN
 
     @property
     def device(self) -> torch.device:
@@ -61,9 +59,9 @@ class Halves(NamedTuple):
 
     @classmethod
     def empty(cls, tokens: int, width: int, device: torch.device) -> Halves:
-        groups = width // HALVES_SPAN
-        values = torch.empty(groups * 2 * HALVES_ROWS, HALVES_SPAN, dtype=torch.float8_e4m3fn, device=device)
-        return cls(values, torch.empty(groups, 4 * HALVES_ROWS, dtype=torch.float32, device=device), tokens)
+        groups = width // FEW_SPAN
+        values = torch.empty(groups * 2 * FEW_ROWS, FEW_SPAN, dtype=torch.float8_e4m3fn, device=device)
+        return cls(values, torch.empty(groups, 4 * FEW_ROWS, dtype=torch.float32, device=device), tokens)
 
 
 # What products may be given: with FP8 weights, with integer ones, and any.

@@ -6,7 +6,8 @@ import torch
 from torch.nn import functional as F
 
 from workstation.kernels.int_weights import UNIT, IntWeight, unpack, unpack_zeros
-from workstation.kernels.quantized import HALVES_SPAN, Halves
+from workstation.kernels.quantized import Halves
+from workstation.kernels.tuning import FEW_SPAN
 
 CHUNK_ELEMENTS = 1 << 22
 EXPONENT = 0x7F800000  # of a float32
@@ -41,7 +42,7 @@ def linear_int(x: torch.Tensor, weight: IntWeight, bias: torch.Tensor | None) ->
 def take_apart(x: torch.Tensor) -> Halves:
     """x [T, K] bfloat16, T ≤ 4, K a multiple of 128."""
     tokens, width = x.shape
-    values = x.float().view(tokens, -1, HALVES_SPAN).transpose(0, 1)
+    values = x.float().view(tokens, -1, FEW_SPAN).transpose(0, 1)
     largest = values.abs().amax(-1).view(torch.int32) & EXPONENT
     exponent = largest.clamp(min=LEAST) - TOP
     power = torch.where(largest == EXPONENT, torch.nan, exponent.view(torch.float32))
@@ -49,7 +50,7 @@ def take_apart(x: torch.Tensor) -> Halves:
     high = (values.view(torch.int32) & -(1 << 20)).view(torch.float32)
     order = halves_order(x.device)
     made = Halves.empty(tokens, width, x.device)
-    rows = made.values.view(len(values), -1, HALVES_SPAN)
+    rows = made.values.view(len(values), -1, FEW_SPAN)
     rows[:, 0 : 2 * tokens : 2] = high[..., order].to(rows.dtype)
     rows[:, 1 : 2 * tokens : 2] = (values - high)[..., order].to(rows.dtype)
     powers, less = made.factors.view(len(values), 2, -1).unbind(1)
@@ -62,6 +63,6 @@ def take_apart(x: torch.Tensor) -> Halves:
 def halves_order(device: torch.device) -> torch.Tensor:
     """[128]: the column of a group that each of the group's values belongs to. In words of 4-bit codes, byte by byte, the
     lower half and the upper half of 32 bytes are a product's operands."""
-    place = torch.arange(HALVES_SPAN, device=device)
+    place = torch.arange(FEW_SPAN, device=device)
     byte, upper, half = place % UNIT, place // UNIT % 2, place // (2 * UNIT)
     return byte % 2 * 2 * UNIT + upper * UNIT + half * UNIT // 2 + byte // 2

@@ -41,7 +41,8 @@ def test_every_problem_has_candidates_and_all_of_them_fit(tuner: ModuleType, dev
         if problem.scheme == "int4_halves" and device.capability != 90:
             assert found == []
             continue
-        assert len(found) >= 3 and len(set(found)) == len(found)
+        few = problem.scheme == "int4_halves" and problem.k == 1024  # too short for parts
+        assert len(found) >= (3 if few else 4) and len(set(found)) == len(found)
         assert found[0] in (tuning.default_config(problem, device), tuning.choose(problem, device))
         assert all(tuning.shared_bytes(problem, config, device.capability) <= device.shared_bytes for config in found)
         assert all(problem.m == 1 for config in found if config.kind == "gemv")
