@@ -69,9 +69,7 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
         shapes = [(tiles, teams) for tiles, teams in ((1, 1), (2, 1), (1, 2), (2, 2))]
         # Beside a table a ring has at least 48 KiB, and two programs a multiprocessor have 76 each.
         rings: tuple[int, ...] = (76, 170) if problem.scheme == "nf4" else (50, 66, 100, 205)
-        least, most = 2, 32 if coded else 64
-    elif problem.scheme in CODE_SCHEMES:
-        shapes, rings, least, most = [(1, 1), (2, 1)], (50, 66, 100, 205), 2, 64
+        least, most = 2, 32 if problem.scheme == "nf4" else 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
     found = _few(problem) if problem.scheme == "int4" and problem.m <= tuning.FEW_ROWS else []
@@ -79,12 +77,13 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"
     for block_m, (tiles, teams), panels, ring in itertools.product(row_tiles, shapes, (1, 2), rings):
-        scaled = problem.scheme in INTEGER_BITS and block_m == 128  # first, which leaves room for a second tile
+        # First, which leaves room for a second tile.
+        scaled = block_m == 128 if problem.scheme in INTEGER_BITS else block_m >= 32 and problem.scheme in tuning.BYTE_SCALES
         paired = (coded or scaled) and teams == 2  # a warpgroup for gate, one for up
         crowded = tiles == 2 and block_m > most and not (scaled and teams == 2)
         if (tiles == 1 and silu and not paired) or crowded or (teams == 2 and block_m < crowd):
             continue
-        if coded and panels == 2 and tiles * block_m > 16:
+        if coded and panels == 2 and tiles * block_m > (64 if scaled else 16):
             continue  # no registers
         block_n = teams * tiles * tuning.CHANNELS // (2 if silu else 1)
         config = GemmConfig("hopper", block_n, block_m, panels * width, 1, 4 * teams, 1, True)

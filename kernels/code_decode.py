@@ -48,24 +48,48 @@ shl.b32 sign, $4, 8; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 5; lop3.b
 shl.b32 sign, $4, 4; and.b32 sign, sign, 0x80008000; shl.b32 code, $4, 1; lop3.b32 $2, code, 0x0e000e00, sign, 0xea;
 and.b32 sign, $4, 0x80008000; shr.b32 code, $4, 3; lop3.b32 $3, code, 0x0e000e00, sign, 0xea;
 }"""
-# A plane of e2m1's in $0, words in $1, times the power of two that the placing takes away: exactly.
+# A plane of e2m1's in $0, words in $1: placed, or also times the power of two that the placing takes away, exactly.
 _E2M1_PLANE_BFLOAT16 = """{{
 .reg .b32 code, zero, power; mov.b32 zero, 0x80008000; mov.b32 power, 0x7e807e80;
-{shift}and.b32 code, {words}, {mask}; mul.lo.u32 code, code, {places}; and.b32 code, code, 0x81c081c0;
-fma.rn.bf16x2 $0, code, power, zero;
-}}"""
+{shift}and.b32 code, {words}, {mask}; mul.lo.u32 code, code, {places}; and.b32 {placed}, code, 0x81c081c0;
+{whole}}}"""
 _E2M1_PLANE_FLOAT16 = """{{
 .reg .b32 sign, code, zero, power; mov.b32 zero, 0x80008000; mov.b32 power, 0x74007400;
 shl.b32 sign, $1, {left}; and.b32 sign, sign, 0x80008000; {place}
-lop3.b32 code, code, 0x0e000e00, sign, 0xea; fma.rn.f16x2 $0, code, power, zero;
+lop3.b32 {placed}, code, 0x0e000e00, sign, 0xea; {whole}}}"""
+# A byte of a scale, of the word in $1, as two floats of 16 bits, each 2^118 (2^6 in float16) times too large: with the
+# placing's 2^-126 (2^-14) that leaves REST, and room for the largest of e4m3, which takes the place of bits that need another
+# 2^120 (2^8) for their exponents' bias.
+_FACTOR = """{{
+.reg .b32 pair, power; mov.b32 power, {power};
+prmt.b32 pair, $1, 0, 0x4{byte}4{byte}; shl.b32 pair, pair, {left};
+mul.rn.{type} pair, pair, power; {again}mov.b32 $0, pair;
 }}"""
-E2M1_BFLOAT16 = tl.constexpr(tuple(
-    _E2M1_PLANE_BFLOAT16.format(shift="shr.b32 code, $1, 8; " if plane > 1 else "", words="code" if plane > 1 else "$1",
-                                mask=("0x000f000f", "0x00f000f0")[plane % 2], places=(4160, 260)[plane % 2])
-    for plane in range(4)))  # fmt: skip
-E2M1_FLOAT16 = tl.constexpr(tuple(
-    _E2M1_PLANE_FLOAT16.format(left=12 - 4 * plane, place=f"shl.b32 code, $1, {9 - 4 * plane};" if plane < 3 else
-                               "shr.b32 code, $1, 3;") for plane in range(4)))  # fmt: skip
+
+
+def _e2m1_planes(target: str, *, placed: bool) -> tuple[str, ...]:
+    """The assembly of each plane."""
+    where, whole = ("$0", "") if placed else ("code", f"fma.rn.{target}x2 $0, code, power, zero;\n")
+    if target == "bf16":
+        return tuple(_E2M1_PLANE_BFLOAT16.format(
+            shift="shr.b32 code, $1, 8; " if plane > 1 else "", words="code" if plane > 1 else "$1", placed=where, whole=whole,
+            mask=("0x000f000f", "0x00f000f0")[plane % 2], places=(4160, 260)[plane % 2]) for plane in range(4))  # fmt: skip
+    places = [f"shl.b32 code, $1, {9 - 4 * plane};" for plane in range(3)] + ["shr.b32 code, $1, 3;"]
+    return tuple(_E2M1_PLANE_FLOAT16.format(left=12 - 4 * plane, placed=where, whole=whole, place=place)
+                 for plane, place in enumerate(places))  # fmt: skip
+
+
+def _byte_factors(left: int, target: str, power: str, *, twice: bool = False) -> tuple[str, ...]:
+    """The assembly for each byte."""
+    again = f"mul.rn.{target} pair, pair, power; " if twice else ""
+    return tuple(_FACTOR.format(byte=byte, left=left, type=target, power=power, again=again) for byte in range(4))
+
+
+E2M1_BFLOAT16, E2M1_FLOAT16 = (tl.constexpr(_e2m1_planes(target, placed=False)) for target in ("bf16", "f16"))
+PLACED_BFLOAT16, PLACED_FLOAT16 = (tl.constexpr(_e2m1_planes(target, placed=True)) for target in ("bf16", "f16"))
+E8M0_BFLOAT16 = tl.constexpr(_byte_factors(7, "bf16x2", "0x7a807a80"))  # 2^118
+E4M3_BFLOAT16 = tl.constexpr(_byte_factors(4, "bf16x2", "0x7b007b00", twice=True))  # 2^119, twice
+E4M3_FLOAT16 = tl.constexpr(_byte_factors(7, "f16x2", "0x74007400"))  # 2^14
 # Two planes: bytes of codes a0 b0 a1 b1, of column a and its neighbour b, from `index` and `half`.
 _TWO_PLANES = """prmt.b32 low, {l0}, {l1}, index; prmt.b32 other, {l2}, {l3}, index; prmt.b32 low, low, other, half;
 prmt.b32 high, {h0}, {h1}, index; prmt.b32 other, {h2}, {h3}, index; prmt.b32 high, high, other, half;

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
-from workstation.kernels.hopper_codes import fill_table, middle, offset, plane, times, zero_points
+from workstation.kernels.hopper_codes import fill_table, middle, offset, plane, scaled_plane, times, whole, zero_points
 
 WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
 UNIT = gl.constexpr(32)  # `int_weights.UNIT`, columns of a plane
@@ -47,7 +47,7 @@ def _run(
     PER: gl.constexpr = 16 // BITS
     CHUNK: gl.constexpr = UNIT * PER
     held = ()
-    if not SCALED:
+    if SCALED is None:
         first = gl.zeros([64, BLOCK_M], gl.float32, ACC)
         second = first
     for chunk in gl.static_range(START // CHUNK, (START + SPAN + CHUNK - 1) // CHUNK):
@@ -58,18 +58,43 @@ def _run(
         for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
             box = x_ring.index(boxes + (chunk * PER + index) // 2)
             rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
-            lhs = plane(words, less, index, BITS, TABLE, x_ring.dtype)
-            if SCALED:
-                lhs = times(lhs, scale)
-            first = warpgroup_mma(lhs, rhs, first, use_acc=SCALED or chunk * CHUNK + index * UNIT > START, is_async=True)
+            going = SCALED is not None or chunk * CHUNK + index * UNIT > START
+            lhs = _operand(words, less, scale, index, BITS, TABLE, SCALED, A, x_ring.dtype)
+            first = warpgroup_mma(lhs, rhs, first, use_acc=going, is_async=True)
             held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
-                lhs = plane(up_words, up_less, index, BITS, TABLE, x_ring.dtype)
-                if SCALED:
-                    lhs = times(lhs, up_scale)
-                second = warpgroup_mma(lhs, rhs, second, use_acc=SCALED or chunk * CHUNK + index * UNIT > START, is_async=True)
+                lhs = _operand(up_words, up_less, up_scale, index, BITS, TABLE, SCALED, A, x_ring.dtype)
+                second = warpgroup_mma(lhs, rhs, second, use_acc=going, is_async=True)
                 held = held + (lhs,)  # noqa: RUF005
     return first, second, held
+
+
+@gluon.jit
+def _operand(
+    words, less, scale, INDEX: gl.constexpr, BITS: gl.constexpr, TABLE: gl.constexpr, SCALED: gl.constexpr, A: gl.constexpr,
+    target: gl.constexpr,
+):  # fmt: skip
+    """Plane INDEX of a chunk's words, with its scales if it is SCALED."""
+    if SCALED is None:
+        return plane(words, less, INDEX, BITS, TABLE, target)
+    elif SCALED == "number":
+        return times(plane(words, less, INDEX, BITS, TABLE, target), scale)
+    else:
+        return scaled_plane(words, scale, INDEX, SCALED, A, target)
+
+
+@gluon.jit
+def _factors(s_ring, slot, RUN: gl.constexpr, SCALED: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr, target: gl.constexpr):
+    """What weights of a step's run RUN meet: `_factor`, or the words of a chunk's bytes."""
+    if SCALED == "number":
+        return _factor(s_ring, slot, RUN, target, ACC, A)
+    else:
+        found = ()
+        WORDS_OF: gl.constexpr = 2 if SCALED == "e4m3" else 1
+        for word in gl.static_range(WORDS_OF):
+            bytes_of = gl.sum(s_ring.index(slot + RUN * WORDS_OF + word).permute((1, 0)).load(ACC), 1)
+            found = found + (gl.convert_layout(bytes_of, gl.SliceLayout(1, A)),)  # noqa: RUF005
+        return found
 
 
 @gluon.jit
@@ -124,11 +149,11 @@ def _landed(first, second, held, TILES: gl.constexpr):
 
 @gluon.jit
 def _consume(
-    out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin, steps, m,
-    n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
+    out, partial, arrivals, zero, factor, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled, summed, begin,
+    steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row, tile_number, split,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAM: gl.constexpr,
     TEAMS: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr,
-    PANELS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, PDL: gl.constexpr,
+    PANELS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, DIVIDES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """One warpgroup's products of the ring's steps, group by group or with weights SCALED, and what becomes of them."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
@@ -166,26 +191,31 @@ def _consume(
             held = ()
             scale, up_scale = less, up_less  # where none are needed
             for group in gl.static_range(GROUPS):
-                if SCALED:
-                    scale = _factor(scales, tile * ROWS, run + group, x_ring.dtype, ACC, A)
-                    up_scale = _factor(scales, (tile + TILES - 1) * ROWS, run + group, x_ring.dtype, ACC, A)
+                if SCALED is not None:
+                    scale = _factors(scales, tile * ROWS, run + group, SCALED, ACC, A, x_ring.dtype)
+                    up_scale = _factors(scales, (tile + TILES - 1) * ROWS, run + group, SCALED, ACC, A, x_ring.dtype)
                 part, up_part, read = _run(first, second, w_ring, tile * PANELS, x_ring, stage * (STEP // COLUMNS), less,
                                            up_less, scale, up_scale, (run + group) * SPAN, SPAN, BITS, TABLE, TILES, PANELS,
                                            BLOCK_M, SCALED, ACC, A)  # fmt: skip
                 held = held + read
-                if SCALED:
+                if SCALED is not None:
                     first, second = part, up_part
                 elif TILES == 2:
                     parts = parts + (part, up_part)  # noqa: RUF005
                 else:
                     parts = parts + (part,)  # noqa: RUF005
-            if SCALED:
+            if SCALED is not None:
                 first, second = _landed(first, second, held, TILES)
             else:
                 scale = _scales(scales, tile * ROWS, run, GROUPS, ROWS, TILES, ACC)
                 first, second = _settle(first, second, parts, held, scale, GROUPS, TILES)
         fence_async_shared()  # scales are all read: a barrier waits for no load under way, and the next copy may overtake one
         mbarrier.arrive(free.index(stage), count=1)
+    if SCALED is not None and SCALED != "number":
+        row = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
+        first = whole(first, factor, row, channels, DIVIDES)
+        if TILES == 2:
+            second = whole(second, factor, row + tile_stride, channels, DIVIDES)
     if SILU and TILES == 1 and TEAM == 1:
         up_sums.store(first)
         align()
@@ -250,10 +280,10 @@ def _produce(
 
 @gluon.jit(do_not_specialize=["m"])
 def hopper_int_kernel(
-    x, w, s, out, partial, arrivals, zero, bias, m, n, k, chunk, size, zero_stride,
+    x, w, s, out, partial, arrivals, zero, factor, bias, m, n, k, chunk, size, zero_stride,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAMS: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,
-    STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr, PDL: gl.constexpr,
+    STAGES: gl.constexpr, REGISTERS: gl.constexpr, SCALED: gl.constexpr, DIVIDES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x: descriptor [m, k] in boxes [BLOCK_M, COLUMNS]; w: of words [n, ·] int16 (SILU: [2n, ·] = gate | up) in boxes
     [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64], or of words of four e8m0 ones;
@@ -284,7 +314,8 @@ def hopper_int_kernel(
     w_ring = gl.allocate_shared_memory(w.dtype, [STAGES * TEAMS * TILES * PANELS, 64, WORDS], SPANNED)
     x_ring = gl.allocate_shared_memory(x.dtype, [STAGES * (STEP // COLUMNS), BLOCK_M, COLUMNS], SPANNED)
     PLAIN: gl.constexpr = gl.NVMMASharedLayout(0, s.dtype.primitive_bitwidth, 2)
-    ROWS: gl.constexpr = RUNS // 4 if s.dtype == gl.int32 else RUNS
+    FOURS: gl.constexpr = RUNS // 4 if SCALED is None else RUNS * 2 if SCALED == "e4m3" else RUNS
+    ROWS: gl.constexpr = FOURS if s.dtype == gl.int32 else RUNS
     s_ring = gl.allocate_shared_memory(s.dtype, [STAGES * TEAMS * TILES, ROWS, 64], PLAIN)
     ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     free = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
@@ -308,10 +339,10 @@ def hopper_int_kernel(
     if TEAMS == 1:
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
-                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                (_consume, (out, partial, arrivals, zero, factor, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free,
+                            filled, summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
                             tile_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
-                            STAGES, SCALED, PDL)),
+                            STAGES, SCALED, DIVIDES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],
@@ -322,14 +353,14 @@ def hopper_int_kernel(
         first_number = tile_number if PAIRED else tile_number * 2
         gl.warp_specialize(
             [
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
-                            summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
+                (_consume, (out, partial, arrivals, zero, factor, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free,
+                            filled, summed, begin, steps, m, n, k, size, zero_stride, first_channel, tile_stride, first_row,
                             first_number, split, BITS, TABLE, SPAN, GROUPS, 0, TEAMS, TILES, SILU, SPLITS, BLOCK_M, PANELS,
-                            STAGES, SCALED, PDL)),
-                (_consume, (out, partial, arrivals, zero, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free, filled,
-                            summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
+                            STAGES, SCALED, DIVIDES, PDL)),
+                (_consume, (out, partial, arrivals, zero, factor, bias, table, w_ring, s_ring, x_ring, up_sums, ready, free,
+                            filled, summed, begin, steps, m, n, k, size, zero_stride, first_channel + team_stride, tile_stride,
                             first_row, first_number + 1, split, BITS, TABLE, SPAN, GROUPS, 1, TEAMS, TILES, SILU, SPLITS,
-                            BLOCK_M, PANELS, STAGES, SCALED, PDL)),
+                            BLOCK_M, PANELS, STAGES, SCALED, DIVIDES, PDL)),
                 (_produce, (x, w, s, w_ring, s_ring, x_ring, ready, free, begin, steps, size, first_channel, team_stride,
                             tile_stride, first_row, BITS, SPAN, TEAMS, TILES, PANELS, STAGES, step_bytes, PDL)),
             ],

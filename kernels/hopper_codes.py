@@ -13,7 +13,17 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS
+from workstation.kernels.code_decode import (
+    E2M1_BFLOAT16,
+    E2M1_FLOAT16,
+    E4M3_BFLOAT16,
+    E4M3_FLOAT16,
+    E8M0_BFLOAT16,
+    LOOKUPS,
+    PLACED_BFLOAT16,
+    PLACED_FLOAT16,
+    REST,
+)
 from workstation.kernels.hopper import align
 from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
 
@@ -49,6 +59,51 @@ def plane(words, less, INDEX: gl.constexpr, BITS: gl.constexpr, TABLE: gl.conste
     else:
         lower: gl.constexpr = NIBBLES_BFLOAT16[INDEX]
         return gl.inline_asm_elementwise(lower, "=r,r,r", [words, less], dtype=gl.bfloat16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def scaled_plane(words, scales, INDEX: gl.constexpr, KIND: gl.constexpr, A: gl.constexpr, target: gl.constexpr):
+    """e2m1 codes INDEX of words [64, 32] times their groups' scales, exactly, but for REST. scales: a channel's bytes of the
+    chunk, of KIND, one word [64] of e8m0 ones (for bfloat16), or two of e4m3 ones, whose groups have 16 columns."""
+    if target == gl.bfloat16:
+        put: gl.constexpr = PLACED_BFLOAT16[INDEX]
+        values = gl.inline_asm_elementwise(put, "=r,r", [words], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        place: gl.constexpr = PLACED_FLOAT16[INDEX]
+        values = gl.inline_asm_elementwise(place, "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2)
+    if KIND == "e8m0":
+        factor = _byte_factor(scales[0], INDEX, KIND, target)
+    else:
+        later = gl.arange(0, UNIT, layout=gl.SliceLayout(0, A)) >= 16
+        low = _byte_factor(scales[INDEX // 2], INDEX % 2 * 2, KIND, target)
+        high = _byte_factor(scales[INDEX // 2], INDEX % 2 * 2 + 1, KIND, target)
+        factor = gl.where(later[None, :].broadcast_to([64, UNIT]), high, low)
+    return _times(values, factor)
+
+
+@gluon.jit
+def _byte_factor(word, BYTE: gl.constexpr, KIND: gl.constexpr, target: gl.constexpr):
+    """A byte of a word a channel [64] as a plane's factors [64, 32]; the compiler sees that a channel's are one."""
+    word = word[:, None].broadcast_to([64, UNIT])
+    if KIND == "e8m0":
+        power: gl.constexpr = E8M0_BFLOAT16[BYTE]
+        return gl.inline_asm_elementwise(power, "=r,r,r", [word], dtype=gl.bfloat16, is_pure=True, pack=2)
+    elif target == gl.bfloat16:
+        small: gl.constexpr = E4M3_BFLOAT16[BYTE]
+        return gl.inline_asm_elementwise(small, "=r,r,r", [word], dtype=gl.bfloat16, is_pure=True, pack=2)
+    else:
+        half: gl.constexpr = E4M3_FLOAT16[BYTE]
+        return gl.inline_asm_elementwise(half, "=r,r,r", [word], dtype=gl.float16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def whole(sums, factor, channel, channels, DIVIDES: gl.constexpr):
+    """Sums [64, M] of `scaled_plane`s with what these lack, times (or by) the factors of channels [64], or None."""
+    sums *= REST
+    if factor is not None:
+        by = gl.load(factor + gl.minimum(channel, channels - 1))[:, None]
+        sums = sums / by if DIVIDES else sums * by
+    return sums
 
 
 @gluon.jit
@@ -106,7 +161,11 @@ def fill_table(table, filled, TABLE: gl.constexpr, TEAM: gl.constexpr, TEAMS: gl
 @gluon.jit
 def times(values, scale):
     """values [64, 32] times a scale a channel [64], both of one 16-bit type, rounded to it."""
-    scale = scale[:, None].broadcast_to([64, UNIT])
+    return _times(values, scale[:, None].broadcast_to([64, UNIT]))
+
+
+@gluon.jit
+def _times(values, scale):
     if values.dtype == gl.bfloat16:
         return gl.inline_asm_elementwise(TIMES_BFLOAT16, "=r,r,r", [values, scale], dtype=gl.bfloat16, is_pure=True, pack=2)
     else:

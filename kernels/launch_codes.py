@@ -16,7 +16,17 @@ from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.gemm_launch import Call, Operands
 from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_int import suits_groups, widened
-from workstation.kernels.tuning import CHANNELS, LEAST_STEP, MOST_STEP, GemmConfig, Output, Problem, Scheme, most_rows
+from workstation.kernels.tuning import (
+    CHANNELS,
+    LEAST_STEP,
+    MOST_STEP,
+    WIDE_ABOVE,
+    GemmConfig,
+    Output,
+    Problem,
+    Scheme,
+    most_rows,
+)
 
 WIDENED_ROWS = 32
 RING_STEP = 256  # columns of 64 words, the least step of `gemm_int_hopper.py`
@@ -54,16 +64,15 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
     if x.is_cuda and x.dtype == torch.float32:
         return None
     rings = _rings(weight, output)
-    config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
+    config = _cached_choice(scheme, output, min(tokens, WIDE_ABOVE), weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight)
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py`, or for e4m3 scales `gemm_codes_hopper.py`, can read the weight."""
+    """Whether `gemm_int_hopper.py` can read the weight. A factor meets sums of weights that met their scales only."""
     whole = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
-    if weight.kind is ScaleKind.E4M3:
-        return whole
-    return whole and weight.factor is None and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
+    plain = weight.factor is None or weight.kind is ScaleKind.E4M3
+    return whole and plain and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
 
 
 def _reads(weight: CodeWeight) -> bool:
@@ -92,14 +101,9 @@ def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int,
     """
     weight: CodeWeight = operands.weight
     if config.kind == "hopper":
-        # Gluon, for one kind of GPU only
-        if weight.kind is not ScaleKind.E4M3:
-            from workstation.kernels.launch_int_hopper import hopper_int_call
+        from workstation.kernels.launch_int_hopper import hopper_int_call  # Gluon, for one kind of GPU only
 
-            return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
-        from workstation.kernels.launch_codes_hopper import hopper_codes_call
-
-        return Call(*hopper_codes_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
+        return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)
     x_stride = operands.x.stride(0) if kept else k

@@ -22,6 +22,7 @@ from workstation.kernels.tuning import (
     FEW_SPAN,
     HALVED_ROWS,
     MAX_ROWS,
+    NARROW_ROWS,
     WIDE_ABOVE,
     WIDE_GROUP,
     GemmConfig,
@@ -98,10 +99,13 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
         return None
     if x.data_ptr() % 16 or (x.is_cuda and x.dtype == torch.float32):
         return None
-    if tokens > WIDE_ABOVE:
-        if not _serves_wide(weight, x.dtype):
+    if tokens > WIDE_ABOVE:  # one choice for all
+        if _serves_wide(weight, x.dtype):
+            tokens = WIDE_ABOVE + 1
+        elif tokens <= NARROW_ROWS and weight.zero is None and weight.scales_first(x.dtype):
+            tokens = WIDE_ABOVE
+        else:
             return None
-        tokens = WIDE_ABOVE + 1  # one choice for all
     rings = rings_serve(weight, output)
     config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
     return None if config.kind == "library" else fitted(config, weight, x.dtype)

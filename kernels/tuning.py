@@ -36,24 +36,27 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
     "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, "int8_weight": 8}
-GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4")  # what `gemm_int_hopper.py` multiplies
-# Where a measurement says so, for more rows still: the library needs them widened first. Integers of 4 bits for any number.
-MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512) | {"int4": 1 << 30}
-WIDE_ABOVE = 512  # rows: programs of 256 channels beyond, whose x the L2 would not bring in time for 128
+GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4", "nvfp4")  # what `gemm_int_hopper.py` multiplies
+BYTE_SCALES: tuple[Scheme, ...] = ("mxfp4", "nvfp4")
+RINGED: tuple[Scheme, ...] = ("int4", *BYTE_SCALES)  # whose weights meet their scales first, which rings of many rows do
+# For more rows still: the library needs them widened first. Others than ringed ones only where a measurement says so.
+NARROW_ROWS = 1024  # up to here programs of 128 channels win
+MOST_ROWS: dict[Scheme, int] = dict.fromkeys(GROUPED, 512) | dict.fromkeys(BYTE_SCALES, NARROW_ROWS) | {"int4": 1 << 30}
+WIDE_ABOVE = 512  # rows: programs of 256 channels beyond, whose x the L2 would not bring in time for 128, where they fit
 CODE_SCHEMES: tuple[Scheme, ...] = ("nf4", "mxfp4", "nvfp4")
 # The least step along K: integers and codes come in chunks of 32 words of 16 bits.
 LEAST_STEP: dict[Scheme, int] = {"int4": 128, "int4_halves": 256, "int8_weight": 64, **dict.fromkeys(CODE_SCHEMES, 128)}
 MOST_STEP: dict[Scheme, int] = dict.fromkeys(CODE_SCHEMES, 256)
 LEAST_GROUP = 32  # columns that may have a scale of their own
 WIDE_GROUP = 128  # the same where a program has 256 channels and 128 rows, which fill registers and shared memory
-CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 32}  # of a program, at most
+CODE_SCALES: dict[Scheme, float] = {"nf4": 4 / 32, "mxfp4": 1 / 32, "nvfp4": 1 / 16}  # bytes a column, at most
+CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 128, "nvfp4": 128}  # of a program, at most
 FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of x with a power of two in common, and their shared memory
 HALVED_ROWS = 2  # of those that it is the fastest for
 MOST_CHUNKS = 32  # of x, taken apart by each program: with more there was nothing gained
 FEW_SCHEMES: tuple[Scheme, ...] = ("int4", "int4_halves")
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
-FUSED_PLANES = 16  # the same of mxfp4, whose words are decoded in registers, four planes at once
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
 # Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
 OPTING = 48 * KIB
@@ -165,7 +168,7 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
         group = WIDE_GROUP if is_wide(problem.output, config) else LEAST_GROUP
-        size += {"nf4": 4, "mxfp4": 1}.get(problem.scheme, 2) * channels / group  # scales
+        size += CODE_SCALES.get(problem.scheme, 2 / group) * channels
     return int(config.block_k * size)
 
 
@@ -218,7 +221,7 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
     for most, config in rows:
         if problem.m <= most and (rings or config.kind != "hopper"):
             return config
-    if problem.scheme == "int4" and problem.m > MAX_ROWS and rings and device.capability == 90:
+    if problem.scheme in RINGED and problem.m > MAX_ROWS and rings and device.capability == 90:
         return _many_ring(problem, device)
     if problem.m > LIBRARY_ABOVE[problem.scheme] or _is_left_apart(problem, device, rings=rings):
         return LIBRARY
@@ -228,13 +231,9 @@ def choose(problem: Problem, device: Device, *, rings: bool = True) -> GemmConfi
 def _is_left_apart(problem: Problem, device: Device, *, rings: bool) -> bool:
     """Whether SiLU·mul follows a product, unless measured otherwise: gate's and up's codes in one program have no registers for
     many rows, and in a warpgroup each a few measured shapes are known only."""
-    if problem.output != "silu_mul" or problem.m <= _fused_rows(problem.scheme):
+    if problem.output != "silu_mul" or problem.m <= FUSED_ROWS:
         return False
     return problem.scheme in INTEGER_BITS or (problem.scheme in CODED_ROWS and rings and device.capability == 90)
-
-
-def _fused_rows(scheme: Scheme) -> int:
-    return FUSED_PLANES if scheme == "mxfp4" else FUSED_ROWS
 
 
 @cache
@@ -316,7 +315,7 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
 
     Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers have a kernel of their own."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
-    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > _fused_rows(problem.scheme)):
+    if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > FUSED_ROWS):
         return None
     if problem.scheme == "int4" and problem.m <= HALVED_ROWS and not silu and problem.k % FEW_SPAN == 0:
         few = few_ring(problem, device)

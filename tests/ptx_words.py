@@ -38,10 +38,14 @@ def _fma(dtype: torch.dtype) -> Callable[..., Words]:
     return lambda a, b, c: (halves(a) * halves(b) + halves(c)).to(dtype).view(torch.int16).numpy().view(np.uint32)[:, 0]
 
 
+NO_MORE = np.uint32(0x80008000)  # two zeros that leave a zero's sign
+
 OPERATIONS: dict[str, Callable[..., Words]] = {
     "mov.b32": lambda a: a, "and.b32": lambda a, b: a & b, "shl.b32": lambda a, b: a << b, "shr.b32": lambda a, b: a >> b,
     "mul.lo.u32": lambda a, b: a * b, "mad.lo.u32": lambda a, b, c: a * b + c, "xor.b32": lambda a, b: a ^ b,
     "prmt.b32": _prmt, "lop3.b32": _lop3, "fma.rn.bf16x2": _fma(torch.bfloat16), "fma.rn.f16x2": _fma(torch.float16),
+    "mul.rn.bf16x2": lambda a, b: _fma(torch.bfloat16)(a, b, NO_MORE),
+    "mul.rn.f16x2": lambda a, b: _fma(torch.float16)(a, b, NO_MORE),
 }
 
 

@@ -12,8 +12,19 @@ from code_checks import FORMS, check_door, check_product, check_widening, make_c
 from ptx_words import run
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
-from workstation.kernels import ops
-from workstation.kernels.code_decode import E2M1_BFLOAT16, E2M1_FLOAT16, LOOKUPS, decoder, filler
+from workstation.kernels import launch_codes, ops
+from workstation.kernels.code_decode import (
+    E2M1_BFLOAT16,
+    E2M1_FLOAT16,
+    E4M3_BFLOAT16,
+    E4M3_FLOAT16,
+    E8M0_BFLOAT16,
+    LOOKUPS,
+    PLACED_BFLOAT16,
+    PLACED_FLOAT16,
+    decoder,
+    filler,
+)
 from workstation.kernels.code_tables import E2M1, FP4, NF4, ScaleKind, Table
 from workstation.kernels.code_weights import pack, unpack
 from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
@@ -76,6 +87,26 @@ def test_a_ring_s_planes_of_e2m1_are_its_values(planes: Any, dtype: torch.dtype)
         found = torch.from_numpy(plane.view(np.int16).copy()).view(dtype).view(-1, 2)
         codes = np.stack([words >> np.uint32(16 * column + 4 * index) & np.uint32(15) for column in (0, 1)], -1)
         assert torch.equal(found.double(), torch.tensor(E2M1, dtype=torch.float64)[torch.from_numpy(codes.astype(np.int64))])
+
+
+@pytest.mark.parametrize(("kind", "planes", "factors", "dtype"), [
+    (torch.float8_e8m0fnu, PLACED_BFLOAT16, E8M0_BFLOAT16, torch.bfloat16),
+    (torch.float8_e4m3fn, PLACED_BFLOAT16, E4M3_BFLOAT16, torch.bfloat16),
+    (torch.float8_e4m3fn, PLACED_FLOAT16, E4M3_FLOAT16, torch.float16)], ids=["e8m0", "e4m3", "e4m3-fp16"])  # fmt: skip
+def test_placed_codes_times_their_scales_are_weights_but_for_the_rest(kind: Any, planes: Any, factors: Any, dtype: Any) -> None:
+    """Exactly, for every code and every scale up to 2^9, but where the least numbers of the type are not enough."""
+    least, most = {torch.float8_e8m0fnu: (8, 136), torch.float8_e4m3fn: (1 if dtype == torch.bfloat16 else 0x18, 0x7E)}[kind]
+    codes, scales = (np.arange(16, dtype=np.uint32), np.arange(least, most + 1, dtype=np.uint32))
+    words = np.repeat(codes * np.uint32(0x11111111), scales.size)
+    for place, factor in enumerate(factors):
+        (pair,) = run(factor, 1, _1=np.tile(scales << np.uint32(8 * place), 16))
+        numbers = torch.tensor(np.tile(scales, 16).astype(np.uint8)).view(kind).double()
+        wanted = torch.tensor(E2M1, dtype=torch.float64).repeat_interleave(scales.size) * numbers
+        for plane in planes:
+            (placed,) = run(plane, 1, _1=words)
+            (weights,) = run(f"mul.rn.{'bf16' if dtype == torch.bfloat16 else 'f16'}x2 $0, $1, $2;", 1, _1=placed, _2=pair)
+            found = torch.from_numpy(weights.view(np.int16).copy()).view(dtype).view(-1, 2).double() * 256.0
+            assert torch.equal(found, wanted[:, None].expand(-1, 2))
 
 
 @pytest.mark.parametrize("target", TYPES)
@@ -216,9 +247,16 @@ def test_every_ring_s_products_are_in_flight_together(output: Output, m: int, wa
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("output", "m", "waits"), [("linear", 1, 4), ("silu_mul", 16, 4), ("linear", 256, 8)])
+@pytest.mark.parametrize(("output", "m", "waits"), [
+    ("linear", 1, 4), ("silu_mul", 16, 2), ("linear", 32, 2), ("linear", 256, 2)])
 def test_every_ring_s_products_of_e2m1_are_in_flight_together(output: Output, m: int, waits: int) -> None:
     check_together("mxfp4", output, m, waits)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("output", "m"), [("linear", 1), ("silu_mul", 16), ("linear", 64), ("silu_mul", 256)])
+def test_a_step_of_weights_with_e4m3_scales_has_one_wait_a_warpgroup(output: Output, m: int) -> None:
+    check_together("nvfp4", output, m, 2)
 
 
 def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
@@ -227,25 +265,14 @@ def check_ring_fits(scheme: Scheme, output: Output, block_m: int) -> None:
     assert needed.shared <= shared_bytes(problem, config, H200.capability) <= H200.shared_bytes and needed.stack == 0
 
 
-def test_a_ring_of_codes_compiles_and_fits() -> None:
+def test_a_ring_of_weights_that_meet_their_scales_compiles_and_fits() -> None:
     check_ring_fits("nvfp4", "linear", 16)
 
 
 @pytest.mark.long
 @pytest.mark.parametrize(("output", "block_m"), [("linear", 8), ("linear", 64), ("silu_mul", 16), ("silu_mul", 64)])
-def test_every_ring_of_codes_compiles_and_fits(output: Output, block_m: int) -> None:
+def test_every_ring_of_weights_that_meet_their_scales_compiles_and_fits(output: Output, block_m: int) -> None:
     check_ring_fits("nvfp4", output, block_m)
-
-
-@pytest.mark.gpu
-@ON_HOPPER
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("form", ["nvfp4", "nvfp4_divided"])
-def test_rings_multiply_codes_with_small_floats_for_scales(form: str, dtype: torch.dtype) -> None:
-    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
-        case = make_case(m, 1152, 4096, form, dtype, "cuda")
-        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
-            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, 256 * panels, splits, 4, 2, True), dtype)
 
 
 # (rows, of a tile, tiles and warpgroups, panels a step, splits, channels, columns): 4224 columns make the last step ragged.
@@ -263,10 +290,15 @@ GROUP_PAIRS = [
 # The first meets every shape; the others take turns, three a shape.
 FIRST_KIND = ("nf4", torch.bfloat16)
 OTHER_KINDS = [("nf4", torch.float16), ("nf4_32", torch.bfloat16), ("fp4_128", torch.float16), ("fp4_row", torch.bfloat16),
-               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16)]  # fmt: skip
+               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16), ("nvfp4", torch.bfloat16), ("nvfp4", torch.float16),
+               ("nvfp4_divided", torch.bfloat16)]  # fmt: skip
 SHAPES = [(silu, shape) for silu, shapes in ((False, GROUP_RINGS), (True, GROUP_PAIRS)) for shape in shapes]
 GROUPED = [(*case, *kind) for i, case in enumerate(SHAPES)
-           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(3)))]  # fmt: skip
+           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(4)))]  # fmt: skip
+# Where weights meet scales before the products: the same of more rows a program.
+GROUPED += [(silu, (m, 128, 1, 2, 1, splits, n, 4224), form, dtype)
+            for silu, m, splits, n in ((False, 130, 2, 1152), (False, 256, 1, 1104), (True, 100, 1, 1152), (True, 300, 3, 1280))
+            for form, dtype in (("mxfp4", torch.bfloat16), ("nvfp4", torch.bfloat16), ("nvfp4_divided", torch.float16))]
 
 
 @pytest.mark.gpu
@@ -288,3 +320,14 @@ def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
         case = make_case(m, 1056, 4096, form, torch.bfloat16, "cuda")
         check_door(case)
         check_widening(case[1], torch.bfloat16)
+
+
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("form", ["mxfp4", "nvfp4"])
+def test_rings_serve_up_to_1024_rows_of_weights_that_meet_their_scales(form: str) -> None:
+    for m, served in ((700, True), (1100, False)):
+        case = make_case(m, 4096, 1024, form, torch.bfloat16, "cuda")
+        config = launch_codes._choose(case[0], case[1], "linear")
+        assert (config is not None and config.kind == "hopper") == served
+        check_door(case)

@@ -92,7 +92,7 @@ def test_hopper_runs_the_weights_through_wgmma(scheme: tuning.Scheme) -> None:
     assert "mma.sync" not in assembly
 
 
-@pytest.mark.parametrize("scheme", ["int4", "int8_weight", "nf4", "mxfp4"])
+@pytest.mark.parametrize("scheme", ["int4", "int8_weight", "nf4", "mxfp4", "nvfp4"])
 def test_a_ring_slot_is_given_back_when_its_scales_have_been_read(scheme: tuning.Scheme) -> None:
     """A barrier alone waits for no load under way: `test_rings_gpu.py` tells what came of it."""
     config = GemmConfig("hopper", 64, 32, 256, 2, 4, 2, pdl=True)

@@ -12,7 +12,7 @@ from int_checks import Case, check_door, check_product, check_widening, expected
 from products import some_of
 from test_tuning import A100, B200, H200, L40S, PRO_6000
 
-from workstation.kernels import ops
+from workstation.kernels import launch_int, ops
 from workstation.kernels.gemm_compile import compile_call, compile_for, int_types
 from workstation.kernels.gemm_launch import Operands, run_linear
 from workstation.kernels.launch_hopper import is_hopper
@@ -135,6 +135,17 @@ def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
         case = make_case(m, 1056, 4096, bits=bits, size=size, zeros=zeros, dtype=torch.bfloat16, device="cuda")
         check_door(case)
         check_widening(case, torch.bfloat16)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not (torch.cuda.is_available() and is_hopper(torch.device("cuda", 0))), reason="needs a Hopper GPU")
+@pytest.mark.parametrize("size", [32, 64])
+def test_rings_serve_up_to_1024_rows_of_narrow_groups(size: int) -> None:
+    for m, served in ((700, True), (1100, False)):
+        case = make_case(m, 4096, 1024, bits=4, size=size, zeros=False, dtype=torch.bfloat16, device="cuda")
+        config = launch_int._choose(case[0], case[1], "linear")
+        assert (config is not None and config.kind == "hopper") == served
+        check_door(case)
 
 
 RINGS = [(4, 128, False), (4, 128, True), (4, 4096, False), (4, 32, False), (4, 64, False), (8, 4096, False), (8, 128, True)]

@@ -96,6 +96,14 @@ def test_any_number_of_rows_of_four_bit_integers_is_a_ring_on_hopper_where_there
         assert choose(Problem("int4", output, 1024, narrow, 5120), device, rings=rings) == LIBRARY
 
 
+@pytest.mark.parametrize("scheme", tuning.BYTE_SCALES)
+def test_more_rows_of_e2m1_codes_than_256_are_a_ring_on_hopper(scheme: Scheme) -> None:
+    for m in (257, 512):
+        config = choose(Problem(scheme, "linear", m, 34816, 5120), H200)
+        assert (config.kind, config.block_n, config.block_m, config.warps) == ("hopper", 128, 128, 8)
+    assert choose(Problem(scheme, "linear", tuning.NARROW_ROWS + 1, 34816, 5120), H200) == LIBRARY
+
+
 @pytest.mark.parametrize(("weight", "dtype", "served"), [
     (int_types(4, 128, 4096), torch.bfloat16, True), (int_types(4, 64, 4096), torch.bfloat16, False),
     (int_types(4, 4096, 4096), torch.bfloat16, False), (int_types(4, 128, 4096), torch.float16, False),
