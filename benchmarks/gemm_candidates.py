@@ -72,7 +72,7 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
         least, most = 2, 32 if problem.scheme == "nf4" else 64
     else:
         shapes, rings, least, most = [(1, 1), (2, 1)], (66, 100, 205), 3, 128
-    found = _few(problem) if problem.scheme == "int4" and problem.m <= tuning.FEW_ROWS else []
+    found = _few(problem) if problem.m <= tuning.FEW_OF.get(problem.scheme, 0) else []
     crowd = 8 if coded else 32  # rows from which two warpgroups share a program
     width = int(tuning.PANEL_BYTES // problem.weight_bytes)
     silu = problem.output == "silu_mul"

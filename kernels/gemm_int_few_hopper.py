@@ -18,7 +18,7 @@ the loop, and shared memory holds no more than the ring. Else a program first ta
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
-# mypy: disable-error-code="untyped-decorator,no-untyped-def,attr-defined,assignment,var-annotated"
+# mypy: disable-error-code="untyped-decorator,no-untyped-def,attr-defined,assignment,var-annotated,misc"
 
 from __future__ import annotations
 
@@ -33,6 +33,13 @@ from workstation.kernels.hopper import align, allow_next, await_previous, fetch,
 BYTES = gl.constexpr(128)  # of a row of codes, a copy: two chunks
 FIRST = gl.constexpr("and.b32 $0, $1, 0x0f0f0f0f;")
 SECOND = gl.constexpr("{ .reg .b32 upper; shr.b32 upper, $1, 4; and.b32 $0, upper, 0x0f0f0f0f; }")
+E2M1_FIRST = gl.constexpr("""{ .reg .b32 sign, code; shl.b32 code, $1, 2; and.b32 code, code, 0x1c1c1c1c; shl.b32 sign, $1, 4;
+lop3.b32 $0, sign, 0x80808080, code, 0xea; }""")
+E2M1_SECOND = gl.constexpr("""{ .reg .b32 code; shr.b32 code, $1, 2; and.b32 code, code, 0x1c1c1c1c;
+lop3.b32 $0, $1, 0x80808080, code, 0xea; }""")
+FOUR_SCALES = gl.constexpr("""{ .reg .b16 low, high, a, b, c, d; .reg .b32 pair; mov.b32 {low, high}, $4;
+cvt.rn.f16x2.e4m3x2 pair, low; mov.b32 {a, b}, pair; cvt.rn.f16x2.e4m3x2 pair, high; mov.b32 {c, d}, pair;
+cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d; }""")
 REST = gl.constexpr("sub.rn.f32 $0, $1, $2;")  # of a product, which the compiler would make twice
 
 
@@ -68,8 +75,11 @@ def _places(COUNT: gl.constexpr, LOAD: gl.constexpr):
 
 
 @gluon.jit
-def _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.constexpr, TOKENS: gl.constexpr):
-    """Columns [begin, begin + 128 · CHUNKS) of x into shared memory, as rows 2t and 2t + 1 for row t of x."""
+def _take_apart(
+    x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.constexpr, TOKENS: gl.constexpr, SHARE: gl.constexpr
+):
+    """Columns [begin, begin + 128 · CHUNKS) of x into shared memory, as SHARE rows for each of x: its high and low numbers; or
+    those for even bytes of codes with zeros for odd ones, and the other way round."""
     COUNT: gl.constexpr = CHUNKS // TOKENS  # chunks at a time: as many values a thread, however many rows
     EACH: gl.constexpr = 16 if COUNT >= 32 else 8 if COUNT >= 16 else 4  # neighbours a thread loads at once
     LOAD: gl.constexpr = gl.BlockedLayout([1, 1, 2, EACH], [EACH // 2, 4, 1, 16 // EACH], [4, 1, 1, 1], [3, 2, 1, 0])
@@ -78,6 +88,7 @@ def _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.conste
     FACTORS: gl.constexpr = gl.BlockedLayout([1, (EACH + 7) // 8], [EACH // 2, 64 // EACH], [4, 1], [1, 0])
     row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE))[:, None]
     factor_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, FACTORS))[None, :]
+    odd = gl.arange(0, COUNT * 128, layout=gl.SliceLayout(0, TILE))[None, :] % 2
     places = begin + _places(COUNT, LOAD)
     for part in gl.static_range(TOKENS):
         at = part * COUNT * SPAN + places
@@ -91,11 +102,14 @@ def _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.conste
             high, low, power, total = _halves(values)
             high = gl.convert_layout(gl.reshape(high.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
             low = gl.convert_layout(gl.reshape(low.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
-            tile = gl.where(row == 2 * token, high[None, :], gl.where(row == 2 * token + 1, low[None, :], tile))
+            both = gl.where(row % 2 == 0, high[None, :], low[None, :])
+            if SHARE == 4:
+                both = gl.where(row // 2 % 2 == odd, both, gl.zeros_like(both))
+            tile = gl.where(row // SHARE == token, both, tile)
             power = gl.convert_layout(power, gl.SliceLayout(1, FACTORS))[:, None]
             total = gl.convert_layout(total, gl.SliceLayout(1, FACTORS))[:, None]
-            power_tile = gl.where(factor_row // 2 == token, power, power_tile)
-            sum_tile = gl.where(factor_row == 2 * token, total * power * (-8.0 / 512.0), sum_tile)
+            power_tile = gl.where(factor_row // SHARE == token, power, power_tile)
+            sum_tile = gl.where(factor_row == SHARE * token, total * power * (-8.0 / 512.0), sum_tile)
         reinterpreted(x_tiles, [TOKENS, ROWS, COUNT * SPAN]).index(part).store(tile.to(gl.float8e4nv, bitcast=True))
         reinterpreted(powers, [TOKENS, COUNT, ROWS]).index(part).store(power_tile)
         reinterpreted(sums, [TOKENS, COUNT, ROWS]).index(part).store(sum_tile)
@@ -104,83 +118,144 @@ def _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.conste
 
 
 @gluon.jit
-def _codes(w_ring, panel, START: gl.constexpr, SHIFTED: gl.constexpr, A: gl.constexpr):
+def _codes(w_ring, panel, START: gl.constexpr, SHIFTED: gl.constexpr, KIND: gl.constexpr, A: gl.constexpr):
     """Lower or upper codes of bytes [START, START + 32) of a panel as e4m3 numbers, [64, 32]."""
     packed = w_ring.index(panel).slice(START, 32, dim=1).load(A)
-    if SHIFTED:
+    if KIND is not None and SHIFTED:
+        return gl.inline_asm_elementwise(E2M1_SECOND, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
+    elif KIND is not None:
+        return gl.inline_asm_elementwise(E2M1_FIRST, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
+    elif SHIFTED:
         return gl.inline_asm_elementwise(SECOND, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
     else:
         return gl.inline_asm_elementwise(FIRST, "=r,r", [packed], dtype=gl.float8e4nv, is_pure=True, pack=4)
 
 
 @gluon.jit
-def _chunk_sum(w_ring, panel, x_tile, HALF: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr):
-    """A chunk's sums [64, 8], still in flight. HALF: of the panel's two chunks."""
-    part = gl.zeros([64, ROWS], gl.float32, ACC)
+def _chunk_sums(w_ring, panel, x_tile, HALF: gl.constexpr, KIND: gl.constexpr, ACC: gl.constexpr, A: gl.constexpr):
+    """A chunk's sums [64, 8], still in flight: one, or one for every two groups of e2m1 codes. HALF: of the panel's chunks."""
+    COUNT: gl.constexpr = 1 if KIND is None else 2 if KIND == "e8m0" else 4
+    found = ()
     for index in gl.static_range(4):
-        lhs = _codes(w_ring, panel, HALF * 64 + index // 2 * 32, index % 2 == 1, A)
+        lhs = _codes(w_ring, panel, HALF * 64 + index // 2 * 32, index % 2 == 1, KIND, A)
         rhs = x_tile.slice(index * 32, 32, dim=1).permute((1, 0))
-        part = warpgroup_mma(lhs, rhs, part, use_acc=index > 0, is_async=True)
-    return part
+        if index < COUNT:
+            found = found + (warpgroup_mma(lhs, rhs, gl.zeros([64, ROWS], gl.float32, ACC), use_acc=False, is_async=True),)  # noqa: RUF005
+        else:
+            found = found[1:] + (warpgroup_mma(lhs, rhs, found[0], is_async=True),)  # noqa: RUF005
+    return found
+
+
+@gluon.jit
+def _scales(s_ring, row, odd, KIND: gl.constexpr, ACC: gl.constexpr):
+    """What a chunk's sums are multiplied with: a group's scales [64, 1], or of e2m1 codes those of two groups, [64, 8]. Lower
+    codes come first, in each half of the bytes. odd [1, 8]: whether a column sums odd bytes, 64 columns behind even ones."""
+    word = s_ring.index(row).permute((1, 0)).load(ACC)
+    if KIND is None:
+        return (word.to(gl.float32),)
+    elif KIND == "e8m0":
+        word = gl.where(odd, word >> 16, word)
+        return (((word << 23) & EXPONENT).to(gl.float32, bitcast=True), ((word << 15) & EXPONENT).to(gl.float32, bitcast=True))
+    else:
+        word = gl.where(odd, s_ring.index(row + 1).permute((1, 0)).load(ACC), word)
+        first, second, third, fourth = gl.inline_asm_elementwise(
+            FOUR_SCALES, "=f,=f,=f,=f,r", [word], is_pure=True, pack=1,
+            dtype=(gl.float32, gl.float32, gl.float32, gl.float32))  # fmt: skip
+        return first, third, second, fourth
+
+
+@gluon.jit
+def _chunk(done, scales, power, less, AT: gl.constexpr, KIND: gl.constexpr):
+    """A chunk's sums done[AT], … with all that they are multiplied with. less: what a code's middle takes away."""
+    if KIND is None:
+        return (done[AT] * power + less) * scales[AT]
+    elif KIND == "e8m0":
+        return (done[AT] * scales[AT] + done[AT + 1] * scales[AT + 1]) * power
+    else:
+        first = done[AT] * scales[AT] + done[AT + 1] * scales[AT + 1]
+        return (first + done[AT + 2] * scales[AT + 2] + done[AT + 3] * scales[AT + 3]) * power
 
 
 @gluon.jit
 def _consume(
-    x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n, k, stride,
+    x, out, partial, arrivals, factor, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n, k, stride,
     first_channel, tile_stride, tile_number, split,
-    GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, APART: gl.constexpr, PDL: gl.constexpr,
+    KIND: gl.constexpr, DIVIDES: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
+    SPLITS: gl.constexpr, TOKENS: gl.constexpr, CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr,
+    APART: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x taken apart if it is not yet, the products of the ring's steps, and what becomes of them."""
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     A: gl.constexpr = gl.DotOperandLayout(0, ACC, 4)
     SUMS: gl.constexpr = gl.BlockedLayout([1, 1], [8, 4], [4, 1], [1, 0])
     SCALES: gl.constexpr = s_ring.shape[1]
+    SHARE: gl.constexpr = 2 if KIND is None else 4  # rows of the right operand for one of x
     scales = reinterpreted(s_ring, [STAGES * TILES * SCALES, 1, 64])
     if not APART:
         if PDL:
             await_previous()
-        _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS)
+        _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS, SHARE)
     SPREAD: gl.constexpr = 2 if APART else 1  # through the ring come a chunk's powers and sums in turn
     first = gl.zeros([64, ROWS], gl.float32, ACC)
     second = gl.zeros([64, ROWS], gl.float32, ACC)
+    odd = gl.arange(0, ROWS, layout=gl.SliceLayout(0, ACC))[None, :] // 2 % 2 == 1
+    SUMS_OF: gl.constexpr = 1 if KIND is None else 2 if KIND == "e8m0" else 4
     for i in range(steps):
         stage = i % STAGES
         mbarrier.wait(ready.index(stage), (i // STAGES) & 1)
         for panel in gl.static_range(PANELS):
+            chunk = ((stage if APART else i) * PANELS + panel) * 2
             parts = ()
             for half in gl.static_range(2):
-                chunk = ((stage if APART else i) * PANELS + panel) * 2 + half
                 for tile in gl.static_range(TILES):
-                    part = _chunk_sum(w_ring, (stage * TILES + tile) * PANELS + panel, x_tiles.index(chunk), half, ACC, A)
-                    parts = parts + (part,)  # noqa: RUF005
+                    at = (stage * TILES + tile) * PANELS + panel
+                    parts = parts + _chunk_sums(w_ring, at, x_tiles.index(chunk + half), half, KIND, ACC, A)
             factors = ()
+            found = ()
             for half in gl.static_range(2):
-                at = (((stage if APART else i) * PANELS + panel) * 2 + half) * SPREAD
+                at = (chunk + half) * SPREAD
                 factors = factors + (powers.index(at).load(ACC), sums.index(at + SPREAD - 1).load(ACC))  # noqa: RUF005
                 for tile in gl.static_range(TILES):
                     row = (stage * TILES + tile) * SCALES + (panel * 2 + half) * SPAN // GROUP
-                    factors = factors + (scales.index(row).permute((1, 0)).load(ACC).to(gl.float32),)  # noqa: RUF005
+                    found = found + _scales(scales, row, odd, KIND, ACC)
             done = warpgroup_mma_wait(0, deps=parts)  # it takes no operands of 8 bits; the assembler keeps theirs until here
             for half in gl.static_range(2):
-                power = factors[half * (2 + TILES)]
-                less = factors[half * (2 + TILES) + 1]
-                first += (done[half * TILES] * power + less) * factors[half * (2 + TILES) + 2]
+                power = factors[half * 2]
+                less = factors[half * 2 + 1]
+                first += _chunk(done, found, power, less, half * TILES * SUMS_OF, KIND)
                 if TILES == 2:
-                    second += (done[half * TILES + 1] * power + less) * factors[half * (2 + TILES) + 3]
+                    second += _chunk(done, found, power, less, (half * TILES + 1) * SUMS_OF, KIND)
         fence_async_shared()  # as in `gemm_int_hopper.py`
         mbarrier.arrive(free.index(stage), count=1)
-    first = _joined(first, SUMS)
-    second = _joined(second, SUMS) if TILES == 2 else first
+    first = _joined(first, KIND, SUMS)
+    second = _joined(second, KIND, SUMS) if TILES == 2 else first
+    if factor is not None:
+        channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMS))
+        channels = n * 2 if SILU else n
+        first = _with_factor(first, factor, channel, channels, DIVIDES)
+        if TILES == 2:
+            second = _with_factor(second, factor, channel + tile_stride, channels, DIVIDES)
     conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, 0, tile_number,
-             split, TILES, SILU, SPLITS, ROWS // 2, PDL, SUMS)  # fmt: skip
+             split, TILES, SILU, SPLITS, ROWS // SHARE, PDL, SUMS)  # fmt: skip
 
 
 @gluon.jit
-def _joined(sums, LAYOUT: gl.constexpr):
-    """[64, 8] of high and low parts in turn → 512 times their sums, [64, 4]."""
-    high, low = gl.split(gl.reshape(sums, [64, ROWS // 2, 2]))
-    return gl.convert_layout((high + low) * 512.0, LAYOUT)
+def _joined(sums, KIND: gl.constexpr, LAYOUT: gl.constexpr):
+    """[64, 8] of high and low parts in turn → 512 times their sums, [64, 4]; of even and odd bytes too → 64 times, [64, 2]."""
+    if KIND is None:
+        high, low = gl.split(gl.reshape(sums, [64, ROWS // 2, 2]))
+        return gl.convert_layout((high + low) * 512.0, LAYOUT)
+    else:
+        WHOLE: gl.constexpr = gl.BlockedLayout([1, ROWS], [32, 1], [4, 1], [1, 0])
+        high, low = gl.split(gl.reshape(gl.convert_layout(sums, WHOLE), [64, ROWS // 2, 2]))
+        even, odd = gl.split(gl.reshape(high + low, [64, ROWS // 4, 2]))
+        return gl.convert_layout((even + odd) * 64.0, LAYOUT)
+
+
+@gluon.jit
+def _with_factor(sums, factor, channel, channels, DIVIDES: gl.constexpr):
+    by = gl.load(factor + gl.minimum(channel, channels - 1))[:, None]
+    return sums / by if DIVIDES else sums * by
 
 
 @gluon.jit
@@ -233,9 +308,10 @@ def _produce(
 
 @gluon.jit(do_not_specialize=["m"])
 def hopper_few_kernel(
-    x, w, s, out, partial, arrivals, bias, factors, m, n, k, chunk, size, stride,
-    GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, TOKENS: gl.constexpr,
-    CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr, COPYING: gl.constexpr, PDL: gl.constexpr,
+    x, w, s, out, partial, arrivals, factor, bias, factors, m, n, k, chunk, size, stride,
+    KIND: gl.constexpr, DIVIDES: gl.constexpr, GROUP: gl.constexpr, TILES: gl.constexpr, SILU: gl.constexpr,
+    SPLITS: gl.constexpr, TOKENS: gl.constexpr, CHUNKS: gl.constexpr, PANELS: gl.constexpr, STAGES: gl.constexpr,
+    COPYING: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """x [m, k], rows stride apart, or taken apart: `Halves`' values in boxes [16, 128], its factors in boxes [2 PANELS, 16].
 
@@ -283,9 +359,9 @@ def hopper_few_kernel(
     step_bytes: gl.constexpr = TILES * 64 * (PANELS * BYTES + SCALES * s.dtype.primitive_bitwidth // 8) + x_bytes
     gl.warp_specialize(
         [
-            (_consume, (x, out, partial, arrivals, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin, steps, m, n,
-                        k, stride, first_channel, tile_stride, tile_number, split, GROUP, TILES, SILU, SPLITS, TOKENS, CHUNKS,
-                        PANELS, STAGES, APART, PDL)),
+            (_consume, (x, out, partial, arrivals, factor, bias, w_ring, s_ring, x_tiles, powers, sums, ready, free, begin,
+                        steps, m, n, k, stride, first_channel, tile_stride, tile_number, split, KIND, DIVIDES, GROUP, TILES,
+                        SILU, SPLITS, TOKENS, CHUNKS, PANELS, STAGES, APART, PDL)),
             (_produce, (x, factors, w, s, w_ring, s_ring, x_ring, f_ring, ready, free, begin, steps, size, first_channel,
                         tile_stride, TILES, PANELS, STAGES, step_bytes, APART, PDL)),
         ],

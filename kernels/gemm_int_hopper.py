@@ -58,13 +58,14 @@ def _run(
         for index in gl.static_range(START % CHUNK // UNIT, START % CHUNK // UNIT + (SPAN if SPAN < CHUNK else CHUNK) // UNIT):
             box = x_ring.index(boxes + (chunk * PER + index) // 2)
             rhs = box.slice((chunk * PER + index) % 2 * UNIT, UNIT, dim=1).permute((1, 0))
-            going = SCALED is not None or chunk * CHUNK + index * UNIT > START
             lhs = _operand(words, less, scale, index, BITS, TABLE, SCALED, A, x_ring.dtype)
-            first = warpgroup_mma(lhs, rhs, first, use_acc=going, is_async=True)
+            first = warpgroup_mma(lhs, rhs, first, use_acc=SCALED is not None or chunk * CHUNK + index * UNIT > START,
+                                  is_async=True)  # fmt: skip
             held = held + (lhs,)  # noqa: RUF005
             if TILES == 2:
                 lhs = _operand(up_words, up_less, up_scale, index, BITS, TABLE, SCALED, A, x_ring.dtype)
-                second = warpgroup_mma(lhs, rhs, second, use_acc=going, is_async=True)
+                second = warpgroup_mma(lhs, rhs, second, use_acc=SCALED is not None or chunk * CHUNK + index * UNIT > START,
+                                       is_async=True)  # fmt: skip
                 held = held + (lhs,)  # noqa: RUF005
     return first, second, held
 

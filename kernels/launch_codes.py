@@ -18,6 +18,7 @@ from workstation.kernels.launch import silu_mul
 from workstation.kernels.launch_int import suits_groups, widened
 from workstation.kernels.tuning import (
     CHANNELS,
+    FEW_SPAN,
     LEAST_STEP,
     MOST_STEP,
     WIDE_ABOVE,
@@ -25,6 +26,7 @@ from workstation.kernels.tuning import (
     Output,
     Problem,
     Scheme,
+    is_few,
     most_rows,
 )
 
@@ -65,7 +67,7 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
         return None
     rings = _rings(weight, output)
     config = _cached_choice(scheme, output, min(tokens, WIDE_ABOVE), weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight)
+    return None if config.kind == "library" else fitted(config, weight, x.dtype)
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
@@ -86,9 +88,12 @@ def _cached_choice(scheme: Scheme, output: Output, m: int, n: int, k: int, devic
     return gemm_launch.chosen(Problem(scheme, output, m, n, k), device, rings=rings)
 
 
-def fitted(config: GemmConfig, weight: CodeWeight) -> GemmConfig:
-    """The configuration with a step of one or two chunks of the layout; a ring's suits the groups."""
+def fitted(config: GemmConfig, weight: CodeWeight, dtype: torch.dtype) -> GemmConfig:
+    """The configuration with a step of one or two chunks of the layout; a ring's suits the groups. Few rows get another ring
+    where theirs cannot read the weight, or activations of `dtype`."""
     if config.kind == "hopper":
+        if is_few(config) and (dtype != torch.bfloat16 or weight.kind is ScaleKind.F32 or weight.columns % FEW_SPAN):
+            config = replace(config, block_m=8)
         table = weight.kind is ScaleKind.F32
         return replace(config, block_k=RING_STEP) if table and not suits_groups(weight, config.block_k) else config
     return replace(config, block_k=min(max(config.block_k, LEAST_STEP["nf4"]), MOST_STEP["nf4"]))
@@ -101,8 +106,11 @@ def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int,
     """
     weight: CodeWeight = operands.weight
     if config.kind == "hopper":
-        from workstation.kernels.launch_int_hopper import hopper_int_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_int_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_int_hopper import hopper_int_call
 
+        if is_few(config):
+            return Call(*few_rows_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
         return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)

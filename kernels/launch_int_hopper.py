@@ -76,7 +76,7 @@ def _room(
     step, block_m, stages = config.block_k, config.block_m, config.stages
     sums = tiles * block_m
     if scaled is not None and not zeros:
-        spare = 40 if block_m == SCALED_ROWS else 0  # such programs fill a multiprocessor
+        spare = 56 if block_m == SCALED_ROWS else 0  # such programs fill a multiprocessor
         return max(1, TOGETHER // tiles // span), min(MOST_REGISTERS, 104 + sums // 2 + spare), stages
     if table is None:
         return 1, _registers(tiles, block_m, span, zeros=zeros), stages

@@ -51,11 +51,12 @@ LEAST_GROUP = 32  # columns that may have a scale of their own
 WIDE_GROUP = 128  # the same where a program has 256 channels and 128 rows, which fill registers and shared memory
 CODE_SCALES: dict[Scheme, float] = {"nf4": 4 / 32, "mxfp4": 1 / 32, "nvfp4": 1 / 16}  # bytes a column, at most
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 128, "nvfp4": 128}  # of a program, at most
-FEW_ROWS = 4  # of activations, at most, in `gemm_int_few_hopper.py`, which is what a ring of int4 with so many rows means
+FEW_ROWS = 4  # of a program in `gemm_int_few_hopper.py`, which is what a ring with so many rows means
+# Of activations there, at most: sums of e2m1 codes are two groups'.
+FEW_OF: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, **dict.fromkeys(BYTE_SCALES, 2)}
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of x with a power of two in common, and their shared memory
 HALVED_ROWS = 2  # of those that it is the fastest for
 MOST_CHUNKS = 32  # of x, taken apart by each program: with more there was nothing gained
-FEW_SCHEMES: tuple[Scheme, ...] = ("int4", "int4_halves")
 FUSED_ROWS = 32  # of activations, at most, where gate and up share a ring
 TABLE_BYTES = 32 * KIB  # what codes are looked up in, beside a ring
 # Triton asks for more shared memory than the usual 48 KiB if it allots more than that itself; it does not know of the table.
@@ -140,7 +141,7 @@ def shared_bytes(problem: Problem, config: GemmConfig, capability: int) -> int:
     if config.kind == "library":
         return 0
     if is_few(config):
-        x = few_chunks(problem.k, config, problem.m) * FEW_CHUNK_BYTES if problem.scheme == "int4" else 0
+        x = few_chunks(problem.k, config, problem.m) * FEW_CHUNK_BYTES if problem.scheme != "int4_halves" else 0
         return config.stages * stage_bytes(problem, config) + x + CHANNELS * FEW_ROWS * 4 + KIB
     if config.kind == "hopper":
         stages, table = config.stages, 0
@@ -164,7 +165,8 @@ def stage_bytes(problem: Problem, config: GemmConfig) -> int:
     channels = _channels(problem, config)
     if is_few(config):
         x = FEW_CHUNK_BYTES / FEW_SPAN if problem.scheme == "int4_halves" else 0
-        return int(config.block_k * ((problem.weight_bytes + 2 / FEW_SPAN) * channels + x))
+        scales = CODE_SCALES.get(problem.scheme, 2 / FEW_SPAN)
+        return int(config.block_k * ((problem.weight_bytes + scales) * channels + x))
     size = problem.weight_bytes * channels + problem.row_bytes * config.block_m
     if problem.scheme in GROUPED:
         group = WIDE_GROUP if is_wide(problem.output, config) else LEAST_GROUP
@@ -257,8 +259,8 @@ def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
     found = GemmConfig(*config)
     if found.kind == "gemv" and m != 1:
         raise ValueError(f"a tuned row gives m={m} rows to the gemv kernel, which computes one")
-    if is_few(found) and (scheme not in FEW_SCHEMES or m > FEW_ROWS):
-        raise ValueError(f"a tuned row gives {scheme} with m={m} to the kernel of int4 with up to {FEW_ROWS} rows")
+    if is_few(found) and m > FEW_OF.get(scheme, 0):
+        raise ValueError(f"a tuned row gives {scheme} with m={m} to a kernel whose most rows are {FEW_OF}")
     return Problem(scheme, output, m, n, k), found
 
 
@@ -313,11 +315,13 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table of codes there is
     room for two programs, so two warpgroups share those too where they have registers.
 
-    Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers have a kernel of their own."""
+    Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers and of e2m1 codes have a kernel of
+    their own."""
     silu, table = problem.output == "silu_mul", problem.scheme == "nf4"
     if device.capability != 90 or problem.n % (4 * CHANNELS) or (silu and problem.m > FUSED_ROWS):
         return None
-    if problem.scheme == "int4" and problem.m <= HALVED_ROWS and not silu and problem.k % FEW_SPAN == 0:
+    apart = problem.scheme in BYTE_SCALES or (problem.scheme == "int4" and not silu)  # gate and up of int4: by their norm
+    if apart and problem.m <= HALVED_ROWS and problem.k % FEW_SPAN == 0:
         few = few_ring(problem, device)
         if few_chunks(problem.k, few, problem.m) <= MOST_CHUNKS:
             return few
@@ -347,7 +351,7 @@ def few_ring(problem: Problem, device: Device) -> GemmConfig:
     programs = -(-problem.n // (2 * CHANNELS if silu else CHANNELS))
     room = (2 if silu else 4) * device.processors
     splits = max(1, min(room // programs, problem.k // 2048))
-    return GemmConfig("hopper", CHANNELS, FEW_ROWS, 2 * FEW_SPAN, splits, 4, 4 if problem.scheme == "int4" else 5, True)
+    return GemmConfig("hopper", CHANNELS, FEW_ROWS, 2 * FEW_SPAN, splits, 4, 5 if problem.scheme == "int4_halves" else 4, True)
 
 
 def _tile(problem: Problem, device: Device) -> GemmConfig:

@@ -35,6 +35,7 @@ from workstation.kernels.reference_codes import widen
 from workstation.kernels.tuning import (
     CODE_SCHEMES,
     CODED_ROWS,
+    FEW_ROWS,
     KIB,
     OPTING,
     Device,
@@ -151,7 +152,7 @@ def test_a_part_of_the_rows_is_a_weight_of_its_own(form: str) -> None:
 
 def check_fits(device: Device, scheme: Scheme, output: Output, m: int) -> None:
     problem = Problem(scheme, output, m, 28672 if output == "silu_mul" else 6144, 4096)
-    config = fitted(default_config(problem, device), code_types(scheme, 4096))
+    config = fitted(default_config(problem, device), code_types(scheme, 4096), torch.bfloat16)
     needed = resources(compile_for(problem, config, device.capability))
     assert needed.shared <= shared_bytes(problem, config, device.capability) <= device.shared_bytes
     assert needed.stack <= PARKED
@@ -299,6 +300,11 @@ GROUPED = [(*case, *kind) for i, case in enumerate(SHAPES)
 GROUPED += [(silu, (m, 128, 1, 2, 1, splits, n, 4224), form, dtype)
             for silu, m, splits, n in ((False, 130, 2, 1152), (False, 256, 1, 1104), (True, 100, 1, 1152), (True, 300, 3, 1280))
             for form, dtype in (("mxfp4", torch.bfloat16), ("nvfp4", torch.bfloat16), ("nvfp4_divided", torch.float16))]
+# One or two rows as FP8 products.
+GROUPED += [(silu, (m, FEW_ROWS, tiles, 1, panels, splits, n, k), form, torch.bfloat16)
+            for silu, tiles, panels, splits, n, k in ((False, 1, 1, 1, 1104, 4224), (False, 2, 2, 3, 1152, 4096),
+                                                      (True, 2, 1, 1, 1152, 4224), (True, 2, 2, 2, 1280, 4096))
+            for m in (1, 2) for form in ("mxfp4", "nvfp4", "nvfp4_divided")]
 
 
 @pytest.mark.gpu

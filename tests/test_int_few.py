@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import re
 
+import numpy as np
 import pytest
 import torch
+from ptx_words import run
 from test_tuning import H200
 
 from workstation.kernels import tuning
+from workstation.kernels.code_tables import E2M1
 from workstation.kernels.gemm_compile import compile_for, int_types
+from workstation.kernels.gemm_int_few_hopper import E2M1_FIRST, E2M1_SECOND
 from workstation.kernels.launch_int import fitted
 from workstation.kernels.offline import resources
 from workstation.kernels.tuning import FEW_ROWS, GemmConfig, Output, Problem, Scheme
@@ -27,6 +31,15 @@ def settled_fusion(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_code_in_a_byte_is_the_e4m3_number_of_its_512th() -> None:
     codes = torch.arange(16, dtype=torch.uint8)
     assert torch.equal(codes.view(torch.float8_e4m3fn).float() * 512, codes.float())
+
+
+def test_an_e2m1_code_is_put_where_an_e4m3_number_has_it_but_for_a_power_of_two() -> None:
+    words = np.arange(1 << 16, dtype=np.uint32) * np.uint32(0x9E3779B1)
+    codes = torch.from_numpy(words.view(np.uint8).copy())
+    for assembly, found in ((E2M1_FIRST, codes & 15), (E2M1_SECOND, codes >> 4)):
+        (placed,) = run(assembly.value, 1, _1=words)
+        numbers = torch.from_numpy(placed.view(np.uint8).copy()).view(torch.float8_e4m3fn).double() * 64
+        assert torch.equal(numbers, torch.tensor(E2M1, dtype=torch.float64)[found.long()])
 
 
 def test_a_bfloat16_number_is_the_sum_of_two_e4m3_ones() -> None:
@@ -49,10 +62,13 @@ def test_codes_go_into_fp8_products_from_registers(output: Output, m: int) -> No
     assert needed.stack == 0 and needed.shared <= tuning.shared_bytes(problem, FEW, H200.capability) <= H200.shared_bytes
 
 
-@pytest.mark.parametrize("m", [1, 4])
-def test_products_of_a_step_are_in_flight_together(m: int) -> None:
-    kernel = compile_for(Problem("int4", "silu_mul", m, 28672, 4096), FEW, H200.capability)
+@pytest.mark.parametrize(("scheme", "m"), [("int4", 1), ("int4", 4), ("mxfp4", 1), ("nvfp4", 2)])
+def test_products_of_a_step_are_in_flight_together(scheme: Scheme, m: int) -> None:
+    kernel = compile_for(Problem(scheme, "silu_mul", m, 28672, 4096), FEW, H200.capability)
     assert kernel.asm["ptx"].count("wgmma.mma_async") == 16 and kernel.asm["sass"].count("WARPGROUP.DEPBAR") == 1
+
+
+SINGLE = ("LOP3", "SHF", "IMAD.SHL")  # instructions that write one register
 
 
 def overwritten(sass: str) -> list[str]:
@@ -65,17 +81,19 @@ def overwritten(sass: str) -> list[str]:
         first = int(re.findall(r" R(\d+),", lines[number])[1])
         for line in lines[number + 1 : waiting]:
             written = re.match(r"\S+\s+(?:@!?U?P\d+ )?(?!QGMMA|ST|WARP)(\S+) R(\d+)\b", line)
-            width = 4 if written and "LDSM" in written[1] else 2
+            width = 0 if not written else 4 if "LDSM" in written[1] else 1 if written[1].startswith(SINGLE) else 2
             if written and int(written[2]) < first + 4 and int(written[2]) + width > first:
                 found.append(line)
     return found
 
 
-@pytest.mark.parametrize(("output", "m"), [("linear", 1), ("silu_mul", 1), ("silu_mul", 4)])
-def test_no_product_in_flight_loses_its_codes(output: Output, m: int) -> None:
+@pytest.mark.parametrize(("scheme", "output", "m"), [
+    ("int4", "linear", 1), ("int4", "silu_mul", 1), ("int4", "silu_mul", 4), ("mxfp4", "linear", 1), ("mxfp4", "silu_mul", 2),
+    ("nvfp4", "linear", 1), ("nvfp4", "silu_mul", 1)])
+def test_no_product_in_flight_loses_its_codes(scheme: Scheme, output: Output, m: int) -> None:
     """The wait cannot name operands of 8 bits, so that it is the assembler alone that keeps their registers."""
     n = 28672 if output == "silu_mul" else 6144
-    assert overwritten(compile_for(Problem("int4", output, m, n, 4096), FEW, H200.capability).asm["sass"]) == []
+    assert overwritten(compile_for(Problem(scheme, output, m, n, 4096), FEW, H200.capability).asm["sass"]) == []
 
 
 OTHERS = {"narrow groups": int_types(4, 64, 4096), "zero points": int_types(4, 128, 4096, zeros=True),
@@ -94,7 +112,7 @@ def test_activations_of_more_bits_than_two_e4m3_numbers_have_get_another_ring() 
     assert fitted(FEW, int_types(4, 128, 4096), torch.bfloat16) == FEW
 
 
-@pytest.mark.parametrize(("scheme", "m"), [("int8_weight", 1), ("mxfp4", 1), ("int4", 5)])
+@pytest.mark.parametrize(("scheme", "m"), [("int8_weight", 1), ("mxfp4", 3), ("nf4", 1), ("int4", 5)])
 def test_a_row_that_asks_for_it_elsewhere_is_refused(scheme: str, m: int) -> None:
     with pytest.raises(ValueError, match=f"{scheme} with m={m}"):
         tuning.parse_row([scheme, "linear", 6144, 4096, m, "hopper", 64, FEW_ROWS, 256, 1, 4, 4, True])
@@ -106,7 +124,8 @@ def test_a_long_row_of_a_tall_weight_is_not_taken_apart_by_every_program() -> No
 
 
 UNMEASURED = [("int4_halves", "linear", 7168, 5120), ("int4_halves", "silu_mul", 34816, 5120),
-              ("int4_halves", "silu_mul", 4096, 1024), ("int4", "linear", 5120, 5120), ("int4", "linear", 5120, 17408)]
+              ("int4_halves", "silu_mul", 4096, 1024), ("int4", "linear", 5120, 5120), ("int4", "linear", 5120, 17408),
+              ("mxfp4", "linear", 7168, 5120), ("nvfp4", "silu_mul", 34816, 4096), ("nvfp4", "linear", 5120, 17408)]
 
 
 @pytest.mark.parametrize("m", [1, 2])
