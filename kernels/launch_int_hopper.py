@@ -77,7 +77,7 @@ def _room(
     sums = tiles * block_m
     if scaled is not None and not zeros:
         spare = 56 if block_m == SCALED_ROWS else 0  # such programs fill a multiprocessor
-        return max(1, TOGETHER // tiles // span), min(MOST_REGISTERS, 104 + sums // 2 + spare), stages
+        return max(1, min(step, TOGETHER) // tiles // span), min(MOST_REGISTERS, 104 + sums // 2 + spare), stages
     if table is None:
         return 1, _registers(tiles, block_m, span, zeros=zeros), stages
     if table == E2M1:

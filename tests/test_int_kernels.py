@@ -104,6 +104,15 @@ def test_programmatic_launch_prefetches_before_it_waits() -> None:
     assert order == sorted(order)
 
 
+@pytest.mark.parametrize(("bits", "step", "size"), [(8, 128, 128), (8, 128, 32), (4, 256, 128), (4, 512, 64), (8, 256, 128)])
+@pytest.mark.parametrize("block_n", [128, 256])
+def test_a_step_is_whole_runs_of_what_is_in_flight_together(bits: int, step: int, size: int, block_n: int) -> None:
+    config = GemmConfig("hopper", block_n, 128, step, 1, 8, 2, True)
+    weight = int_types(bits, size, 4096)
+    options = int_call(Operands(torch.bfloat16, weight), config, torch.bfloat16, 128, 1024, 4096, silu=False).options
+    assert options["SCALED"] and step % (options["GROUPS"] * options["SPAN"]) == 0
+
+
 def test_a_misshapen_operand_is_refused_by_name() -> None:
     x, weight, bias = make_case(3, 32, 128, bits=4, size=128, zeros=False, dtype=torch.float32)
     with pytest.raises(ValueError, match=r"x .*\[T, K\]"):
