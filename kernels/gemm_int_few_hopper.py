@@ -1,7 +1,8 @@
-"""4-bit integers, one to four rows, for Hopper, in Gluon: the products of `gemm_int.py` that decode a single conversation.
+"""4-bit weights, few rows, for Hopper, in Gluon: the products of `gemm_int.py` (one to four rows) and of `gemm_codes.py`
+(e2m1, one or two) that decode a single conversation.
 
-A code c in the low bits of a byte is the e4m3 number c / 512, in the subnormals and the binade above them alike. So one mask
-(and a shift, for the upper half) of a register of codes gives four operands of an FP8 product: 0.4 instructions a weight,
+An integer c in the low bits of a byte is the e4m3 number c / 512, in the subnormals and the binade above them alike. So one
+mask (and a shift, for the upper half) of a register of codes gives four operands of an FP8 product: 0.4 instructions a weight,
 where `gemm_int_hopper.py` takes 1.4 to make 16-bit floats. x is taken apart: within a group of 128 columns, divided by a power
 of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-9 of the group's largest, else to 2^-16 of
 that. They are two rows of the right operand, in the order that the bytes of codes have (`quantized.Halves`):
@@ -13,8 +14,14 @@ instructions a weight (Triton 3.6, 1 row, a gate and its up), the other ring 2.1
 filled by TMA, all of it before the kernel in front has ended; one warpgroup multiplies, one or two tiles of 64 output channels
 (neighbours, or a gate and its up) over a part of K. Parts are added as in `gemm_hopper.py`.
 
-Whoever made x may have taken it apart (`halves.py`); then it comes through the ring, beside the codes: nothing is done before
-the loop, and shared memory holds no more than the ring. Else a program first takes its own columns of x apart.
+e2m1 codes, sign and three bits put into a byte, are e4m3 numbers too, their 64ths: 0.9 instructions a weight. Their groups
+have 32 or 16 columns, and the 32 of a product are 16 in the even bytes of words and 16 in the odd ones, which are 64 columns
+on. So a row of x has four rows of the right operand, high and low numbers with zeros for odd bytes, then for even ones: a
+product's sums of two groups stay apart, and each meets its scale. 1.6 instructions a weight with e8m0 scales, 1.9 with e4m3
+ones.
+
+Whoever made x may have taken it apart (`halves.py`), for integers; then it comes through the ring, beside the codes: nothing is
+done before the loop, and shared memory holds no more than the ring. Else a program first takes its own columns of x apart.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.
@@ -316,10 +323,11 @@ def hopper_few_kernel(
     """x [m, k], rows stride apart, or taken apart: `Halves`' values in boxes [16, 128], its factors in boxes [2 PANELS, 16].
 
     w: codes [n, k / 2] int8 (SILU: [2n, ·] = gate | up) in boxes [64, BYTES]; s: scales [G, n or 2n] in boxes [SCALES, 64].
-    size: columns of a row of s; GROUP: of those in a step, at least 128; TOKENS: a power of two, at least m, at most 4; CHUNKS:
-    a power of two, at least 4 · TOKENS, and as many as a split has of 128 columns. A step is PANELS * 256 columns. out [m, n],
-    bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that copies, with
-    COPYING registers.
+    KIND: None for integers; of e2m1 codes what four scales a word of s are, "e8m0" or "e4m3". factor [n or 2n] float32 or
+    None, DIVIDES: it does. size: columns of a row of s; GROUP: of those in a step; TOKENS: a power of two, at least m, at most
+    4; CHUNKS: a power of two, at least 4 · TOKENS, and as many as a split has of 128 columns. A step is PANELS * 256 columns.
+    out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as `hopper_gemm_kernel`'s. 4 warps, and one that
+    copies, with COPYING registers.
     """
     tile_number = gl.program_id(0)
     split = gl.program_id(1)

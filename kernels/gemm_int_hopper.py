@@ -1,15 +1,16 @@
-"""Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py`, and of `gemm_codes.py` but for e4m3 scales.
+"""Weights in groups, few rows, for Hopper, in Gluon: the products of `gemm_int.py` and of `gemm_codes.py`.
 
 One warp keeps a ring in shared memory filled by TMA: words of codes, the scales of their groups, and rows of x. One warpgroup
 takes words into registers, turns a plane of their codes after the other into 16-bit floats (`hopper_codes.py`), and multiplies;
 a group's float32 sum meets its scale. Integers are widened and e2m1 codes placed by arithmetic, exactly, other codes looked up
-in a table, rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.5 for e2m1, in groups
+in a table, rounded to x's type. That takes 1.4 or 1.5 of the loop's 2.3 instructions a weight (2.1 of 3.4 for e2m1, in groups
 of 32). A warpgroup stops while a group's products end, so several programs share a multiprocessor: three or four, or two beside
 tables of 32 KiB.
 
-With 128 rows a group's sums outnumber its weights, so integers meet their scale first and are rounded to x's type again, as
-they are where weights are widened for the library: half an instruction a weight for a group's 64 additions a thread, a wait a
-step instead of a group, and half the registers of sums.
+Where a group has more sums than weights, weights meet their scales first, and one sum runs over all of K. Integers do in
+programs of 128 rows, rounded to x's type again, as they are where weights are widened for the library: half an instruction a
+weight for a group's 64 additions a thread, a wait a step instead of a group, and half the registers of sums. e2m1 codes do in
+programs of 16 rows with e8m0 scales, and always with e4m3 ones, whose groups have 16 columns, exactly.
 
 A warpgroup computes one or two tiles of 64 output channels, neighbours or a gate and its up, for BLOCK_M rows over a part of
 K; parts are added by the last program, as in `gemm_hopper.py`. With many rows, whose x outweighs the codes, two warpgroups
@@ -290,12 +291,13 @@ def hopper_int_kernel(
     [64, WORDS]; s: of scales [G, n or 2n] in boxes [STEP // SPAN, 64], or of words of four e8m0 ones;
     zero: uint8, packed as `int_weights` says, rows zero_stride apart, or None.
 
-    size: columns of a row of s; SPAN: a group's in a step, which holds whole groups or lies in one; GROUPS: those multiplied at
-    a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: None for
-    integers, "e2m1", or 4-bit codes' `code_decode.filler`. SCALED: integers meet scales, of x's type, before their products.
-    out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and
-    grid: as `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second
-    with REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
+    size: columns of a row of s; SPAN: a group's in a step, which holds whole groups or lies in one; GROUPS: those multiplied
+    at a time, a divisor of those of a step, 1 beside zero points. A step, STEP columns, is PANELS * WORDS words. TABLE: None
+    for integers, "e2m1", or 4-bit codes' `code_decode.filler`. SCALED: what scales are that weights meet before their
+    products, "number" (integers', of x's type), "e8m0" or "e4m3"; None: sums meet them. factor [n or 2n] float32 or None, for
+    e4m3 scales only, DIVIDES: it does. out [m, n], bias [n or 2n] or None; partial, arrivals, chunk and grid: as
+    `hopper_gemm_kernel`'s. 4 warps for each of TEAMS (1 or 2) warpgroups with TILES tiles of their own, the second with
+    REGISTERS a thread, and one warp that copies. With SILU two warpgroups of one tile have gate and up.
     """
     row_tiles = (m + BLOCK_M - 1) // BLOCK_M
     tile_number = gl.program_id(0)
