@@ -312,8 +312,8 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
 
 def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
     """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
-    split until there are two for each. From 64 rows on two warpgroups share the rows of x. Beside a table of codes there is
-    room for two programs, so two warpgroups share those too where they have registers.
+    split until there are two for each. From 128 rows on two warpgroups share the rows of x. Beside a table of codes there is
+    room for two programs, so from 64 on, and with 8 where they have registers.
 
     Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers and of e2m1 codes have a kernel of
     their own."""
@@ -326,7 +326,7 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
         if few_chunks(problem.k, few, problem.m) <= MOST_CHUNKS:
             return few
     block_m = min(CODED_ROWS.get(problem.scheme, 128), max(8, 1 << (problem.m - 1).bit_length()))
-    teams = 2 if block_m >= 64 or (table and block_m == 8 and not silu) else 1
+    teams = 2 if block_m >= 128 or (table and (block_m == 64 or (block_m == 8 and not silu))) else 1
     tiles = 2 if silu or (problem.n >= 6144 and block_m <= 16 and teams == 1) else 1
     step = int(PANEL_BYTES // problem.weight_bytes)
     programs = problem.n // (tiles * teams * CHANNELS) * -(-problem.m // block_m)
