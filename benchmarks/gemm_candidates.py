@@ -99,7 +99,7 @@ def _hopper(problem: Problem, row_tiles: set[int]) -> list[GemmConfig]:
 
 
 def _few(problem: Problem) -> list[GemmConfig]:
-    """Rings of `gemm_int_few_hopper.py` beside x, one to four programs a multiprocessor."""
+    """Rings of `gemm_few_hopper.py` beside x, one to four programs a multiprocessor."""
     found = []
     silu = problem.output == "silu_mul"
     tiles_of, rooms = (2,) if silu else (1, 2), (52, 70, 108, 220)

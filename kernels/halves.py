@@ -1,7 +1,7 @@
 """bfloat16 activations taken apart into pairs of e4m3 numbers (`quantized.Halves`) by the norm that makes them.
 
 A program a row. Groups of 128 columns are read as two runs of 64, whose numbers take turns in the order that
-`gemm_int_few_hopper.py` wants; joined they are a thread's neighbours, so that what is read and what is written is 16 bytes.
+`gemm_few_hopper.py` wants; joined they are a thread's neighbours, so that what is read and what is written is 16 bytes.
 """
 
 # Arguments of kernels are pointers and scalars that only Triton can type.

@@ -1,4 +1,4 @@
-"""Codes of 4 and 8 bits as 16-bit floats in registers, in Gluon: what `gemm_int_hopper.py` multiplies.
+"""Codes of 4 and 8 bits as 16-bit floats in registers, in Gluon: what `gemm_grouped_hopper.py` multiplies.
 
 A tile of words [64, 32] lies in registers as a wgmma wants its left operand; each of its planes of codes (`int_weights.UNIT`)
 becomes one of floats, by arithmetic (`int_codes.py`), or through a table in shared memory (`code_decode.py`).
@@ -22,7 +22,6 @@ from workstation.kernels.code_decode import (
     LOOKUPS,
     PLACED_BFLOAT16,
     PLACED_FLOAT16,
-    REST,
 )
 from workstation.kernels.hopper import align
 from workstation.kernels.int_codes import BYTES_BFLOAT16, BYTES_FLOAT16, NIBBLES_BFLOAT16, NIBBLES_FLOAT16
@@ -97,9 +96,8 @@ def _byte_factor(word, BYTE: gl.constexpr, KIND: gl.constexpr, target: gl.conste
 
 
 @gluon.jit
-def whole(sums, factor, channel, channels, DIVIDES: gl.constexpr):
-    """Sums [64, M] of `scaled_plane`s with what these lack, times (or by) the factors of channels [64], or None."""
-    sums *= REST
+def with_factor(sums, factor, channel, channels, DIVIDES: gl.constexpr):
+    """Sums [64, M] times (or by) the factors of channels [64], if there are any."""
     if factor is not None:
         by = gl.load(factor + gl.minimum(channel, channels - 1))[:, None]
         sums = sums / by if DIVIDES else sums * by

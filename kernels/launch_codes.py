@@ -31,7 +31,7 @@ from workstation.kernels.tuning import (
 )
 
 WIDENED_ROWS = 32
-RING_STEP = 256  # columns of 64 words, the least step of `gemm_int_hopper.py`
+RING_STEP = 256  # columns of 64 words, the least step of `gemm_grouped_hopper.py`
 KINDS = {ScaleKind.F32: gemm_codes.F32, ScaleKind.E8M0: gemm_codes.E8M0, ScaleKind.E4M3: gemm_codes.E4M3}
 _SCHEMES: dict[ScaleKind, Scheme] = {ScaleKind.F32: "nf4", ScaleKind.E8M0: "mxfp4", ScaleKind.E4M3: "nvfp4"}
 
@@ -71,7 +71,7 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py` can read the weight. A factor meets sums of weights that met their scales only."""
+    """Whether `gemm_grouped_hopper.py` can read the weight. A factor meets sums of weights that met their scales only."""
     whole = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
     plain = weight.factor is None or weight.kind is ScaleKind.E4M3
     return whole and plain and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
@@ -106,12 +106,12 @@ def codes_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int,
     """
     weight: CodeWeight = operands.weight
     if config.kind == "hopper":
-        from workstation.kernels.launch_int_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
-        from workstation.kernels.launch_int_hopper import hopper_int_call
+        from workstation.kernels.launch_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_grouped_hopper import grouped_call
 
         if is_few(config):
             return Call(*few_rows_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
-        return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
+        return Call(*grouped_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)
     x_stride = operands.x.stride(0) if kept else k

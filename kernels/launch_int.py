@@ -39,7 +39,7 @@ WIDENED_ROWS = 32
 FUSED_ROWS_ZEROS = 16  # of activations, at most, where gate and up share a program and have zero points
 ZEROS_ROWS = 64  # of a program, at most, where there are zero points
 NARROW = 128  # columns of a group with zero points, below which rings lack registers
-HOPPER_WORDS = 64  # of a row, the least step of `gemm_int_hopper.py`
+HOPPER_WORDS = 64  # of a row, the least step of `gemm_grouped_hopper.py`
 NARROW_CHANNELS = 64  # of a program, at most, where groups are narrower than a chunk
 
 
@@ -112,7 +112,7 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:
-    """Whether `gemm_int_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes. Zero
+    """Whether `gemm_grouped_hopper.py` can read the weight: its groups and steps must fit, and TMA wants rows of 16 bytes. Zero
     points of narrow groups take more registers than there are."""
     groups = suits_groups(weight, HOPPER_WORDS * WORD_BITS // weight.bits)
     tiles = output == "linear" or not isinstance(weight.words, torch.Tensor) or weight.rows % (2 * CHANNELS) == 0
@@ -121,7 +121,7 @@ def rings_serve(weight: IntWeight, output: Output) -> bool:
 
 
 def _serves_few(weight: IntWeight, dtype: torch.dtype) -> bool:
-    """Whether `gemm_int_few_hopper.py` serves: 4 bits around the middle, groups of whole chunks, activations of eight bits."""
+    """Whether `gemm_few_hopper.py` serves: 4 bits around the middle, groups of whole chunks, activations of eight bits."""
     whole = weight.size % FEW_SPAN == 0 and weight.columns % FEW_SPAN == 0
     return dtype == torch.bfloat16 and weight.bits == 4 and weight.zero is None and whole
 
@@ -184,12 +184,12 @@ def int_call(operands: Operands, config: GemmConfig, out: Any, m: int, n: int, k
     """
     weight: IntWeight = operands.weight
     if config.kind == "hopper":
-        from workstation.kernels.launch_int_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
-        from workstation.kernels.launch_int_hopper import hopper_int_call
+        from workstation.kernels.launch_few_hopper import few_rows_call  # Gluon, for one kind of GPU only
+        from workstation.kernels.launch_grouped_hopper import grouped_call
 
         if is_few(config):
             return Call(*few_rows_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
-        return Call(*hopper_int_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
+        return Call(*grouped_call(operands.x, weight, operands.bias, out, config, m, n, k, silu=silu))
     chunk = gemm_launch.chunk_size(k, config)
     kept = isinstance(weight.words, torch.Tensor)
     x_stride = operands.x.stride(0) if kept else k

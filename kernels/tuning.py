@@ -36,7 +36,7 @@ LIBRARY_ABOVE: dict[Scheme, int] = {
     "nf4": MAX_ROWS, "mxfp4": MAX_ROWS, "nvfp4": MAX_ROWS,
 }  # fmt: skip
 INTEGER_BITS: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, "int8_weight": 8}
-GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4", "nvfp4")  # what `gemm_int_hopper.py` multiplies
+GROUPED: tuple[Scheme, ...] = (*INTEGER_BITS, "nf4", "mxfp4", "nvfp4")  # what `gemm_grouped_hopper.py` multiplies
 BYTE_SCALES: tuple[Scheme, ...] = ("mxfp4", "nvfp4")
 RINGED: tuple[Scheme, ...] = ("int4", *BYTE_SCALES)  # whose weights meet their scales first, which rings of many rows do
 # For more rows still: the library needs them widened first. Others than ringed ones only where a measurement says so.
@@ -51,7 +51,7 @@ LEAST_GROUP = 32  # columns that may have a scale of their own
 WIDE_GROUP = 128  # the same where a program has 256 channels and 128 rows, which fill registers and shared memory
 CODE_SCALES: dict[Scheme, float] = {"nf4": 4 / 32, "mxfp4": 1 / 32, "nvfp4": 1 / 16}  # bytes a column, at most
 CODED_ROWS: dict[Scheme, int] = {"nf4": 64, "mxfp4": 128, "nvfp4": 128}  # of a program, at most
-FEW_ROWS = 4  # of a program in `gemm_int_few_hopper.py`, which is what a ring with so many rows means
+FEW_ROWS = 4  # of a program in `gemm_few_hopper.py`, which is what a ring with so many rows means
 # Of activations there, at most: sums of e2m1 codes are two groups'.
 FEW_OF: dict[Scheme, int] = {"int4": 4, "int4_halves": 4, **dict.fromkeys(BYTE_SCALES, 2)}
 FEW_SPAN, FEW_CHUNK_BYTES = 128, 1024 + 64  # there: columns of x with a power of two in common, and their shared memory
@@ -97,7 +97,7 @@ class Problem:
 @dataclass(frozen=True)
 class GemmConfig:
     """`dot`: tensor cores; `gemv`: CUDA cores, one row only; `hopper`: `gemm_hopper.py`, compute capability 9.0 only;
-    `library`: torch, and the sizes mean nothing. `hopper` with a block_m of FEW_ROWS is `gemm_int_few_hopper.py`.
+    `library`: torch, and the sizes mean nothing. `hopper` with a block_m of FEW_ROWS is `gemm_few_hopper.py`.
 
     block_n: output channels a program computes (of gate and of up each, when it fuses SiLU); block_m: activation rows;
     block_k: the step along K; splits: chunks of K, at most (a short K has fewer); pdl: programmatic dependent launch.
@@ -190,7 +190,7 @@ def is_wide(output: Output, config: GemmConfig) -> bool:
 
 
 def is_few(config: GemmConfig) -> bool:
-    """Whether it is one of `gemm_int_few_hopper.py`."""
+    """Whether it is one of `gemm_few_hopper.py`."""
     return config.kind == "hopper" and config.block_m == FEW_ROWS
 
 
@@ -311,8 +311,8 @@ def _ring(problem: Problem, device: Device) -> GemmConfig | None:
 
 
 def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
-    """As `_ring`, for `gemm_int_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K is
-    split until there are two for each. From 128 rows on two warpgroups share the rows of x. Beside a table of codes there is
+    """As `_ring`, for `gemm_grouped_hopper.py`: small rings, so that three programs a multiprocessor take turns at widening; K
+    is split until there are two for each. From 128 rows on two warpgroups share the rows of x. Beside a table of codes there is
     room for two programs, so from 64 on, and with 8 where they have registers.
 
     Left to measurements: gate and up in a warpgroup each. One or two rows of 4-bit integers and of e2m1 codes have a kernel of
@@ -337,7 +337,7 @@ def _grouped_ring(problem: Problem, device: Device) -> GemmConfig | None:
 
 
 def _many_ring(problem: Problem, device: Device) -> GemmConfig:
-    """For `gemm_int_hopper.py`: programs of 128 rows, and of as many channels as their registers have sums for, but for a
+    """For `gemm_grouped_hopper.py`: programs of 128 rows, and of as many channels as their registers have sums for, but for a
     weight so narrow that they would leave multiprocessors idle, which is widened for the library."""
     if problem.n % (4 * CHANNELS) or 8 * problem.n // (4 * CHANNELS) < 0.9 * device.processors:
         return LIBRARY
@@ -346,7 +346,7 @@ def _many_ring(problem: Problem, device: Device) -> GemmConfig:
 
 
 def few_ring(problem: Problem, device: Device) -> GemmConfig:
-    """For `gemm_int_few_hopper.py`: rings of four or five steps; programs that run at once, with 2,048 columns or more."""
+    """For `gemm_few_hopper.py`: rings of four or five steps; programs that run at once, with 2,048 columns or more."""
     silu = problem.output == "silu_mul"
     programs = -(-problem.n // (2 * CHANNELS if silu else CHANNELS))
     room = (2 if silu else 4) * device.processors

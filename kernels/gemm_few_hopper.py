@@ -3,9 +3,9 @@
 
 An integer c in the low bits of a byte is the e4m3 number c / 512, in the subnormals and the binade above them alike. So one
 mask (and a shift, for the upper half) of a register of codes gives four operands of an FP8 product: 0.4 instructions a weight,
-where `gemm_int_hopper.py` takes 1.4 to make 16-bit floats. x is taken apart: within a group of 128 columns, divided by a power
-of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-9 of the group's largest, else to 2^-16 of
-that. They are two rows of the right operand, in the order that the bytes of codes have (`quantized.Halves`):
+where `gemm_grouped_hopper.py` takes 1.4 to make 16-bit floats. x is taken apart: within a group of 128 columns, divided by a
+power of two, a bfloat16 number is the sum of two e4m3 ones, exactly if it is at least 2^-9 of the group's largest, else to
+2^-16 of that. They are two rows of the right operand, in the order that the bytes of codes have (`quantized.Halves`):
 
     y[m, n] = Σ_g scale[g, n] · 2^e[g, m] · (512 Σ_k (high + low)[m, k] · (code[n, k] / 512) − 8 Σ_k (high + low)[m, k])
 
@@ -34,8 +34,10 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
 from workstation.kernels.gemm_hopper import conclude
-from workstation.kernels.halves import EXPONENT, LEAST, ROWS, SPAN, TOP
+from workstation.kernels.halves import EXPONENT, ROWS, SPAN
+from workstation.kernels.halves_hopper import take_apart
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
+from workstation.kernels.hopper_codes import with_factor
 
 BYTES = gl.constexpr(128)  # of a row of codes, a copy: two chunks
 FIRST = gl.constexpr("and.b32 $0, $1, 0x0f0f0f0f;")
@@ -47,81 +49,6 @@ lop3.b32 $0, $1, 0x80808080, code, 0xea; }""")
 FOUR_SCALES = gl.constexpr("""{ .reg .b16 low, high, a, b, c, d; .reg .b32 pair; mov.b32 {low, high}, $4;
 cvt.rn.f16x2.e4m3x2 pair, low; mov.b32 {a, b}, pair; cvt.rn.f16x2.e4m3x2 pair, high; mov.b32 {c, d}, pair;
 cvt.f32.f16 $0, a; cvt.f32.f16 $1, b; cvt.f32.f16 $2, c; cvt.f32.f16 $3, d; }""")
-REST = gl.constexpr("sub.rn.f32 $0, $1, $2;")  # of a product, which the compiler would make twice
-
-
-@gluon.jit
-def _halves(values):
-    """values [C, 128] float32, a group a row → e4m3 (high, low), 2^e · (high + low) ≈ values; 2^e; the sums of values / 2^e."""
-    largest = gl.max(gl.abs(values), 1).to(gl.int32, bitcast=True) & EXPONENT
-    endless = largest == EXPONENT
-    exponent = gl.maximum(largest, LEAST) - TOP
-    power = exponent.to(gl.float32, bitcast=True)
-    inverse = ((254 << 23) - exponent).to(gl.float32, bitcast=True)
-    values = values * inverse[:, None]
-    # Cut off, not rounded: what remains has four bits either way, and nothing need be read back from e4m3, which Triton 3.6's
-    # assembler gets wrong here (it unpacks a register before it is packed).
-    high = (values.to(gl.int32, bitcast=True) & -(1 << 20)).to(gl.float32, bitcast=True)
-    low = gl.inline_asm_elementwise(REST, "=f,f,f", [values, high], dtype=gl.float32, is_pure=True, pack=1)
-    return high.to(gl.float8e4nv), low.to(gl.float8e4nv), gl.where(endless, float("nan"), power), gl.sum(values, 1)
-
-
-@gluon.jit
-def _places(COUNT: gl.constexpr, LOAD: gl.constexpr):
-    """Columns of x, [COUNT, 4, 2, 16]: a chunk, a run of 32 bytes of it, a byte's parity there, and the byte. So a thread loads
-    neighbouring columns, twice, and has what a run of bytes holds."""
-    THREE: gl.constexpr = gl.SliceLayout(3, LOAD)
-    TWO: gl.constexpr = gl.SliceLayout(2, THREE)
-    chunk = gl.arange(0, COUNT, layout=gl.SliceLayout(1, TWO))
-    run = gl.arange(0, 4, layout=gl.SliceLayout(0, TWO))
-    odd = gl.arange(0, 2, layout=gl.SliceLayout(0, gl.SliceLayout(0, THREE)))
-    byte = gl.arange(0, 16, layout=gl.SliceLayout(0, gl.SliceLayout(0, gl.SliceLayout(0, LOAD))))
-    first = gl.expand_dims(chunk[:, None] * SPAN + (run % 2 * 32 + run // 2 * 16)[None, :], 2)
-    halves = first + gl.expand_dims(gl.expand_dims(odd, 0), 0) * 64
-    return gl.expand_dims(halves, 3) + gl.expand_dims(gl.expand_dims(gl.expand_dims(byte, 0), 0), 0)
-
-
-@gluon.jit
-def _take_apart(
-    x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS: gl.constexpr, TOKENS: gl.constexpr, SHARE: gl.constexpr
-):
-    """Columns [begin, begin + 128 · CHUNKS) of x into shared memory, as SHARE rows for each of x: its high and low numbers; or
-    those for even bytes of codes with zeros for odd ones, and the other way round."""
-    COUNT: gl.constexpr = CHUNKS // TOKENS  # chunks at a time: as many values a thread, however many rows
-    EACH: gl.constexpr = 16 if COUNT >= 32 else 8 if COUNT >= 16 else 4  # neighbours a thread loads at once
-    LOAD: gl.constexpr = gl.BlockedLayout([1, 1, 2, EACH], [EACH // 2, 4, 1, 16 // EACH], [4, 1, 1, 1], [3, 2, 1, 0])
-    BYTE_ORDER: gl.constexpr = gl.BlockedLayout([1, 2 * EACH], [EACH // 2, 64 // EACH], [4, 1], [1, 0])
-    TILE: gl.constexpr = gl.BlockedLayout([8, 2 * EACH], [1, 32], [1, 4], [1, 0])
-    FACTORS: gl.constexpr = gl.BlockedLayout([1, (EACH + 7) // 8], [EACH // 2, 64 // EACH], [4, 1], [1, 0])
-    row = gl.arange(0, ROWS, layout=gl.SliceLayout(1, TILE))[:, None]
-    factor_row = gl.arange(0, ROWS, layout=gl.SliceLayout(0, FACTORS))[None, :]
-    odd = gl.arange(0, COUNT * 128, layout=gl.SliceLayout(0, TILE))[None, :] % 2
-    places = begin + _places(COUNT, LOAD)
-    for part in gl.static_range(TOKENS):
-        at = part * COUNT * SPAN + places
-        tile = gl.zeros([ROWS, COUNT * 128], gl.int8, TILE)
-        power_tile = gl.zeros([COUNT, ROWS], gl.float32, FACTORS)
-        sum_tile = power_tile
-        for token in gl.static_range(TOKENS):
-            values = gl.load(x + token * stride + at, mask=(at < k) & (token < m), other=0.0).to(gl.float32)
-            # Into the order of bytes before they are made, so that neighbours are made together: registers change names only.
-            values = gl.convert_layout(gl.reshape(gl.permute(values, (0, 1, 3, 2)), [COUNT, 128]), BYTE_ORDER)
-            high, low, power, total = _halves(values)
-            high = gl.convert_layout(gl.reshape(high.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
-            low = gl.convert_layout(gl.reshape(low.to(gl.int8, bitcast=True), [COUNT * 128]), gl.SliceLayout(0, TILE))
-            both = gl.where(row % 2 == 0, high[None, :], low[None, :])
-            if SHARE == 4:
-                both = gl.where(row // 2 % 2 == odd, both, gl.zeros_like(both))
-            tile = gl.where(row // SHARE == token, both, tile)
-            power = gl.convert_layout(power, gl.SliceLayout(1, FACTORS))[:, None]
-            total = gl.convert_layout(total, gl.SliceLayout(1, FACTORS))[:, None]
-            power_tile = gl.where(factor_row // SHARE == token, power, power_tile)
-            sum_tile = gl.where(factor_row == SHARE * token, total * power * (-8.0 / 512.0), sum_tile)
-        reinterpreted(x_tiles, [TOKENS, ROWS, COUNT * SPAN]).index(part).store(tile.to(gl.float8e4nv, bitcast=True))
-        reinterpreted(powers, [TOKENS, COUNT, ROWS]).index(part).store(power_tile)
-        reinterpreted(sums, [TOKENS, COUNT, ROWS]).index(part).store(sum_tile)
-    fence_async_shared()
-    align()
 
 
 @gluon.jit
@@ -201,7 +128,7 @@ def _consume(
     if not APART:
         if PDL:
             await_previous()
-        _take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS, SHARE)
+        take_apart(x, x_tiles, powers, sums, begin, k, m, stride, CHUNKS, TOKENS, SHARE)
     SPREAD: gl.constexpr = 2 if APART else 1  # through the ring come a chunk's powers and sums in turn
     first = gl.zeros([64, ROWS], gl.float32, ACC)
     second = gl.zeros([64, ROWS], gl.float32, ACC)
@@ -232,16 +159,15 @@ def _consume(
                 first += _chunk(done, found, power, less, half * TILES * SUMS_OF, KIND)
                 if TILES == 2:
                     second += _chunk(done, found, power, less, (half * TILES + 1) * SUMS_OF, KIND)
-        fence_async_shared()  # as in `gemm_int_hopper.py`
+        fence_async_shared()  # as in `gemm_grouped_hopper.py`
         mbarrier.arrive(free.index(stage), count=1)
     first = _joined(first, KIND, SUMS)
     second = _joined(second, KIND, SUMS) if TILES == 2 else first
-    if factor is not None:
-        channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMS))
-        channels = n * 2 if SILU else n
-        first = _with_factor(first, factor, channel, channels, DIVIDES)
-        if TILES == 2:
-            second = _with_factor(second, factor, channel + tile_stride, channels, DIVIDES)
+    channels = n * 2 if SILU else n
+    channel = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, SUMS))
+    first = with_factor(first, factor, channel, channels, DIVIDES)
+    if TILES == 2:
+        second = with_factor(second, factor, channel + tile_stride, channels, DIVIDES)
     conclude(first, second, out, partial, arrivals, None, None, bias, None, m, n, first_channel, tile_stride, 0, tile_number,
              split, TILES, SILU, SPLITS, ROWS // SHARE, PDL, SUMS)  # fmt: skip
 
@@ -257,12 +183,6 @@ def _joined(sums, KIND: gl.constexpr, LAYOUT: gl.constexpr):
         high, low = gl.split(gl.reshape(gl.convert_layout(sums, WHOLE), [64, ROWS // 2, 2]))
         even, odd = gl.split(gl.reshape(high + low, [64, ROWS // 4, 2]))
         return gl.convert_layout((even + odd) * 64.0, LAYOUT)
-
-
-@gluon.jit
-def _with_factor(sums, factor, channel, channels, DIVIDES: gl.constexpr):
-    by = gl.load(factor + gl.minimum(channel, channels - 1))[:, None]
-    return sums / by if DIVIDES else sums * by
 
 
 @gluon.jit

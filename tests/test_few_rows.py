@@ -1,4 +1,4 @@
-"""What products of few rows with 4-bit codes rest on, where no GPU is needed. Their results: `test_int_few_gpu.py`."""
+"""What products of few rows with 4-bit codes rest on, where no GPU is needed. Their results: `test_few_rows_gpu.py`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from test_tuning import H200
 from workstation.kernels import tuning
 from workstation.kernels.code_tables import E2M1
 from workstation.kernels.gemm_compile import compile_for, int_types
-from workstation.kernels.gemm_int_few_hopper import E2M1_FIRST, E2M1_SECOND
+from workstation.kernels.gemm_few_hopper import E2M1_FIRST, E2M1_SECOND
 from workstation.kernels.launch_int import fitted
 from workstation.kernels.offline import resources
 from workstation.kernels.tuning import FEW_ROWS, GemmConfig, Output, Problem, Scheme

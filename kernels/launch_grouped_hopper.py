@@ -1,4 +1,4 @@
-"""Launches of `gemm_int_hopper.py`. Called through `launch_int.py` and `launch_codes.py`."""
+"""Launches of `gemm_grouped_hopper.py`. Called through `launch_int.py` and `launch_codes.py`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from workstation.kernels.code_decode import filler
 from workstation.kernels.code_tables import CHUNK, ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
-from workstation.kernels.gemm_int_hopper import hopper_int_kernel
+from workstation.kernels.gemm_grouped_hopper import hopper_grouped_kernel
 from workstation.kernels.int_weights import UNIT, WORD_BITS, IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
 from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_stages
@@ -19,7 +19,7 @@ from workstation.kernels.tuning import CHANNELS, PANEL_BYTES, GemmConfig, table_
 E2M1 = "e2m1"  # a table that needs no looking up
 NUMBER, E8M0, E4M3 = "number", "e8m0", "e4m3"  # what scales are that weights meet before their products
 BYTES = (E8M0, E4M3)
-COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_int_hopper.py`
+COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_grouped_hopper.py`
 ALONE = 80 << 10  # bytes of a ring beside a table, for which a multiprocessor has room once
 FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
@@ -28,7 +28,7 @@ SCALED_POWERS = 16  # `SCALED_ROWS` of e8m0 scales, which are exact in bfloat16
 SCALED_ROWS = 128  # of a program, from which a group has more sums than weights: weights are scaled instead
 
 
-def hopper_int_call(
+def grouped_call(
     x: Any, weight: IntWeight | CodeWeight, bias: Any, out: Any, config: GemmConfig, m: int, n: int, k: int, *, silu: bool
 ) -> tuple[Any, tuple[int, ...], tuple[Any, ...], dict[str, Any]]:
     """(kernel, grid, arguments, options) for a weight of n channels (2n with silu), writing out [m, n].
@@ -66,7 +66,7 @@ def hopper_int_call(
         "DIVIDES": divides, "num_warps": 4, "maxnreg": -(-(teams * registers + COPYING) // (8 * (teams + 1))) * 8,
     }  # fmt: skip
     options |= chained(out.device) if isinstance(out, torch.Tensor) else {"PDL": True, "launch_pdl": True}
-    return hopper_int_kernel, grid, arguments, options
+    return hopper_grouped_kernel, grid, arguments, options
 
 
 def _room(

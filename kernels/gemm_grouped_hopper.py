@@ -26,9 +26,10 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier, warpgroup_mma, warpgroup_mma_wait
 
+from workstation.kernels.code_decode import REST
 from workstation.kernels.gemm_hopper import conclude
 from workstation.kernels.hopper import align, allow_next, await_previous, fetch, reinterpreted
-from workstation.kernels.hopper_codes import fill_table, middle, offset, plane, scaled_plane, times, whole, zero_points
+from workstation.kernels.hopper_codes import fill_table, middle, offset, plane, scaled_plane, times, with_factor, zero_points
 
 WORDS = gl.constexpr(64)  # of a row, a copy: 128 bytes, the span of the shared memory's swizzle
 UNIT = gl.constexpr(32)  # `int_weights.UNIT`, columns of a plane
@@ -215,9 +216,9 @@ def _consume(
         mbarrier.arrive(free.index(stage), count=1)
     if SCALED is not None and SCALED != "number":
         row = first_channel + gl.arange(0, 64, layout=gl.SliceLayout(1, ACC))
-        first = whole(first, factor, row, channels, DIVIDES)
+        first = with_factor(first * REST, factor, row, channels, DIVIDES)
         if TILES == 2:
-            second = whole(second, factor, row + tile_stride, channels, DIVIDES)
+            second = with_factor(second * REST, factor, row + tile_stride, channels, DIVIDES)
     if SILU and TILES == 1 and TEAM == 1:
         up_sums.store(first)
         align()
@@ -281,7 +282,7 @@ def _produce(
 
 
 @gluon.jit(do_not_specialize=["m"])
-def hopper_int_kernel(
+def hopper_grouped_kernel(
     x, w, s, out, partial, arrivals, zero, factor, bias, m, n, k, chunk, size, zero_stride,
     BITS: gl.constexpr, TABLE: gl.constexpr, SPAN: gl.constexpr, GROUPS: gl.constexpr, TEAMS: gl.constexpr,
     TILES: gl.constexpr, SILU: gl.constexpr, SPLITS: gl.constexpr, BLOCK_M: gl.constexpr, PANELS: gl.constexpr,

@@ -1,4 +1,4 @@
-"""Launches of `gemm_int_few_hopper.py`. Called through `launch_int.py`."""
+"""Launches of `gemm_few_hopper.py`. Called through `launch_int.py`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from workstation.kernels import gemm_launch
 from workstation.kernels.code_tables import ScaleKind
 from workstation.kernels.code_weights import CodeWeight
 from workstation.kernels.dependent import chained
-from workstation.kernels.gemm_int_few_hopper import hopper_few_kernel
+from workstation.kernels.gemm_few_hopper import hopper_few_kernel
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.launch_gemm_hopper import boxes, split_space
-from workstation.kernels.launch_int_hopper import E4M3, E8M0
+from workstation.kernels.launch_grouped_hopper import E4M3, E8M0
 from workstation.kernels.quantized import Halves
 from workstation.kernels.tuning import CHANNELS, FEW_ROWS, FEW_SPAN, PANEL_BYTES, GemmConfig, few_chunks
 
