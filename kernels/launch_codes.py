@@ -31,6 +31,7 @@ from workstation.kernels.tuning import (
 )
 
 WIDENED_ROWS = 32
+SUMMED_ROWS = 16  # of a program with gate and up, at most, where every 32 columns have a sum; twice as many of one tile
 RING_STEP = 256  # columns of 64 words, the least step of `gemm_grouped_hopper.py`
 KINDS = {ScaleKind.F32: gemm_codes.F32, ScaleKind.E8M0: gemm_codes.E8M0, ScaleKind.E4M3: gemm_codes.E4M3}
 _SCHEMES: dict[ScaleKind, Scheme] = {ScaleKind.F32: "nf4", ScaleKind.E8M0: "mxfp4", ScaleKind.E4M3: "nvfp4"}
@@ -67,7 +68,8 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
         return None
     rings = _rings(weight, output)
     config = _cached_choice(scheme, output, min(tokens, WIDE_ABOVE), weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight, x.dtype)
+    crowded = config.kind == "hopper" and output == "silu_mul" and tokens > SUMMED_ROWS and _has_sums(weight, x.dtype)
+    return None if config.kind == "library" or crowded else fitted(config, weight, x.dtype)
 
 
 def _rings(weight: CodeWeight, output: Output) -> bool:
@@ -75,6 +77,11 @@ def _rings(weight: CodeWeight, output: Output) -> bool:
     whole = weight.rows % (2 * CHANNELS) == 0 if output == "silu_mul" else weight.rows % 8 == 0
     plain = weight.factor is None or weight.kind is ScaleKind.E4M3
     return whole and plain and suits_groups(weight, RING_STEP) and weight.scale.stride(0) % 4 == 0
+
+
+def _has_sums(weight: CodeWeight, dtype: torch.dtype) -> bool:
+    """Whether in a ring every 32 columns have a sum, which leaves registers for few rows: float16 may not hold their scales."""
+    return weight.kind is ScaleKind.E8M0 and dtype != torch.bfloat16
 
 
 def _reads(weight: CodeWeight) -> bool:
@@ -94,6 +101,8 @@ def fitted(config: GemmConfig, weight: CodeWeight, dtype: torch.dtype) -> GemmCo
     if config.kind == "hopper":
         if is_few(config) and (dtype != torch.bfloat16 or weight.kind is ScaleKind.F32 or weight.columns % FEW_SPAN):
             config = replace(config, block_m=8)
+        if config.block_m > SUMMED_ROWS and _has_sums(weight, dtype):
+            return replace(config, block_n=CHANNELS, block_m=2 * SUMMED_ROWS, block_k=RING_STEP, warps=4)
         table = weight.kind is ScaleKind.F32
         return replace(config, block_k=RING_STEP) if table and not suits_groups(weight, config.block_k) else config
     return replace(config, block_k=min(max(config.block_k, LEAST_STEP["nf4"]), MOST_STEP["nf4"]))

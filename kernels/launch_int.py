@@ -30,6 +30,7 @@ from workstation.kernels.tuning import (
     Problem,
     Scheme,
     is_few,
+    is_wide,
     most_rows,
 )
 
@@ -108,7 +109,8 @@ def _choose(x: torch.Tensor, weight: IntWeight, output: Output) -> GemmConfig | 
             return None
     rings = rings_serve(weight, output)
     config = _cached_choice(scheme, output, tokens, weight.rows, weight.columns, x.device, rings)
-    return None if config.kind == "library" else fitted(config, weight, x.dtype)
+    unfit = is_wide(output, config) and not _serves_wide(weight, x.dtype)
+    return None if config.kind == "library" or unfit else fitted(config, weight, x.dtype)
 
 
 def rings_serve(weight: IntWeight, output: Output) -> bool:

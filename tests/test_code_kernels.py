@@ -28,6 +28,7 @@ from workstation.kernels.code_decode import (
 from workstation.kernels.code_tables import E2M1, FP4, NF4, ScaleKind, Table
 from workstation.kernels.code_weights import pack, unpack
 from workstation.kernels.gemm_compile import code_types, compile_call, compile_for
+from workstation.kernels.gemm_launch import Operands, gemm_call
 from workstation.kernels.launch_codes import fitted, widen_call
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.offline import resources
@@ -43,6 +44,7 @@ from workstation.kernels.tuning import (
     Output,
     Problem,
     Scheme,
+    choose,
     default_config,
     shared_bytes,
     stage_bytes,
@@ -326,6 +328,24 @@ def test_the_door_agrees_with_the_oracle_on_a_gpu(m: int) -> None:
         case = make_case(m, 1056, 4096, form, torch.bfloat16, "cuda")
         check_door(case)
         check_widening(case[1], torch.bfloat16)
+
+
+@pytest.mark.parametrize("m", [16, 32, 64, 512])
+def test_float16_activations_keep_sums_of_e8m0_groups_in_rings_with_registers_for_them(m: int) -> None:
+    weight = code_types("mxfp4", 4096)
+    config = fitted(choose(Problem("mxfp4", "linear", m, 28672, 4096), H200), weight, torch.float16)
+    call = gemm_call(Operands(torch.float16, weight), config, torch.float16, m, 28672, 4096, silu=False)
+    assert call.options["SCALED"] is None and resources(compile_call(call, H200.capability)).stack == 0
+
+
+def test_float16_activations_have_gate_and_up_of_e8m0_groups_apart_above_16_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In rings; other kernels multiply weights that were scaled."""
+    x, weight, _ = make_case(17, 64, 128, "mxfp4", torch.float16)
+    assert launch_codes._choose(x, weight, "silu_mul") is not None
+    measured = Problem("mxfp4", "silu_mul", 17, 28672, 4096)
+    monkeypatch.setattr(launch_codes, "_cached_choice", lambda *_: choose(measured, H200))
+    assert launch_codes._choose(x, weight, "silu_mul") is None and launch_codes._choose(x[:16], weight, "silu_mul") is not None
+    assert launch_codes._choose(x.bfloat16(), weight, "silu_mul") is not None
 
 
 @pytest.mark.gpu

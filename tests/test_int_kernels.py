@@ -18,7 +18,7 @@ from workstation.kernels.gemm_launch import Operands, run_linear
 from workstation.kernels.launch_hopper import is_hopper
 from workstation.kernels.launch_int import _serves_wide, fitted, int_call, rings_serve, scheme_of, widen_call
 from workstation.kernels.offline import Resources, resources
-from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, default_config, shared_bytes
+from workstation.kernels.tuning import Device, GemmConfig, Output, Problem, choose, default_config, is_wide, shared_bytes
 
 DEVICES = [A100, L40S, H200, B200, PRO_6000]
 ARCHITECTURES = pytest.mark.parametrize("device", DEVICES, ids=lambda device: device.name)
@@ -102,6 +102,18 @@ def test_programmatic_launch_prefetches_before_it_waits() -> None:
     assembly = compile_for(problem, GemmConfig("dot", 64, 16, 128, 1, 4, 3, pdl=True), H200.capability).asm["ptx"]
     order = [assembly.index(word) for word in ("prefetch.global.L2", "griddepcontrol.wait", "cp.async")]
     assert order == sorted(order)
+
+
+@pytest.mark.parametrize(("size", "dtype", "served"), [(128, torch.bfloat16, True), (4096, torch.bfloat16, False),
+                                                       (256, torch.bfloat16, False), (128, torch.float16, False)])
+def test_measured_programs_of_256_channels_are_for_weights_that_meet_their_scales_only(
+        size: int, dtype: torch.dtype, served: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, weight, _ = make_case(100, 64, 4096, bits=4, size=size, zeros=False, dtype=dtype)
+    weight = weight._replace(scale=weight.scale.bfloat16())
+    measured = choose(Problem("int4", "silu_mul", 100, 28672, 4096), H200)
+    assert is_wide("silu_mul", measured)
+    monkeypatch.setattr(launch_int, "_cached_choice", lambda *_: measured)
+    assert (launch_int._choose(x, weight, "silu_mul") is not None) == served
 
 
 @pytest.mark.parametrize(("bits", "step", "size"), [(8, 128, 128), (8, 128, 32), (4, 256, 128), (4, 512, 64), (8, 256, 128)])
