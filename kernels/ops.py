@@ -21,7 +21,7 @@ from workstation.kernels.gemm import MAX_ROWS
 from workstation.kernels.int_weights import IntWeight
 from workstation.kernels.paging import FP8, UNSCALED, KVScales
 from workstation.kernels.quantized import Fp8Operand, Halves, Halving, IntOperand, Operand, Quantized, Rounding
-from workstation.kernels.tuning import FEW_ROWS, FEW_SPAN, most_rows
+from workstation.kernels.tuning import FEW_ROWS, FEW_SPAN, NARROW_ROWS, most_rows
 
 if TYPE_CHECKING:
     from workstation.kernels.paging import AttentionPlan, StepInputs
@@ -355,7 +355,7 @@ def silu_mul_codes(
     x: torch.Tensor, weight: CodeWeight, bias: torch.Tensor | None = None, rounding: Rounding | None = None
 ) -> Operand:
     """`silu_mul(linear_codes(…), rounding)` for W [2F, K] = gate | up; few rows may take one kernel, unrounded."""
-    most = most_rows("nf4") if rounding is None else MAX_ROWS
+    most = NARROW_ROWS if rounding is None else MAX_ROWS
     if x.is_cuda and x.shape[0] <= most and x.dtype != torch.float32 and weight.rows % 32 == 0:
         return _codes().silu_mul_codes(x, weight, bias)  # type: ignore[no-any-return]
     return silu_mul(linear_codes(x, weight, bias), rounding)
