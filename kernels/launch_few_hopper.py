@@ -1,4 +1,4 @@
-"""Launches of `gemm_few_hopper.py`. Called through `launch_int.py`."""
+"""Launches of `gemm_few_hopper.py`. Called through `launch_int.py` and `launch_codes.py`."""
 
 from __future__ import annotations
 
@@ -53,8 +53,7 @@ def few_rows_call(
     factor, divides = (None, False) if isinstance(weight, IntWeight) else (weight.factor, weight.divides)
     arguments = (x, codes, scales, out, partial, arrivals, factor, bias, factors, m, n, k, chunk, together, stride)
     options = {
-        "KIND": kind, "DIVIDES": divides,
-        "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "PANELS": panels,
+        "KIND": kind, "DIVIDES": divides, "GROUP": group, "TILES": tiles, "SILU": silu, "SPLITS": grid[1], "PANELS": panels,
         "TOKENS": 1 if factors else 1 << (m - 1).bit_length(), "CHUNKS": 1 if factors else few_chunks(k, config, m),
         "STAGES": config.stages, "COPYING": COPYING, "num_warps": 4,
         "maxnreg": -(-(REGISTERS[kind][tiles] + COPYING) // 16) * 8,

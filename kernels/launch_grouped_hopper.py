@@ -23,7 +23,7 @@ COPYING, WORDS, COLUMNS = 40, 64, 64  # as in `gemm_grouped_hopper.py`
 ALONE = 80 << 10  # bytes of a ring beside a table, for which a multiprocessor has room once
 FEW_SUMS = 32  # tiles times rows of a warpgroup, up to which two groups narrower than a chunk are multiplied at a time
 MOST_REGISTERS = 232  # of a thread that multiplies
-TOGETHER = 256  # columns of one tile or two whose products are in flight, where codes meet scales first
+TOGETHER = 256  # columns of one tile or two whose products are in flight, where weights meet scales first
 SCALED_POWERS = 16  # `SCALED_ROWS` of e8m0 scales, which are exact in bfloat16
 SCALED_ROWS = 128  # of a program, from which a group has more sums than weights: weights are scaled instead
 
