@@ -20,6 +20,7 @@ from workstation.kernels.tuning import (
     CHANNELS,
     FEW_SPAN,
     LEAST_STEP,
+    MAX_ROWS,
     MOST_STEP,
     WIDE_ABOVE,
     GemmConfig,
@@ -62,7 +63,8 @@ def _choose(x: torch.Tensor, weight: CodeWeight, output: Output) -> GemmConfig |
     if tokens == 0:
         return GemmConfig("dot", block_k=CHUNK)  # nothing will be launched
     scheme = scheme_of(weight)
-    if tokens > most_rows(scheme) or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
+    most = MAX_ROWS if _has_sums(weight, x.dtype) else most_rows(scheme)
+    if tokens > most or not _reads(weight) or x.stride(0) % 16 or x.data_ptr() % 16:
         return None
     if x.is_cuda and x.dtype == torch.float32:
         return None

@@ -260,7 +260,8 @@ def parse_row(row: list[Any]) -> tuple[Problem, GemmConfig]:
     if found.kind == "gemv" and m != 1:
         raise ValueError(f"a tuned row gives m={m} rows to the gemv kernel, which computes one")
     if is_few(found) and m > FEW_OF.get(scheme, 0):
-        raise ValueError(f"a tuned row gives {scheme} with m={m} to a kernel whose most rows are {FEW_OF}")
+        most = FEW_OF.get(scheme, 0)
+        raise ValueError(f"a tuned row gives {scheme} with m={m} to the kernel of few rows, which takes {most} of them at most")
     return Problem(scheme, output, m, n, k), found
 
 

@@ -278,6 +278,17 @@ def test_every_ring_of_weights_that_meet_their_scales_compiles_and_fits(output: 
     check_ring_fits("nvfp4", output, block_m)
 
 
+@pytest.mark.gpu
+@ON_HOPPER
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["nvfp4", "nvfp4_divided"])
+def test_rings_multiply_codes_with_small_floats_for_scales(form: str, dtype: torch.dtype) -> None:
+    for m, block_m in ((1, 8), (5, 16), (33, 32), (100, 64)):
+        case = make_case(m, 1152, 4096, form, dtype, "cuda")
+        for tiles, panels, splits in ((1, 1, 1), (2, 1, 3), (1, 2, 1)):
+            check_product(case, GemmConfig("hopper", 64 * tiles, block_m, 256 * panels, splits, 4, 2, True), dtype)
+
+
 # (rows, of a tile, tiles and warpgroups, panels a step, splits, channels, columns): 4224 columns make the last step ragged.
 GROUP_RINGS = [
     (1, 8, 1, 1, 1, 3, 1152, 4096), (2, 8, 1, 2, 1, 1, 1104, 4224), (5, 8, 2, 1, 2, 1, 1152, 4224),
@@ -290,14 +301,16 @@ GROUP_PAIRS = [
     (7, 8, 2, 2, 1, 3, 1280, 4224), (33, 32, 1, 2, 1, 3, 1152, 4224), (130, 64, 1, 2, 1, 1, 1152, 4096),
     (40, 32, 2, 1, 1, 1, 1152, 4224),
 ]  # fmt: skip
-# The first meets every shape; the others take turns, three a shape.
+# The first meets every shape; the others take turns, three a shape, and two of those with a factor.
 FIRST_KIND = ("nf4", torch.bfloat16)
 OTHER_KINDS = [("nf4", torch.float16), ("nf4_32", torch.bfloat16), ("fp4_128", torch.float16), ("fp4_row", torch.bfloat16),
-               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16), ("nvfp4", torch.bfloat16), ("nvfp4", torch.float16),
-               ("nvfp4_divided", torch.bfloat16)]  # fmt: skip
+               ("mxfp4", torch.bfloat16), ("mxfp4", torch.float16)]  # fmt: skip
+FACTORED = [("nvfp4", torch.bfloat16), ("nvfp4_divided", torch.float16), ("nvfp4_divided", torch.bfloat16),
+            ("nvfp4", torch.float16)]  # fmt: skip
 SHAPES = [(silu, shape) for silu, shapes in ((False, GROUP_RINGS), (True, GROUP_PAIRS)) for shape in shapes]
 GROUPED = [(*case, *kind) for i, case in enumerate(SHAPES)
-           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(4)))]  # fmt: skip
+           for kind in (FIRST_KIND, *(OTHER_KINDS[(i + 2 * j) % len(OTHER_KINDS)] for j in range(3)),
+                        *(FACTORED[(i + j) % len(FACTORED)] for j in range(2)))]  # fmt: skip
 # Where weights meet scales before the products: the same of more rows a program.
 GROUPED += [(silu, (m, 128, 1, 2, 1, splits, n, 4224), form, dtype)
             for silu, m, splits, n in ((False, 130, 2, 1152), (False, 256, 1, 1104), (True, 100, 1, 1152), (True, 300, 3, 1280))
@@ -346,6 +359,14 @@ def test_float16_activations_have_gate_and_up_of_e8m0_groups_apart_above_16_rows
     monkeypatch.setattr(launch_codes, "_cached_choice", lambda *_: choose(measured, H200))
     assert launch_codes._choose(x, weight, "silu_mul") is None and launch_codes._choose(x[:16], weight, "silu_mul") is not None
     assert launch_codes._choose(x.bfloat16(), weight, "silu_mul") is not None
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.float16, 256), (torch.bfloat16, 1024)], ids=str)
+def test_more_rows_of_mxfp4_are_widened_later_where_weights_meet_their_scales(
+        dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launch_codes, "_cached_choice", lambda *_: choose(Problem("mxfp4", "linear", 512, 28672, 4096), H200))
+    x, weight, _ = make_case(rows + 1, 64, 128, "mxfp4", dtype)
+    assert launch_codes._choose(x, weight, "linear") is None and launch_codes._choose(x[:rows], weight, "linear") is not None
 
 
 @pytest.mark.gpu
